@@ -1,0 +1,20 @@
+"""Distributed training with gradient accumulation: K micro-batches on R ranks make exactly one big batch."""
+
+from .data.window import MicroBatches as MicroBatches
+from .data.window import windows as windows
+from .errors import ConfigError as ConfigError
+from .errors import DistaccumError as DistaccumError
+from .errors import DivergenceError as DivergenceError
+from .errors import LedgerError as LedgerError
+from .loss import CausalLM as CausalLM
+from .loss import Classification as Classification
+from .loss import Objective as Objective
+from .loss import Regression as Regression
+from .parallel.base import Sync as Sync
+from .plan import Micro as Micro
+from .plan import Plan as Plan
+from .plan import Window as Window
+from .step import Accumulator as Accumulator
+from .step import StepRecord as StepRecord
+
+__version__ = "0.1.0"

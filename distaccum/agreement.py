@@ -1,0 +1,165 @@
+"""What all ranks know of a window before they act on it, by one small collective per window.
+
+Each rank tells one row: what it has for the upcoming window, and how the current one went. So the weights of a window are
+known before its first backward, and whether an update is made is decided by all ranks alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distaccum.data.window import MicroBatches
+from distaccum.errors import ConfigError
+from distaccum.loss import Denominator, SupportsObjective, checked_weights, weights_of
+from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.world import Shared, World
+
+
+@dataclass(frozen=True)
+class Announced:
+    """A window as all ranks know it before it begins."""
+
+    denominator: Denominator  # the weights over all micros and ranks
+    rounds: int  # micros on the rank that has most
+    num_micros: int  # over all ranks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A window as all ranks know it before its update."""
+
+    sums: list[float]  # the loss sums by term, over all micros and ranks
+    grad_norm: float  # L2, of the complete gradient
+    trouble: str | None  # what is not finite, and where; None if all is
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows that are on their way."""
+
+    shared: Shared
+    upcoming: MicroBatches | None
+    norm_rides: bool  # whether the rows carry shares of the gradient norm
+
+
+class Agreement:
+    """Keeps what was announced for the window that comes next. One object serves one accumulator."""
+
+    def __init__(self, world: World, objective: SupportsObjective) -> None:
+        """Nothing is sent yet."""
+        self._world = world
+        self._objective = objective
+        self._terms: list[str] | None = None
+        self._announced: tuple[MicroBatches, Announced] | None = None
+        self.padding: Any = None  # a micro-batch to compute with weight 0 where this rank has none
+        self.asked = 0  # rows that were shared so far
+
+    def meet(self, window: MicroBatches) -> None:
+        """Before the first window: agree on the objective's terms, and lend a micro-batch to ranks that have none.
+
+        Raises:
+            ConfigError: on all ranks, when their objectives have different terms.
+        """
+        if self._terms is not None:
+            return
+        first = window.peek()
+        own = None if first is None else list(weights_of(self._objective, first))
+        told = self._world.gather_objects(own)
+        having = [rank for rank, terms in enumerate(told) if terms is not None]
+        if not having:
+            return
+        if any(told[rank] != told[having[0]] for rank in having):
+            raise ConfigError(f"Ranks have objectives with different terms: {dict(enumerate(told))}. Use one objective.")
+        terms = told[having[0]]
+        assert isinstance(terms, list)
+        self._terms, self.padding = terms, first
+        if len(having) < self._world.size:
+            lent = self._world.lend(first, having[0])
+            self.padding = lent if first is None else first
+
+    def on(self, window: MicroBatches) -> Announced:
+        """The numbers of this window: asked for one window ago, or now where nobody could know it then."""
+        if self._announced is None or self._announced[0] is not window:
+            self._read(self.ask(window))
+        assert self._announced is not None
+        return self._announced[1]
+
+    def ask(self, upcoming: MicroBatches | None, sums: Tensor | None = None, norm_share: Tensor | None = None) -> Asked:
+        """Start to tell this rank's row; returns at once.
+
+        Args:
+            upcoming: the next window, or None where it is not known yet (then it is not on any rank).
+            sums: [micros, terms] float64, this rank's loss sums of the current window.
+            norm_share: [] float64, this rank's share of the squared gradient norm, where gradients are sharded.
+        """
+        self.asked += 1
+        terms = self._terms or []
+        weights = dict.fromkeys(terms, 0.0)
+        for weight in self._weights(upcoming):
+            for name in terms:
+                weights[name] += weight[name]
+        device = self._world.device
+        numbers = [float(len(upcoming)) if upcoming is not None else 0.0, *weights.values()]
+        row = [torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)]
+        if sums is None or not len(sums):
+            row.append(torch.zeros(len(terms) + 1, dtype=torch.float64, device=device))
+        else:
+            broken = ~torch.isfinite(sums).all(dim=1)
+            first_broken = torch.where(broken.any(), broken.int().argmax() + 1, 0)  # from 1; 0: none
+            row += [sums.sum(dim=0), first_broken.double()[None]]
+        row.append(torch.zeros(1, dtype=torch.float64, device=device) if norm_share is None else norm_share[None])
+        return Asked(self._world.share(torch.cat(row)), upcoming, norm_share is not None)
+
+    def conclude(self, asked: Asked, own_norm: Tensor) -> Outcome:
+        """Wait for all rows: how this window went, and what the next one is.
+
+        Args:
+            asked: from `ask`.
+            own_norm: [] float64, the squared norm of the gradients on this rank; all of it unless shares ride on the rows.
+        """
+        rows, own = self._read(asked, own_norm)
+        num_terms = len(self._terms or [])
+        sums = [math.fsum(row[1 + num_terms + i] for row in rows) for i in range(num_terms)]
+        squared = math.fsum(row[-1] for row in rows) if asked.norm_rides else own[0]
+        grad_norm = math.sqrt(squared) if squared >= 0 else math.nan
+        trouble = None
+        for rank, row in enumerate(rows):
+            if row[-2] > 0:
+                micro = int(row[-2]) - 1
+                trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
+                break
+        if trouble is None and not math.isfinite(grad_norm):
+            trouble = f"gradient norm {grad_norm}, though every loss was finite"
+        return Outcome(sums, grad_norm, trouble)
+
+    def forget(self) -> None:
+        """After an exception: ask anew."""
+        self._announced = None
+
+    def traffic(self, rows: int) -> Traffic:
+        """What so many rows send."""
+        columns = 3 + 2 * len(self._terms or [])
+        size = self._world.control_bytes(columns)
+        return Traffic.of([("all_reduce", size)] * rows if size else [])
+
+    def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
+        rows, own = asked.shared.read(*scalars)
+        upcoming = asked.upcoming
+        if upcoming is not None:
+            weights = {name: math.fsum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
+            counts = [int(row[0]) for row in rows]
+            upcoming.rounds = max(counts)
+            self._announced = (upcoming, Announced(Denominator(weights), max(counts), sum(counts)))
+        return rows, own
+
+    def _weights(self, window: MicroBatches | None) -> list[dict[str, float]]:
+        if window is None:
+            return []
+        if window.weights is not None:
+            return [checked_weights(weight) for weight in window.weights]
+        return [weights_of(self._objective, micro) for micro in window]

@@ -1,0 +1,115 @@
+"""Reads a plan's micros from a data set, ahead of the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from distaccum.data.base import Dataset
+from distaccum.data.window import MicroBatches
+from distaccum.plan import Micro, Plan, Window, random_key
+
+
+class Loader:
+    """The micros of one rank, window after window, from any position of the plan.
+
+    Reading runs ahead by about one window and no more, in worker processes; nothing here depends on the rank but which
+    micros it reads.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: Plan, rank: int, world_size: int, *, workers: int = 0, pin_memory: bool = False
+    ) -> None:
+        """Keep the arguments; `start` opens the stream.
+
+        Args:
+            dataset: training samples.
+            plan: which of them make which window.
+            rank: this rank.
+            world_size: ranks that share the windows.
+            workers: processes that read ahead; 0 reads when asked.
+            pin_memory: whether to read into pinned memory (for a GPU).
+        """
+        self._dataset = dataset
+        self._plan = plan
+        self._rank = rank
+        self._world_size = world_size
+        self._workers = workers
+        self._pin_memory = pin_memory
+
+    def windows(self, step: int, start: int, last_step: int) -> Iterator[tuple[Window, MicroBatches]]:
+        """The windows `step` to `last_step - 1` with this rank's micros, each knowing the one after it.
+
+        Args:
+            step: the first window's number.
+            start: its position in the plan's stream of samples.
+            last_step: where to stop: the number of steps of the whole training.
+        """
+        stream = self._stream(step, start, last_step - step)
+        previous: tuple[Window, MicroBatches] | None = None
+        for window in islice(self._plan.windows(step, start), last_step - step):
+            current = (window, self._micro_batches(window, stream))
+            if previous is not None:
+                previous[1].upcoming = current[1]
+                yield previous
+            previous = current
+        if previous is not None:
+            yield previous
+
+    def _micro_batches(self, window: Window, stream: Iterator[Any]) -> MicroBatches:
+        micros = window.deal(self._rank, self._world_size)
+        counted = [self._dataset.counted(self._plan.samples(micro)) for micro in micros]
+        known = all(weight is not None for weight in counted)
+        content = islice(stream, len(micros))
+        return MicroBatches(
+            content if known else list(content),  # where weights depend on the content, it is read ahead on the host
+            len(micros),
+            step=window.step,
+            weights=counted if known else None,
+        )
+
+    def _stream(self, step: int, start: int, num_windows: int) -> Iterator[Any]:
+        per_window = max(1, len(self._plan.window().deal(self._rank, self._world_size)))
+        loader: DataLoader[Any] = DataLoader(
+            _MicroSource(self._dataset, self._plan),
+            sampler=_Order(self._plan, step, start, num_windows, self._rank, self._world_size),
+            batch_size=None,  # an item of the source is a whole micro
+            num_workers=self._workers,
+            prefetch_factor=-(-per_window // self._workers) + 1 if self._workers else None,
+            pin_memory=self._pin_memory,
+        )
+        return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Order(Sampler[Micro]):
+    """The micros of one rank in the order in which they are computed."""
+
+    plan: Plan
+    step: int
+    start: int
+    num_windows: int
+    rank: int
+    world_size: int
+
+    def __iter__(self) -> Iterator[Micro]:
+        for window in islice(self.plan.windows(self.step, self.start), self.num_windows):
+            yield from window.deal(self.rank, self.world_size)
+
+
+@dataclass(frozen=True)
+class _MicroSource(TorchDataset[Any]):
+    """A data set whose index is a micro and whose item is the micro-batch."""
+
+    dataset: Dataset
+    plan: Plan
+
+    def __getitem__(self, micro: Micro) -> Any:
+        generator = torch.Generator().manual_seed(random_key(self.plan.seed, micro.step, micro.number))
+        return self.dataset.batch(self.plan.samples(micro), generator)

@@ -1,0 +1,17 @@
+"""The errors that distaccum raises on purpose. Each message is a small letter: what, got, why, what to write instead."""
+
+
+class DistaccumError(Exception):
+    """The root of all errors below, for callers that want to catch them together."""
+
+
+class ConfigError(DistaccumError, ValueError):
+    """What the user asked for cannot be done. On the command line: printed without a traceback, exit code 2."""
+
+
+class DivergenceError(DistaccumError, ArithmeticError):
+    """A loss or a gradient norm is not finite and the policy says to stop. All ranks raise it at the same boundary."""
+
+
+class LedgerError(DistaccumError, RuntimeError):
+    """A window sent something else over the network than its forecast says. All ranks count for themselves."""

@@ -1,0 +1,79 @@
+"""DistributedDataParallel: each gradient is all-reduced once, with the last micro."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distaccum import torch_private
+from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import WideGradients, all_reduce_mean, buckets, is_narrow
+from distaccum.parallel.base import Strategy, Sync
+from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.world import World
+
+
+class DDP(Strategy):
+    """A DistributedDataParallel module, ours or the user's.
+
+    Parameters in bf16 or fp16 are accumulated and reduced in float32 by ourselves: DDP would sum them in their own dtype.
+    """
+
+    model: DistributedDataParallel
+
+    def __init__(self, model: DistributedDataParallel, world: World, sync: Sync) -> None:
+        """Refuse what torch's DDP cannot accumulate."""
+        super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync)
+        self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank, nothing is gathered or sharded")
+        obstacle = torch_private.ddp_obstacle(model)
+        if obstacle is not None:
+            raise ConfigError(
+                f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it; "
+                "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
+            )
+        self._windows_begun = 0
+        if is_narrow(model.parameters()):
+            group = model.process_group
+            assert group is not None
+            self.wide = WideGradients(
+                model.parameters(), lambda sums: all_reduce_mean(sums, group, dist.get_world_size(group))
+            )
+
+    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""
+        self._windows_begun += first
+        return nullcontext() if self.wide is None and self._synced(first, last) else self.model.no_sync()
+
+    def abort(self) -> None:
+        """A reducer whose backward was interrupted is replaced."""
+        super().abort()
+        torch_private.reset_ddp(self.model)
+
+    def forecast(self, num_rounds: int) -> Traffic:
+        """Buckets as DDP has them now; it arranges them anew once, in the window after the first."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if self.wide is not None:
+            sizes = [sum(p.numel() * 4 for p in bucket) for bucket in buckets([p.detach().float() for p in trained])]
+            return Traffic.of(("all_reduce", size) for size in sizes)
+        synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
+        num_buckets = torch_private.ddp_buckets(self.model)
+        num_bytes = sum(p.numel() * p.element_size() for p in trained)
+        entries = [("all_reduce", 0)] * (num_buckets - 1) + [("all_reduce", num_bytes)]
+        if self.model.find_unused_parameters and not self.model.static_graph:
+            entries.append(("all_reduce", 4 * len(trained)))  # which parameters were used, int32
+        return Traffic.of(entries * synced)
+
+    @property
+    def evaluation_model(self) -> nn.Module:
+        """The module inside: DDP's forward would broadcast buffers, and ranks may evaluate different amounts."""
+        inner: nn.Module = self.model.module
+        return inner
+
+    def _synced(self, first: bool, last: bool) -> bool:
+        # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what is
+        # the same on all ranks is itself, so only what was added since is summed later.
+        warm_up = first and self.model.static_graph and self._windows_begun <= 1
+        return last or warm_up or self.sync is Sync.every

@@ -1,0 +1,114 @@
+"""FSDP2: parameters and gradients in shards. HSDP is the same on a 2-D mesh, not a class of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from distaccum import torch_private
+from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import WideGradients, is_narrow
+from distaccum.parallel.base import Strategy, Sync
+from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.world import World
+
+
+class FSDP(Strategy):
+    """A module to which `fully_shard` was applied, ours or the user's."""
+
+    sharded = True
+
+    def __init__(self, model: nn.Module, world: World, sync: Sync, mesh: DeviceMesh) -> None:
+        """Refuse what would be wrong in silence; the flags of the policy are set per micro."""
+        reason = ""
+        if sync is Sync.auto:
+            # Without a memory model the safe choice: its memory is what the user saw in the first micro.
+            sync, reason = Sync.boundary, "gathers per micro, reduces once: no more memory than one micro and its gradients"
+        super().__init__(model, world, sync, reason)
+        assert isinstance(model, FSDPModule)
+        self._fsdp: FSDPModule = model
+        self._replicated = mesh.ndim == 2
+        kept = (Sync.boundary, Sync.keep, Sync.every) + ((Sync.shard,) if self._replicated else ())
+        self.refuse(kept, "a 1-D mesh has no replicas to postpone the all-reduce for")
+        if torch_private.custom_divide_factor(model) is not None:
+            raise ConfigError(
+                "set_gradient_divide_factor() was called on this model, so its gradients would be divided twice. "
+                "Leave it out: the division by the global weight is done here, once."
+            )
+        self._refuse_narrow_reduction()
+        # Ranks may use different parameters in a window; all must reduce the same ones, and with a postponed all-reduce
+        # a partial sum must not meet another parameter's.
+        model.set_reduce_scatter_unused_params(True)
+        if sync is Sync.every and is_narrow(model.parameters()):
+            self.wide = WideGradients(model.parameters())  # each micro's reduced shard would be summed in its own dtype
+        self._reshards = [group.reshards for group in torch_private.sharded_groups(model)]
+        if sync is Sync.keep:
+            model.set_reshard_after_forward(False)
+
+    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
+        # The order matters: this one sets the all-reduce flag too.
+        self._fsdp.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
+        if self.sync is Sync.shard:
+            self._fsdp.set_requires_all_reduce(last)
+        if self.sync is Sync.keep:
+            self._fsdp.set_reshard_after_backward(last)
+        return nullcontext()
+
+    def abort(self) -> None:
+        """Clear also what lives off the parameters: unsharded sums, partial sums of HSDP, a pass that did not finish."""
+        super().abort()
+        torch_private.clear_sharded_gradients(self.model)
+
+    def forecast(self, num_rounds: int) -> Traffic:
+        """Counted over FSDP2's groups: gathered once or twice a micro, reduced as the policy says."""
+        gathers = 1 if self.sync is Sync.keep else num_rounds
+        scatters = num_rounds if self.sync in (Sync.every, Sync.shard) else 1
+        reduces = num_rounds if self.sync is Sync.every else 1
+        entries: list[tuple[str, int]] = []
+        for group in torch_private.sharded_groups(self.model):
+            if group.gather_bytes and self._shards > 1:
+                per_micro = 1 if self.sync is Sync.keep or not group.reshards else 2
+                entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro)
+            if group.scatter_bytes and self._shards > 1:
+                entries += [("reduce_scatter", group.scatter_bytes)] * scatters
+            if group.reduce_bytes and self._replicated:
+                entries += [("all_reduce", group.reduce_bytes)] * reduces
+        return Traffic.of(entries)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """As for all strategies; afterwards parameters are in shards again, whatever the policy kept."""
+        with super().evaluating() as model:
+            yield model
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    @property
+    def _shards(self) -> int:
+        return mesh_of(self.model).size(-1)
+
+    def _refuse_narrow_reduction(self) -> None:
+        for group in torch_private.sharded_groups(self.model):
+            if group.scatter_bytes and group.reduce_dtype in (torch.bfloat16, torch.float16):
+                raise ConfigError(
+                    f"This FSDP2 module accumulates and reduces gradients in {group.reduce_dtype}: sums over many "
+                    "micro-batches stall. Use fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=..., "
+                    "reduce_dtype=torch.float32))."
+                )
+
+
+def mesh_of(model: nn.Module) -> DeviceMesh:
+    """The mesh that an FSDP2 module is sharded on: 1-D (shard) or 2-D (replicate, shard)."""
+    from torch.distributed.tensor import DTensor
+
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return parameter.device_mesh
+    raise ConfigError("This FSDP2 module has no sharded parameter. Call fully_shard() on a module with parameters.")

@@ -1,0 +1,57 @@
+"""From a model as the user has it to the strategy that serves it: the only place that asks what it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distaccum.errors import ConfigError
+from distaccum.parallel.base import Strategy, Sync
+from distaccum.parallel.ddp import DDP
+from distaccum.parallel.fsdp import FSDP, mesh_of
+from distaccum.parallel.single import Single
+from distaccum.parallel.world import World
+
+
+def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
+    """The strategy for a plain module, a DistributedDataParallel or an FSDP2 module. Wraps nothing.
+
+    Raises:
+        ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.
+    """
+    try:
+        policy = Sync(sync)
+    except ValueError:
+        raise ConfigError(f"sync={sync!r} is no sync policy. Use one of {[p.value for p in Sync]}.") from None
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if isinstance(model, DistributedDataParallel):
+        return DDP(model, World.of(device, model.process_group), policy)
+    world = World.of(device)
+    if isinstance(model, FSDPModule):
+        mesh = mesh_of(model)
+        if mesh.size() != world.size:
+            raise ConfigError(
+                f"The model is sharded over {mesh.size()} of {world.size} ranks. All ranks must share the effective "
+                "batch: use a 1-D mesh over all of them, or a 2-D mesh (replicate, shard)."
+            )
+        outside = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if outside:
+            raise ConfigError(
+                f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would "
+                "differ between ranks. Shard them too, or freeze them."
+            )
+        return FSDP(model, world, policy, mesh)
+    if any(isinstance(module, FSDPModule | DistributedDataParallel) for module in model.modules()):
+        raise ConfigError(
+            "Only a part of this model is wrapped. Pass the wrapped module itself, or call fully_shard() on the whole "
+            "model after its parts."
+        )
+    if world.size > 1:
+        raise ConfigError(
+            f"This is a plain module on {world.size} ranks: each would train on its own. Wrap it in "
+            "DistributedDataParallel(model), or call fully_shard(model), before you make the accumulator."
+        )
+    return Single(model, world, policy)

@@ -1,0 +1,87 @@
+"""The ranks that train together, and the one small collective by which they agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank among those that share one effective batch."""
+
+    rank: int
+    size: int
+    device: torch.device  # where the model lives
+    group: dist.ProcessGroup | None  # None on one process
+
+    @staticmethod
+    def of(device: torch.device, group: dist.ProcessGroup | None = None) -> World:
+        """The world of a process group (default: all ranks), or of this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return World(0, 1, device, None)
+        group = group if group is not None else dist.group.WORLD
+        return World(dist.get_rank(group), dist.get_world_size(group), device, group)
+
+    def share(self, row: Tensor) -> Shared:
+        """Start to show one row to all ranks; nothing waits here.
+
+        Args:
+            row: [n] float64, this rank's numbers, the same n on every rank, on any device.
+
+        Returns:
+            What becomes the table of all rows. All ranks must call this in the same order.
+        """
+        if self.group is None:
+            return Shared(row[None], None)
+        where = self.device if "nccl" in dist.get_backend(self.group) else torch.device("cpu")
+        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=where)
+        table[self.rank] = row.to(where, non_blocking=True)
+        # One all-reduce in which each rank adds to its own row only: a gather whose name is the same in every torch.
+        return Shared(table, dist.all_reduce(table, group=self.group, async_op=True))
+
+    def control_bytes(self, columns: int) -> int:
+        """Bytes of the table for so many columns; 0 on one process, which sends nothing."""
+        return 0 if self.group is None else self.size * columns * 8
+
+    def gather_objects(self, value: object) -> list[object]:
+        """One small object of each rank, in rank order. Pickled: for set-up only, between ranks of this job."""
+        if self.group is None:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def lend(self, value: object, lender: int) -> object:
+        """An object of one rank, given to all."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=lender)
+        return box[0]
+
+
+class Shared:
+    """A table of one row a rank that is on its way."""
+
+    def __init__(self, table: Tensor, work: dist.Work | None) -> None:
+        """Keep the table [R, n] and the collective that fills it."""
+        self._table = table
+        self._work = work
+
+    def read(self, *others: Tensor) -> tuple[list[list[float]], list[float]]:
+        """Wait, and bring the table and other scalars [] to the host: the one host sync of a window.
+
+        Returns:
+            The rows in rank order, and the scalars.
+        """
+        if self._work is not None:
+            self._work.wait()
+        flat = [self._table.flatten(), *(other.detach().to(self._table).reshape(1) for other in others)]
+        numbers = torch.cat(flat).tolist()
+        rows, columns = self._table.shape
+        table = [numbers[i * columns : (i + 1) * columns] for i in range(rows)]
+        return table, numbers[rows * columns :]

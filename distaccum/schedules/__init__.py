@@ -1,0 +1,1 @@
+"""In which order the micros of a window are computed."""

@@ -1,0 +1,223 @@
+"""ONE optimizer step: K micro-batches on R ranks make exactly one big batch."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distaccum.agreement import Agreement, Announced
+from distaccum.data.window import MicroBatches
+from distaccum.errors import ConfigError, DivergenceError
+from distaccum.grads.clip import clip, squared_norm
+from distaccum.loss import SupportsObjective
+from distaccum.parallel.base import Sync
+from distaccum.parallel.ledger import Audit, Ledger, Verdict
+from distaccum.parallel.recognise import recognise
+from distaccum.schedules import microbatch
+
+
+class NonFinite(Enum):
+    """What to do with a window whose loss or gradient norm is not finite. All ranks do the same."""
+
+    stop = "raise"  # a DivergenceError, before anything is updated
+    skip = "skip"  # no update, and on to the next window
+
+
+class Scheduler(Protocol):
+    """Anything that moves the learning rate once per optimizer step, such as torch's LR schedulers."""
+
+    def step(self) -> Any:
+        """Called after each update: never after a micro-batch, never after a window that was skipped."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one window did. The same on every rank."""
+
+    step: int  # optimizer updates so far, this one included
+    loss: float  # the global weighted mean that was optimised, its terms added; nan where nothing was counted
+    losses: Mapping[str, float]  # the same by term
+    weights: Mapping[str, float]  # what each term was averaged over: all micros, all ranks
+    grad_norm: float  # L2, before clipping; nan where there was no backward
+    lr: float  # of the first parameter group, in this update
+    num_micros: int  # over all ranks
+    skipped: str | None = None  # why there was no update
+    verdict: Verdict | None = None  # the ledger's, where the window was audited
+
+    @property
+    def weight(self) -> float:
+        """The weight of the first term; of the only one, where there is one."""
+        return next(iter(self.weights.values()), 0.0)
+
+
+class Accumulator:
+    """Makes optimizer steps of windows of micro-batches, in anybody's own loop."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        objective: SupportsObjective,
+        *,
+        sync: Sync | str = Sync.auto,
+        clip_norm: float | None = None,
+        scheduler: Scheduler | None = None,
+        seed: int | None = None,
+        nonfinite: NonFinite | str = NonFinite.stop,
+        audit: Audit | str = Audit.never,
+    ) -> None:
+        """Recognise the model; nothing is wrapped, nothing is sent.
+
+        Args:
+            model: a plain module on one process, a DistributedDataParallel, or an FSDP2 (`fully_shard`) module.
+            optimizer: over this model's parameters.
+            objective: what is summed and what is counted.
+            sync: when gradients travel, see `Sync`.
+            clip_norm: the largest L2 norm of a window's gradient; None clips nothing.
+            scheduler: stepped once per update.
+            seed: makes the randomness inside each micro (dropout) a function of (seed, step, global micro number), the
+                same on any world size; None leaves torch's generators alone.
+            nonfinite: whether to `raise` or to `skip`, see `NonFinite`.
+            audit: which windows the ledger counts and compares with its forecast.
+
+        Raises:
+            ConfigError: for a model, a policy or an option that cannot be served.
+        """
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
+        self.strategy = recognise(model, sync)
+        self.optimizer = optimizer
+        self.objective = objective
+        self.clip_norm = clip_norm
+        self.scheduler = scheduler
+        self.seed = seed
+        self.nonfinite = _choice(NonFinite, nonfinite, "nonfinite")
+        self.audit = _choice(Audit, audit, "audit")
+        self.steps = 0  # optimizer updates so far
+        self.num_windows = 0  # the skipped ones included
+        self.verdict: Verdict | None = None  # the ledger's on the newest audited window
+        self._agreement = Agreement(self.strategy.world, objective)
+
+    def step(self, window: MicroBatches | Sequence[Any]) -> StepRecord:
+        """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
+
+        Args:
+            window: this rank's micro-batches, from `windows()` or any sequence. It may be empty while others' are not.
+
+        Raises:
+            DivergenceError: on all ranks, for a loss or gradient norm that is not finite; nothing was updated.
+            ConfigError: for an objective that does not return sums and counts.
+            LedgerError: when an audited window sent something else than its forecast.
+        """
+        window = window if isinstance(window, MicroBatches) else MicroBatches(list(window), len(window))
+        agreement, strategy = self._agreement, self.strategy
+        with self._nothing_left_behind():
+            agreement.meet(window)
+            asked_before = agreement.asked
+            with self._ledger() as ledger:
+                announced = agreement.on(window)
+                if not announced.denominator.counts:
+                    return self._skip(window, announced)
+                self.optimizer.zero_grad()  # what others sent through this model (a GAN's other half) is not the window's
+                computed = microbatch.run(
+                    strategy, self.objective, window, announced, agreement.padding, self.seed, self.num_windows
+                )
+                agreement.padding = computed.last_micro
+                # The one small collective of the window. It hides behind the last backward; only where gradients are
+                # sharded it comes after, because their norm takes a collective anyway and rides on this one.
+                told = None if strategy.sharded else agreement.ask(window.upcoming, computed.sums)
+                computed.last_backward()
+                strategy.deliver()
+                norm = squared_norm(self._parameters())
+                told = told or agreement.ask(window.upcoming, computed.sums, norm)
+                outcome = agreement.conclude(told, norm)
+            self._judge(ledger, announced.rounds, agreement.asked - asked_before)
+            if outcome.trouble is not None and self.nonfinite is NonFinite.stop:
+                raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
+
+        losses = announced.denominator.means(outcome.sums)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        if outcome.trouble is None:
+            if self.clip_norm is not None:
+                clip(self._parameters(), outcome.grad_norm, self.clip_norm)
+            self.optimizer.step()
+            self.steps += 1
+            if self.scheduler is not None:
+                self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.num_windows += 1
+        return StepRecord(
+            step=self.steps,
+            loss=sum(losses.values()),
+            losses=losses,
+            weights=announced.denominator.weights,
+            grad_norm=outcome.grad_norm,
+            lr=lr,
+            num_micros=announced.num_micros,
+            skipped=outcome.trouble,
+            verdict=self.verdict if ledger is not None else None,
+        )
+
+    def abort(self) -> None:
+        """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
+        self.strategy.abort()
+        self.optimizer.zero_grad()
+        self._agreement.forget()
+
+    def _skip(self, window: MicroBatches, announced: Announced) -> StepRecord:
+        """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
+        deque(window, maxlen=0)  # a stream goes on behind it
+        if window.upcoming is not None:
+            self._agreement.on(window.upcoming)
+        self.num_windows += 1
+        weights = announced.denominator.weights
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        nothing = dict.fromkeys(weights, math.nan)
+        return StepRecord(
+            self.steps, math.nan, nothing, weights, math.nan, lr, announced.num_micros, skipped="weight 0"
+        )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @contextmanager
+    def _nothing_left_behind(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+    @contextmanager
+    def _ledger(self) -> Iterator[Ledger | None]:
+        if self.audit is Audit.never or (self.audit is Audit.first and self.verdict is not None):
+            yield None
+        else:
+            with Ledger() as ledger:
+                yield ledger
+
+    def _judge(self, ledger: Ledger | None, rounds: int, rows: int) -> None:
+        """Compare after the window: DDP arranges its buckets anew within one."""
+        if ledger is not None:
+            forecast = self.strategy.forecast(rounds) + self._agreement.traffic(rows)
+            self.verdict = Verdict(forecast, ledger.traffic)
+            self.verdict.require(self.steps + 1)
+
+
+E = TypeVar("E", bound=Enum)
+
+
+def _choice(kind: type[E], value: E | str, name: str) -> E:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}.") from None
