@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError
-from distaccum.loss import Denominator, SupportsObjective, checked_weights, weights_of
+from distaccum.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_weights, weights_of
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import Shared, World
 
@@ -60,7 +60,7 @@ class Agreement:
         self.asked = 0  # rows that were shared so far
 
     def meet(self, window: MicroBatches) -> None:
-        """Before the first window: agree on the objective's terms, and lend a micro-batch to ranks that have none.
+        """Before the first window: agree on the objective's terms too, and lend a micro-batch to ranks that have none.
 
         Raises:
             ConfigError: on all ranks, when their objectives have different terms.
@@ -69,18 +69,25 @@ class Agreement:
             return
         first = window.peek()
         own = None if first is None else list(weights_of(self._objective, first))
-        told = self._world.gather_objects(own)
-        having = [rank for rank, terms in enumerate(told) if terms is not None]
-        if not having:
-            return
-        if any(told[rank] != told[having[0]] for rank in having):
-            raise ConfigError(f"Ranks have objectives with different terms: {dict(enumerate(told))}. Use one objective.")
-        terms = told[having[0]]
-        assert isinstance(terms, list)
-        self._terms, self.padding = terms, first
-        if len(having) < self._world.size:
-            lent = self._world.lend(first, having[0])
+        told = self._world.gather_objects((own, self._totals(window, own or [])))
+        having = [rank for rank, (terms, _) in enumerate(told) if terms is not None]
+        terms = told[having[0]][0] if having else []
+        if any(told[rank][0] != terms for rank in having):
+            named = {rank: told[rank][0] for rank in having}
+            raise ConfigError(f"Ranks have objectives with different terms: {named}. Use one objective on all ranks.")
+        rows = [[float(count), *(totals or [0.0] * len(terms))] for _, (count, totals) in told]
+        if having:
+            self._terms = terms
+            lent = self._world.lend(first, having[0]) if len(having) < self._world.size else None
             self.padding = lent if first is None else first
+        self._announce(window, rows)
+
+    def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
+        rows, own = asked.shared.read(*scalars)
+        upcoming = asked.upcoming
+        if upcoming is not None:
+            self._announce(upcoming, rows)
+        return rows, own
 
     def on(self, window: MicroBatches) -> Announced:
         """The numbers of this window: asked for one window ago, or now where nobody could know it then."""
@@ -99,12 +106,8 @@ class Agreement:
         """
         self.asked += 1
         terms = self._terms or []
-        weights = dict.fromkeys(terms, 0.0)
-        for weight in self._weights(upcoming):
-            for name in terms:
-                weights[name] += weight[name]
-        device = self._world.device
-        numbers = [float(len(upcoming)) if upcoming is not None else 0.0, *weights.values()]
+        count, totals = self._totals(upcoming, terms)
+        device, numbers = self._world.device, [float(count), *totals]
         row = [torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)]
         if sums is None or not len(sums):
             row.append(torch.zeros(len(terms) + 1, dtype=torch.float64, device=device))
@@ -143,23 +146,22 @@ class Agreement:
 
     def traffic(self, rows: int) -> Traffic:
         """What so many rows send."""
-        columns = 3 + 2 * len(self._terms or [])
+        columns = 3 + 2 * len(self._terms or [SINGLE_TERM])
         size = self._world.control_bytes(columns)
         return Traffic.of([("all_reduce", size)] * rows if size else [])
 
-    def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
-        rows, own = asked.shared.read(*scalars)
-        upcoming = asked.upcoming
-        if upcoming is not None:
-            weights = {name: math.fsum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
-            counts = [int(row[0]) for row in rows]
-            upcoming.rounds = max(counts)
-            self._announced = (upcoming, Announced(Denominator(weights), max(counts), sum(counts)))
-        return rows, own
+    def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
+        weights = {name: math.fsum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
+        counts = [int(row[0]) for row in rows]
+        window.rounds = max(counts)
+        self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))
 
-    def _weights(self, window: MicroBatches | None) -> list[dict[str, float]]:
+    def _totals(self, window: MicroBatches | None, terms: list[str]) -> tuple[int, list[float]]:
+        """This rank's number of micros in a window and their weights by term."""
         if window is None:
-            return []
+            return 0, [0.0] * len(terms)
         if window.weights is not None:
-            return [checked_weights(weight) for weight in window.weights]
-        return [weights_of(self._objective, micro) for micro in window]
+            weights = [checked_weights(weight) for weight in window.weights]
+        else:
+            weights = [weights_of(self._objective, micro) for micro in window]
+        return len(window), [math.fsum(weight[name] for weight in weights) for name in terms]

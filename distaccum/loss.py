@@ -147,7 +147,7 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
                 f"The objective's loss_sum for '{name}' is of {got}. It must be one number, the sum over everything "
                 "counted in the micro-batch: use reduction='sum', or end with .sum()."
             )
-    if not any(value.requires_grad for value in sums.values()):
+    if torch.is_grad_enabled() and not any(value.requires_grad for value in sums.values()):
         raise ConfigError(
             "The objective's loss_sum does not depend on any parameter that is trained (it has no graph). "
             "Compute it from the model's output, without .item() or torch.no_grad()."

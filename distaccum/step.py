@@ -14,21 +14,20 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distaccum.agreement import Agreement, Announced
+from distaccum.clock import exposed_s, mark
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.loss import SupportsObjective
 from distaccum.parallel.base import Sync
-from distaccum.parallel.ledger import Audit, Ledger, Verdict
+from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
 from distaccum.schedules import microbatch
 
 
-class NonFinite(Enum):
-    """What to do with a window whose loss or gradient norm is not finite. All ranks do the same."""
-
-    stop = "raise"  # a DivergenceError, before anything is updated
-    skip = "skip"  # no update, and on to the next window
+# What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
+# anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
+NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
 
 
 class Scheduler(Protocol):
@@ -41,7 +40,7 @@ class Scheduler(Protocol):
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one window did. The same on every rank."""
+    """What one window did. But for the time, the same on every rank."""
 
     step: int  # optimizer updates so far, this one included
     loss: float  # the global weighted mean that was optimised, its terms added; nan where nothing was counted
@@ -51,6 +50,7 @@ class StepRecord:
     lr: float  # of the first parameter group, in this update
     num_micros: int  # over all ranks
     skipped: str | None = None  # why there was no update
+    exposed_s: float | None = None  # seconds that this rank waited for communication, see clock.py; differs between ranks
     verdict: Verdict | None = None  # the ledger's, where the window was audited
 
     @property
@@ -72,7 +72,7 @@ class Accumulator:
         clip_norm: float | None = None,
         scheduler: Scheduler | None = None,
         seed: int | None = None,
-        nonfinite: NonFinite | str = NonFinite.stop,
+        nonfinite: NonFinite | str = "raise",
         audit: Audit | str = Audit.never,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
@@ -139,9 +139,10 @@ class Accumulator:
                 strategy.deliver()
                 norm = squared_norm(self._parameters())
                 told = told or agreement.ask(window.upcoming, computed.sums, norm)
+                marks = [*computed.marks, mark(strategy.world.device)]
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
-            if outcome.trouble is not None and self.nonfinite is NonFinite.stop:
+            if outcome.trouble is not None and self.nonfinite is not NonFinite.skip:
                 raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
 
         losses = announced.denominator.means(outcome.sums)
@@ -164,6 +165,7 @@ class Accumulator:
             lr=lr,
             num_micros=announced.num_micros,
             skipped=outcome.trouble,
+            exposed_s=exposed_s(marks),
             verdict=self.verdict if ledger is not None else None,
         )
 
@@ -172,6 +174,10 @@ class Accumulator:
         self.strategy.abort()
         self.optimizer.zero_grad()
         self._agreement.forget()
+
+    def control_traffic(self, rows: int = 1) -> Traffic:
+        """What the small collective of a window sends; `rows` is 2 where the window after it is not known ahead."""
+        return self._agreement.traffic(rows)
 
     def _skip(self, window: MicroBatches, announced: Announced) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""

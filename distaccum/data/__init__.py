@@ -1,1 +1,1 @@
-"""."""
+"""Windows over loaders, and data sets."""

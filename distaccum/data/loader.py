@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -42,6 +43,7 @@ class Loader:
         self._world_size = world_size
         self._workers = workers
         self._pin_memory = pin_memory
+        self.waited_s = 0.0  # seconds that the computation waited for data so far
 
     def windows(self, step: int, start: int, last_step: int) -> Iterator[tuple[Window, MicroBatches]]:
         """The windows `step` to `last_step - 1` with this rank's micros, each knowing the one after it.
@@ -84,7 +86,14 @@ class Loader:
             prefetch_factor=-(-per_window // self._workers) + 1 if self._workers else None,
             pin_memory=self._pin_memory,
         )
-        return iter(loader)
+        stream = iter(loader)
+        while True:
+            began = time.perf_counter()
+            micro = next(stream, None)
+            self.waited_s += time.perf_counter() - began
+            if micro is None:
+                return
+            yield micro
 
 
 @dataclass(frozen=True)

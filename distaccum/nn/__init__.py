@@ -1,1 +1,1 @@
-"""."""
+"""What changes inside a model's forward: precision."""

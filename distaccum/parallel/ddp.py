@@ -61,10 +61,12 @@ class DDP(Strategy):
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
         num_buckets = torch_private.ddp_buckets(self.model)
         num_bytes = sum(p.numel() * p.element_size() for p in trained)
-        entries = [("all_reduce", 0)] * (num_buckets - 1) + [("all_reduce", num_bytes)]
-        if self.model.find_unused_parameters and not self.model.static_graph:
-            entries.append(("all_reduce", 4 * len(trained)))  # which parameters were used, int32
-        return Traffic.of(entries * synced)
+        entries = ([("all_reduce", 0)] * (num_buckets - 1) + [("all_reduce", num_bytes)]) * synced
+        if self.model.static_graph:
+            told = 1 if self._windows_begun <= 1 else 0
+        else:
+            told = synced if self.model.find_unused_parameters else 0
+        return Traffic.of(entries + [("all_reduce", 4 * len(trained))] * told)  # which parameters were used, int32
 
     @property
     def evaluation_model(self) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distaccum.data.window import MicroBatches, one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.agreement import Announced
+from distaccum.clock import Mark, mark
 from distaccum.loss import SupportsObjective, checked_weights, sums_of, weights_of
 from distaccum.parallel.base import Strategy
 from distaccum.plan import random_key
@@ -24,6 +25,7 @@ class Computed:
 
     sums: Tensor  # [micros of this rank, terms] float64, on the device: the loss sums, without graph
     last_backward: Callable[[], None]  # completes the gradients and sends them; to be called once
+    marks: list[Mark]  # the beginning of each micro
     last_micro: Any  # as it was read: padding for a later window
 
 
@@ -53,11 +55,13 @@ def run(
     terms = list(denominator.weights)
     micros = one_ahead(window, device)
     sums: list[Tensor] = []
+    marks: list[Mark] = []
     last_micro = padding
 
     def forward(index: int) -> Tensor:
         """This round's share [] of the window's loss, as the strategy wants it scaled."""
         nonlocal last_micro
+        marks.append(mark(device))
         if index >= len(window):
             with _unchanged_buffers(strategy.model):
                 own = sums_of(objective, strategy.model, to_device(padding, device), terms)
@@ -85,7 +89,7 @@ def run(
         strategy.after_micro()
 
     table = torch.stack(sums) if sums else torch.zeros(0, len(terms), dtype=torch.float64, device=device)
-    return Computed(table, last_backward, last_micro)
+    return Computed(table, last_backward, marks, last_micro)
 
 
 def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro: Any) -> None:

@@ -1,0 +1,180 @@
+"""The schema of a run: from what Hydra composed to typed values. conf/ owns all defaults, this file all types."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distaccum.data.text import TextConfig
+from distaccum.errors import ConfigError
+from distaccum.launch import LaunchSettings
+from distaccum.models.gpt import GPTConfig
+from distaccum.nn.precision import Precision
+from distaccum.optim import OptimConfig
+from distaccum.parallel.base import Sync
+from distaccum.parallel.ledger import Audit
+from distaccum.parallel.wrap import ParallelConfig
+from distaccum.plan import LastWindow, Ragged
+from distaccum.report import LoggerConfig
+from distaccum.step import NonFinite
+
+
+class Device(Enum):
+    """`auto` is the GPU of this rank where there are GPUs, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class AccumConfig:
+    """How micro-batches make an effective batch, see plan.solve."""
+
+    effective_batch: int | None
+    effective_tokens: int | None
+    micro: int | None
+    num_micros: int | None
+    ragged: Ragged
+    last_window: LastWindow
+    sync: Sync
+    nonfinite: NonFinite
+    audit: Audit
+
+
+@dataclass
+class PrecisionConfig:
+    """In which dtype the model computes."""
+
+    name: Precision
+
+
+@dataclass
+class LoaderConfig:
+    """How samples are read."""
+
+    workers: int
+    pin_memory: bool | None
+
+
+@dataclass
+class TrainConfig:
+    """How long to train and how often to say something."""
+
+    steps: int | None
+    epochs: int | None
+    seed: int
+    log_every_steps: int
+    evaluate_every_steps: int
+    heldout_samples: int
+    timeout_s: float
+    deterministic: bool
+
+
+@dataclass
+class Config:
+    """One run. `model` and `data` are of the dataclass that their `name` says."""
+
+    model: Any
+    data: Any
+    accum: AccumConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    precision: PrecisionConfig
+    logger: LoggerConfig
+    launch: LaunchSettings
+    loader: LoaderConfig
+    train: TrainConfig
+    device: Device
+    experiment: str | None = None
+
+
+MODELS: dict[str, type] = {"gpt": GPTConfig}
+DATA: dict[str, type] = {"text": TextConfig}
+
+T = TypeVar("T")
+
+
+def typed(composed: dict[str, Any]) -> Config:
+    """Check names and types of a composed configuration.
+
+    Raises:
+        ConfigError: for a key that does not exist (also one that `+` added), a missing value or a wrong type.
+    """
+    composed = dict(composed)
+    model = _choose(composed.pop("model", None), MODELS, "model")
+    data = _choose(composed.pop("data", None), DATA, "data")
+    config = _convert(Config, composed, "")
+    config.model, config.data = model, data
+    for name in ("log_every_steps", "evaluate_every_steps", "heldout_samples"):
+        if getattr(config.train, name) < 1:
+            raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
+    if (config.train.steps is None) == (config.train.epochs is None):
+        raise ConfigError(
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the other "
+            "to null; it says how long the training is."
+        )
+    return config
+
+
+def _choose(node: Any, kinds: dict[str, type], where: str) -> Any:
+    name = node.get("name") if isinstance(node, dict) else None
+    if name not in kinds:
+        raise ConfigError(f"{where}.name is {name!r}. Known: {', '.join(kinds)}; {where}=NAME chooses from conf/{where}/.")
+    return _convert(kinds[name], node, f"{where}.")
+
+
+def _convert(kind: type[T], node: dict[str, Any], prefix: str) -> T:
+    _refuse_unknown(kind, node, prefix)
+    try:
+        schema = OmegaConf.structured(kind)
+        if kind is Config:
+            node = {"model": None, "data": None, **node}
+        result = OmegaConf.to_object(OmegaConf.merge(schema, node))
+    except OmegaConfBaseException as error:
+        key = prefix + str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {reason}.") from None
+    assert isinstance(result, kind)
+    return result
+
+
+def _refuse_unknown(kind: Any, node: Any, prefix: str) -> None:
+    """OmegaConf would refuse unknown keys as well, but not say which ones there are."""
+    if not isinstance(node, dict) or not hasattr(kind, "__dataclass_fields__"):
+        return
+    known = {field.name: field for field in fields(kind)}
+    for key, value in node.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(known)}."
+            raise ConfigError(f"There is no key {prefix}{key}.{meant}")
+        inner = _dataclass_of(kind, key)
+        if inner is not None:
+            _refuse_unknown(inner, value, f"{prefix}{key}.")
+
+
+def _dataclass_of(kind: Any, name: str) -> Any:
+    from typing import get_type_hints
+
+    hint = get_type_hints(kind)[name]
+    return hint if hasattr(hint, "__dataclass_fields__") else None
+
+
+def config_dir() -> Path:
+    """The folder of the configuration: inside the package when installed from a wheel, else beside it.
+
+    Raises:
+        ConfigError: when neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"No configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum.")

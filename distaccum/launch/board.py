@@ -1,0 +1,161 @@
+"""What the ranks of one start tell each other, over torch's key-value store: orders, who failed first, who is done."""
+
+import json
+import os
+import time
+import uuid
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from .job import Order
+from .ranks import Place
+
+_LONGEST_PAUSE_S = 0.2  # between two questions to the store
+_GRACE_S = 10.0  # how long rank 0 looks for the others before it leaves with an error
+
+
+class PeerFailedError(Exception):
+    """Another rank has failed while this one waited; that rank has shown the error."""
+
+    def __init__(self, rank: int, code: int) -> None:
+        super().__init__(f"rank {rank} failed with exit code {code}")
+        self.code = code
+
+
+class Board:
+    """The store, as the ranks of one start use it. Every rank makes one.
+
+    An agent of torchelastic keeps the same store over restarts, so keys of earlier starts may stand in it, and the
+    restart count does not tell starts apart (each node counts for itself). Therefore all keys carry a word which
+    rank 0 has made up and gives to whoever is there now.
+
+    Args:
+        place: this rank.
+        word: the word, where the ranks were told it; None to let rank 0 hand it out over the store.
+    """
+
+    def __init__(self, place: Place, word: str | None = None) -> None:
+        self._place = place
+        # Two connections: a thread of the process group that waits on its own must not hold up a failing rank.
+        self._control = _connect()
+        self._jobs = _connect()
+        self._serial = 0
+        self._gathered = word is not None
+        self._word = word or uuid.uuid4().hex
+
+    def publish(self, order: Order) -> Store:
+        """Rank 0: hand out an order. The store for its job."""
+        self._gather(limit_s=None)
+        self._control.set(self._key(f"order/{self._serial}"), order.to_json())
+        return self.job_store()
+
+    def end(self, code: int) -> None:
+        """Rank 0: there are no more orders, and `code` is the exit code of all."""
+        self._gather(limit_s=None if code == 0 else _GRACE_S)
+        self._control.set(self._key(f"order/{self._serial}"), json.dumps({"end": code}))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):  # the store lives in this process
+            end = time.monotonic() + _GRACE_S
+            while self._control.add(self._key("bye"), 0) < self._place.world_size - 1 and time.monotonic() < end:
+                time.sleep(0.02)
+
+    def receive(self) -> tuple[Order, Store] | int:
+        """The other ranks: the next order and the store for its job, or the exit code when there are no more.
+
+        Waits for as long as rank 0 needs. RuntimeError when the store is gone, PeerFailedError as `meet`.
+        """
+        self._greet()
+        key = self._key(f"order/{self._serial}")
+        self._wait(key)
+        text = self._control.get(key).decode()
+        found = json.loads(text)
+        if "end" in found:
+            self._control.add(self._key("bye"), 1)
+            return int(found["end"])
+        return Order.from_json(text), self.job_store()
+
+    def job_store(self) -> Store:
+        """The store for the current job, empty at its start."""
+        return PrefixStore(self._key(f"job/{self._serial}"), self._jobs)
+
+    def meet(self) -> None:
+        """All ranks: wait until all have done the current order. No collective.
+
+        PeerFailedError when one fails in the meantime.
+        """
+        count, all_done = self._key(f"done/{self._serial}"), self._key(f"all-done/{self._serial}")
+        if self._control.add(count, 1) == self._place.world_size:
+            self._control.set(all_done, "")
+        self._wait(all_done)
+        self._serial += 1
+
+    def claim(self, code: int, patience_s: float) -> tuple[int, int]:
+        """Claim to be the first rank that failed; rank and exit code of the one that is.
+
+        Args:
+            code: the exit code of this rank.
+            patience_s: how long to leave the claim to another rank before making it.
+        """
+        mine = f"{self._place.rank} {code}"
+        try:
+            end = time.monotonic() + patience_s
+            while self._first() is None and time.monotonic() < end:
+                time.sleep(0.05)
+            rank, first_code = self._control.compare_set(self._key("failed"), "", mine).decode().split()
+            return int(rank), int(first_code)
+        except RuntimeError:  # the store has gone with its host: nobody is there to be asked
+            return self._place.rank, code
+
+    def _first(self) -> tuple[int, int] | None:
+        if not self._control.check([self._key("failed")]):
+            return None
+        rank, code = self._control.get(self._key("failed")).decode().split()
+        return int(rank), int(code)
+
+    def _wait(self, key: str) -> None:
+        """Ask until the key is there."""
+        # Not `Store.wait` with a timeout: the store prints a warning each time that one is over.
+        pause_s = 0.005
+        while not self._control.check([key]):
+            first = self._first()
+            if first is not None:
+                raise PeerFailedError(*first)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _greet(self) -> None:
+        """The other ranks: fetch the word, once."""
+        if self._gathered:
+            return
+        token = uuid.uuid4().hex
+        self._control.set(f"distaccum/hello/{self._place.rank}", token)
+        self._wait(f"distaccum/answer/{token}")
+        self._word = self._control.get(f"distaccum/answer/{token}").decode()
+        self._control.set(self._key(f"here/{self._place.rank}"), "")
+        self._gathered = True
+
+    def _gather(self, limit_s: float | None) -> None:
+        """Rank 0: give the word to all others, once. A greeting of an earlier start is answered and replaced."""
+        missing = set() if self._gathered else set(range(1, self._place.world_size))
+        answered: dict[int, bytes] = {}
+        end = None if limit_s is None else time.monotonic() + limit_s
+        while missing and (end is None or time.monotonic() < end):
+            for rank in sorted(missing):
+                if not self._control.check([f"distaccum/hello/{rank}"]):
+                    continue
+                token = self._control.get(f"distaccum/hello/{rank}")
+                if answered.get(rank) != token:
+                    answered[rank] = token
+                    self._control.set(f"distaccum/answer/{token.decode()}", self._word)
+                elif self._control.check([self._key(f"here/{rank}")]):
+                    missing.discard(rank)
+            time.sleep(0.01)
+        self._gathered = True
+
+    def _key(self, name: str) -> str:
+        return f"distaccum/{self._word}/{name}"
+
+
+def _connect() -> Store:
+    store: Store = next(rendezvous("env://"))[0]
+    return store

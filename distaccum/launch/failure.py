@@ -1,0 +1,149 @@
+"""How an error is shown, and how a rank leaves. A rank that failed meets nobody: no collective, no process group.
+
+Exit codes: 0; 2 for what the user can put right in what was written (a letter, no traceback); 1 for all else;
+128 + signal.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from typing import NoReturn
+
+import torch.distributed as dist
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from ..errors import ConfigError
+
+# What gloo, NCCL and the store say when the other end of a connection has gone. Texts, for want of error types.
+_LOST = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was likely closed",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+    "remote process exited",
+    "pair closure",
+    "failed to recv",
+    "failed to send",
+    "communicator was aborted",
+    "recvvalue failed",
+    "sendbytes failed",
+)
+
+
+def say(text: str) -> None:
+    """Print to stderr in one write, so that lines of several ranks do not mix."""
+    sys.stderr.write(text.rstrip("\n") + "\n")
+    sys.stderr.flush()
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the error is about what the user wrote."""
+    return isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
+
+
+def report(error: BaseException, prefix: str = "") -> int:
+    """Show the error, the user's mistakes as a letter and all others with their traceback; the exit code for it."""
+    if is_users(error):
+        say(f"error: {letter(error)}")
+        return 2
+    text = "".join(traceback.format_exception(error)).rstrip("\n")
+    say("\n".join(prefix + line for line in text.split("\n")))
+    return 1
+
+
+def letter(error: BaseException) -> str:
+    """The text of a user's mistake.
+
+    Left out: Hydra's search path, and its advice to append a key (unknown keys are refused anyway).
+    """
+    texts = [str(error)]
+    if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in texts[0]:
+        texts.append(str(error.__cause__))
+    lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
+    noise = ("To append to your config use", "object_type=", "reference_type=")
+    return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether the error says no more than that another rank is gone."""
+    if isinstance(error, dist.DistNetworkError | ConnectionError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _LOST)
+
+
+def shorten(error: BaseException) -> str:
+    """One line of an error."""
+    first_line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first_line[:160]}"
+
+
+def fail(error: BaseException, rank: int, first: tuple[int, int]) -> NoReturn:
+    """Leave after `error` on this rank. Call it where the error is being handled.
+
+    Args:
+        error: what the task raised.
+        rank: this rank.
+        first: rank and exit code of whoever failed first. Only that rank shows its error and writes torchelastic's
+            error file. The others give the launcher time to see the first one's exit, and say one line if they live.
+    """
+    if first[0] != rank:
+        time.sleep(1.0)
+        if not is_users(error):
+            say(f"[rank {rank}] leaves, because rank {first[0]} failed first ({shorten(error)})")
+        leave(first[1])
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        leave(exit_code(error))
+    if is_lost_peer(error):
+        text = f"another rank has gone away (killed, or its machine is lost): {shorten(error)}"
+        say(f"[rank {rank}] {text}")
+        write_error_file(text, text)
+        leave(1)
+    code = report(error, f"[rank {rank}] ")
+    if code == 2:
+        write_error_file(letter(error), "the error message stands above")
+    else:
+        get_error_handler().record_exception(error)
+    leave(code)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an error stands for."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if is_users(error) else 1
+
+
+def write_error_file(message: str, shown: str) -> None:
+    """Tell torchrun, if it asked, what happened; `shown` is what stands in the summary that it prints."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
+        with open(path, "w") as file:
+            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, flushed, without the interpreter's own end.
+
+    There, communication hooks in Python over gloo can abort a rank that has done its work, and a rank that failed
+    would wait for threads which wait for other ranks.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:  # as the interpreter would: the workers of data loaders
+            child.terminate()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe: nobody reads any more
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,57 @@
+"""What one job is: the values that pass between the rank that runs Hydra and the ranks that work."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.distributed_c10d import Store
+
+
+@dataclass
+class LaunchSettings:
+    """The `launch` group of the configuration."""
+
+    nproc_per_node: int | None  # ranks that we start on this machine; null: one process, or what torchrun started
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a task gets on each rank. All but the four numbers of the rank is identical on every rank.
+
+    `config` holds plain containers, resolved. Its keys are text, because it has travelled as JSON.
+    """
+
+    config: dict[str, Any]
+    run_dir: Path  # absolute; made once, by Hydra
+    overrides: list[str]  # what the user wrote for this job
+    number: int  # 0, or the number within a sweep
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    store: Store | None  # None for one process; otherwise for `dist.init_process_group(store=...)`, empty for each job
+
+
+Task = Callable[[Job], None]
+Check = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job without the facts of a rank: what rank 0 composed and publishes."""
+
+    config: dict[str, Any]
+    run_dir: str
+    overrides: list[str]
+    number: int
+
+    def to_json(self) -> str:
+        """The order as text. TypeError for values that are not plain."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Order":
+        """The inverse of `to_json`."""
+        return Order(**json.loads(text))

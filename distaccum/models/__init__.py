@@ -1,0 +1,1 @@
+"""Models. They know nothing of accumulation and never return a mean."""

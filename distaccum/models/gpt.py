@@ -1,0 +1,200 @@
+"""A GPT-2 style decoder. It maps token ids to logits and knows nothing of losses, accumulation or ranks.
+
+Architecture and initialisation: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), with
+positions initialised like all other weights (std 0.02).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import functional as F
+
+from distaccum.errors import ConfigError
+
+
+@dataclass
+class GPTConfig:
+    """The sizes of a GPT. conf/model owns the values, therefore nothing has a default here.
+
+    Attributes:
+        name: "gpt", by which the composition root finds this class.
+        vocab_size: number of token ids V. None: the caller fills it in from the data before the model is built.
+        max_seq_len: number of learned positions, in tokens. None: likewise.
+        num_layers: decoder blocks.
+        num_heads: attention heads per block; must divide `width`.
+        width: features of the residual stream.
+        dropout: probability in [0, 1), after the embedding, on attention weights and on each residual branch.
+        bias: whether linear layers and layer norms have one (GPT-2: true).
+    """
+
+    name: str
+    vocab_size: int | None
+    max_seq_len: int | None
+    num_layers: int
+    num_heads: int
+    width: int
+    dropout: float
+    bias: bool
+
+
+@final
+class GPT(nn.Module):
+    """Pre-norm decoder with learned positions and one matrix for embedding and head; no buffers.
+
+    Built inside `torch.device("meta")` it holds no memory: then call `to_empty(device=...)` (after sharding, if any)
+    and `init_weights()`. Built outside it is initialised at once, with the same values under the same seed.
+
+    The embeddings and the head belong to the root, so that sharding each of `blocks` and then the root (FSDP2) keeps
+    the tied matrix in one group. Dropout draws from torch's global generator.
+
+    Raises ConfigError for sizes that cannot be built.
+    """
+
+    blocks: nn.ModuleList  # the decoder blocks in the order of computation, each [B, T, width] -> [B, T, width]
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.vocab_size, self.max_seq_len = _check(config)
+        device = torch.get_default_device()
+        # On meta first: torch's own initialisation would be thrown away, and its draws would make the weights depend
+        # on how the model was built.
+        with torch.device("meta"):
+            self.wte = nn.Embedding(self.vocab_size, config.width)
+            self.wpe = nn.Embedding(self.max_seq_len, config.width)
+            self.dropout = nn.Dropout(config.dropout)
+            self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_layers))
+            self.norm = nn.LayerNorm(config.width, bias=config.bias)
+        if device.type != "meta":
+            self.to_empty(device=device).init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Write all parameters: matrices normal with mean 0 and std 0.02, biases 0, norms 1.
+
+        The projections that add to the residual stream have std 0.02 / sqrt(2 * num_layers), since 2 * num_layers of
+        them are summed (GPT-2, section 2.3). Every rank draws the whole matrices from torch's global CPU generator, in
+        float32 and in the order of `named_parameters()`, and keeps its own shard: equal seeds give equal models on any
+        device, in any dtype (up to rounding) and on any number of ranks. The caller seeds. Nothing is communicated.
+
+        Raises ConfigError while the parameters are on the meta device.
+        """
+        residual_std = 0.02 / math.sqrt(2 * len(self.blocks))
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                raise ConfigError(
+                    f"GPT.init_weights: {name} is on the meta device; call to_empty(device=...) before it"
+                )
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                std = residual_std if name.endswith("project.weight") else 0.02
+                _write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Compute the logits of the next token at every position.
+
+        Args:
+            input_ids: [B, T] int64, values in [0, vocab_size), T <= max_seq_len. Padding belongs at the end: attention
+                is causal, so that what follows a token never changes it.
+
+        Returns:
+            [B, T, vocab_size] in the dtype of the parameters, or of autocast where it is on.
+
+        Raises ConfigError for another dtype or shape, or a sequence that is too long.
+        """
+        if input_ids.dtype != torch.int64 or input_ids.ndim != 2:
+            raise ConfigError(f"GPT: input_ids: {input_ids.dtype} {list(input_ids.shape)}, not torch.int64 [B, T]")
+        num_tokens = input_ids.shape[1]
+        if num_tokens > self.max_seq_len:
+            raise ConfigError(
+                f"GPT: a sequence of {num_tokens} tokens, but model.max_seq_len is {self.max_seq_len}; "
+                f"use shorter sequences, or model.max_seq_len={num_tokens}"
+            )
+        # A slice of the positions instead of a look-up: its backward is deterministic on every device.
+        x: Tensor = self.dropout(self.wte(input_ids) + self.wpe.weight[:num_tokens])
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.wte.weight)
+
+
+class _Attention(nn.Module):
+    """Causal self-attention of all heads, [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.bias)
+        self.project = nn.Linear(config.width, config.width, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, T, width / heads]
+        query, key, value = qkv.unbind(2)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        out: Tensor = self.project(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+class _MLP(nn.Module):
+    """Two linear layers around a GELU (GPT-2's tanh form), four times wider inside, [B, T, width] -> [B, T, width]."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.expand = nn.Linear(config.width, 4 * config.width, bias=config.bias)
+        self.project = nn.Linear(4 * config.width, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.project(F.gelu(self.expand(x), approximate="tanh"))
+        return out
+
+
+class _Block(nn.Module):
+    """One decoder block: each branch reads a normalised residual stream and adds to it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.attention = _Attention(config)
+        self.mlp_norm = nn.LayerNorm(config.width, bias=config.bias)
+        self.mlp = _MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return out
+
+
+def _write(parameter: Tensor, full: Tensor) -> None:
+    """Copy `full` (the whole, equal on all ranks) into a parameter, or each rank's part of it into a sharded one."""
+    if isinstance(parameter, DTensor):
+        full = full.to(parameter.device, parameter.dtype)
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
+
+
+def _check(config: GPTConfig) -> tuple[int, int]:
+    """Refuse impossible sizes; return (vocab_size, max_seq_len), which are certain from here on."""
+    if config.vocab_size is None or config.max_seq_len is None:
+        got = f"model.vocab_size={config.vocab_size}, model.max_seq_len={config.max_seq_len}"
+        raise ConfigError(f"{got}: both must be known when the model is built; take them from the data, or set them")
+    for key in ("vocab_size", "max_seq_len", "num_layers", "num_heads", "width"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1")
+    if remainder := config.width % config.num_heads:
+        below = config.width - remainder
+        nearest = f"{below} or {below + config.num_heads}" if below else config.num_heads
+        raise ConfigError(
+            f"model.width ({config.width}) must be a multiple of model.num_heads ({config.num_heads}), since each head "
+            f"has width / num_heads features; use model.width={nearest}"
+        )
+    if not 0 <= config.dropout < 1:
+        raise ConfigError(f"model.dropout ({config.dropout}) is a probability in [0, 1), where 0 switches it off")
+    return config.vocab_size, config.max_seq_len

@@ -1,0 +1,87 @@
+"""Numbers as people read them: three significant digits and a unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+Field = float | int | str | None  # what a record's field may be
+
+
+def count(number: float) -> str:
+    """A count in thousands: 999 -> "999", 1234 -> "1.23K", 12345678 -> "12.3M", then G, T, P."""
+    return _scaled(number, 1000.0, ("", "K", "M", "G", "T", "P"))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in powers of 1024: 512 -> "512 B", 4300000 -> "4.1 MiB"."""
+    value, unit = _reduce(num_bytes, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
+    return f"{value:.0f} {unit}" if unit == "B" or not math.isfinite(value) else f"{value:.1f} {unit}"
+
+
+def rate(per_second: float) -> str:
+    """Something per second: 12345.6 -> "12.3K/s", 0.5 -> "0.5/s"."""
+    return count(per_second) + "/s"
+
+
+def duration(seconds: float) -> str:
+    """A time span: 0.25 -> "0.25s", 42 -> "42s", 92 -> "1m 32s", 7500 -> "2h 05m", 100000 -> "1d 03h"."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return f"{seconds:.3g}s"
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def step_texts(fields: Mapping[str, Field]) -> dict[str, str]:
+    """Fields of a step as the words and texts of a progress line, in reading order; names as in `Report.step`."""
+    texts = {}
+    for name, word, write in _STEP_COLUMNS:
+        value = fields.get(name)
+        if isinstance(value, (int, float)):
+            texts[word] = write(value)
+        elif name in _ALWAYS_SHOWN:
+            texts[word] = "-"
+    if fields.get("skipped"):
+        texts["skipped"] = str(fields["skipped"])
+    return texts
+
+
+def _scaled(number: float, base: float, units: tuple[str, ...]) -> str:
+    value, unit = _reduce(number, base, units, digits=0)
+    if not unit and float(value).is_integer():
+        return f"{value:.0f}"
+    return f"{value:.3g}{unit}"
+
+
+def _reduce(number: float, base: float, units: tuple[str, ...], digits: int) -> tuple[float, str]:
+    """Divide until the number *as it will be printed* is below the base: 999999 is "1M", not "1e+03K"."""
+    value = float(number)
+    for unit in units[:-1]:
+        if not math.isfinite(value) or abs(round(value, digits if unit else 0)) < base:
+            return value, unit
+        value /= base
+    return value, units[-1]
+
+
+# Field of a step, its word in the progress line, how it is written. Fields that are not here are recorded, not shown.
+_STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("epoch", "epoch", "{:.4g}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("grad_norm", "grad", "{:.3g}".format),
+    ("lr", "lr", "{:.2e}".format),
+    ("samples_per_s", "samples", rate),
+    ("tokens_per_s", "tokens", rate),
+    ("data_wait_share", "data", "{:.0%}".format),
+    ("comm_share", "comm", "{:.0%}".format),
+    ("peak_memory_bytes", "mem", size),
+)
+# Shown as "-" where the trainer says None, so that the columns of a skipped step stay in line with the others.
+_ALWAYS_SHOWN = ("loss", "grad_norm")

@@ -1,0 +1,33 @@
+"""Any value of a configuration as plain JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence, Set
+from enum import Enum
+from pathlib import Path
+
+
+def to_plain(value: object) -> object:
+    """Turn a value into what `json.dumps(..., allow_nan=False)` accepts.
+
+    Dataclasses and mappings become dicts with string keys, sequences and sets become lists (sets sorted), Enums their
+    value, paths and everything unknown their text. A float that is not finite becomes "nan", "inf" or "-inf", because
+    JSON has no such number. The argument is left as it is.
+    """
+    if value is None or (isinstance(value, (str, bool, int)) and not isinstance(value, Enum)):
+        return value
+    if isinstance(value, Enum):
+        return to_plain(value.value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(to_plain(key)): to_plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted((to_plain(item) for item in value), key=str)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, Path)):
+        return [to_plain(item) for item in value]
+    return str(value)

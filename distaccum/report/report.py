@@ -1,0 +1,174 @@
+"""What a run tells: the trainer's one collaborator for the console, `metrics.jsonl`, W&B and `curve.png`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TextIO
+
+from distaccum.report.console import Console
+from distaccum.report.curve import draw_curve
+from distaccum.report.human import Field, duration, step_texts
+from distaccum.report.metrics import MetricsFile
+from distaccum.report.wandb_run import WandbMode, WandbRun
+
+
+class LoggerName(Enum):
+    """Which logger runs beside `metrics.jsonl`, which is always written."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+@dataclass
+class LoggerConfig:
+    """The group `logger`. Its values stand in conf/logger/, the only owner of defaults."""
+
+    name: LoggerName
+    project: str
+    entity: str | None
+    run_name: str | None
+    group: str | None
+    mode: WandbMode
+    init_timeout_s: float
+
+
+class Report:
+    """Tells one run. Made and called on rank 0 only; makes no collective, so that the other ranks need not know of it.
+
+    Args:
+        run_dir: an existing folder; gets `metrics.jsonl` and `curve.png`.
+        console: what people see.
+        wandb: a started run, or None.
+    """
+
+    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun | None) -> None:
+        self.run_dir = run_dir
+        self.metrics_path = run_dir / "metrics.jsonl"
+        self._console = console
+        self._wandb = wandb
+        self._metrics = MetricsFile(self.metrics_path)
+        self._started_at = time.monotonic()
+        self._ended = False
+
+    def start(self, sections: Mapping[str, Mapping[str, str]], facts: Mapping[str, object]) -> None:
+        """Draw the start block, and record the facts (for machines) as a record "start" and in W&B's config."""
+        self._console.start_block(sections)
+        self._metrics.write("start", **facts)
+        if self._wandb is not None:
+            self._wandb.update_config(facts)
+            if self._wandb.active:
+                self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
+
+    def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
+        """Record one optimizer step: always a record "step" and a W&B row `train/*`, a progress line when `show`.
+
+        Args:
+            fields: `step` (int) and any of epoch, samples, tokens, loss, grad_norm, lr, weight, skipped, samples_per_s,
+                tokens_per_s, data_wait_share, comm_share (shares of 1), peak_memory_bytes; other names are recorded
+                too. Python numbers: a tensor would have to be read from the device here.
+            total_steps: of the whole run.
+            show: for a log file the caller owns the interval. A terminal's bar follows every step all the same.
+        """
+        self._metrics.write("step", **fields)
+        if self._wandb is not None:
+            self._wandb.log("train", fields)
+        if show or self._console.is_terminal:
+            self._console.progress(_whole(fields, "step"), total_steps, step_texts(fields))
+
+    def heldout(self, fields: Mapping[str, Field]) -> None:
+        """Record an evaluation: `step`, `loss`, and samples and tokens trained on so far, for the x-axes."""
+        self._metrics.write("heldout", **fields)
+        if self._wandb is not None:
+            self._wandb.log("heldout", fields)
+        loss = fields.get("loss")
+        text = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
+        self._console.line(f"held-out loss {text} at step {_whole(fields, 'step')}")
+
+    def note(self, text: str) -> None:
+        """Say one line, and record it as a record "note"."""
+        self._metrics.write("note", text=text)
+        self._console.line(text)
+
+    def end(
+        self,
+        reason: str,
+        fields: Mapping[str, Field],
+        exit_code: int,
+        baseline: float | None = None,
+        loss_unit: str = "nats per token",
+    ) -> None:
+        """Record why the run ended, draw `curve.png`, finish W&B, print the last lines. A second call does nothing.
+
+        Args:
+            reason: in words: "all 400 steps done", "stopped by SIGTERM after step 120".
+            fields: final figures, shown as they are called.
+            exit_code: of the process, for W&B: 0 is shown as finished, others as failed.
+            baseline: the loss of the unigram baseline, for the picture.
+            loss_unit: what the loss is measured in, for the picture.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        final = {"baseline": baseline, **fields, "reason": reason, "exit_code": exit_code}
+        self._metrics.write("end", **final)
+        self._metrics.close()
+        shown = {name: _plain_text(value) for name, value in fields.items() if value is not None}
+        self._console.end(reason, shown | {"time": duration(time.monotonic() - self._started_at)})
+        self._draw_curve(baseline, loss_unit)
+        if self._wandb is not None:
+            self._wandb.update_summary({f"end/{name}": value for name, value in final.items() if value is not None})
+            self._wandb.finish(exit_code)
+        self._console.line(f"run folder: {self.run_dir}")
+
+    def _draw_curve(self, baseline: float | None, loss_unit: str) -> None:
+        try:
+            draw_curve(self.metrics_path, self.run_dir / "curve.png", baseline, loss_unit)
+        except Exception as error:  # a picture is not worth a run: everything it shows is in metrics.jsonl
+            self._console.line(
+                f"curve.png was not drawn ({type(error).__name__}: {error}); the numbers are in metrics.jsonl"
+            )
+
+
+def make_report(
+    run_dir: Path, config: LoggerConfig, run_config: Mapping[str, object], stream: TextIO | None = None
+) -> Report:
+    """Make the report of a run, on rank 0 only. Blocks about `config.init_timeout_s` at most.
+
+    Args:
+        run_dir: where the run writes; made if it is missing.
+        config: the group `logger`.
+        run_config: what W&B keeps as the run's config: the composed configuration, plan and forecast.
+        stream: where the console writes; the standard output when None.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console(stream)
+    wandb = None
+    if config.name is LoggerName.wandb:
+        wandb = WandbRun(
+            run_dir=run_dir,
+            project=config.project,
+            entity=config.entity,
+            name=config.run_name,
+            group=config.group,
+            mode=config.mode,
+            config=run_config,
+            init_timeout_s=config.init_timeout_s,
+            warn=console.line,
+        )
+    return Report(run_dir, console, wandb)
+
+
+def _whole(fields: Mapping[str, Field], name: str) -> int:
+    value = fields[name]
+    assert isinstance(value, int), f"{name} is a whole number, got {value!r}"
+    return value
+
+
+def _plain_text(value: Field) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

