@@ -292,8 +292,8 @@ def forward_without_no_sync() -> str:
 
 def test_trap_11_a_sync_that_is_not_planned_is_an_error(two_ranks: World) -> None:
     for message in two_ranks.run(forward_without_no_sync):
-        assert "sent 5 all_reduce" in message  # one a micro, and two rows of control numbers for a window in a list
-        assert "forecast is 3 all_reduce" in message
+        assert "sent 4 all_reduce" in message  # one a micro, and the control numbers
+        assert "forecast is 2 all_reduce" in message
 
 
 def clipped_update() -> list[float]:
