@@ -5,7 +5,8 @@ Each function says why no public name serves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,6 @@ class ShardedGroup:
     scatter_bytes: int  # input of its reduce-scatter: the trained parameters only
     reduce_bytes: int  # its all-reduce between replicas (HSDP): one shard
     reshards: bool  # whether it is gathered once more for the backward
-    param_dtype: torch.dtype  # of the parameters themselves
     reduce_dtype: torch.dtype  # in which gradients are accumulated and reduced
 
 
@@ -31,45 +31,63 @@ def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
     for group, is_root in _fsdp_groups(model):
         shards = getattr(group.mesh_info, "shard_mesh_size", 1)
         gather = scatter = reduce = 0
-        policy = group.mp_policy
+        stored = reduce_dtype = torch.float32
         for param in group.fsdp_params:
+            policy = getattr(param, "mp_policy", None) or group.mp_policy  # the group's until torch 2.14
             size = param._orig_size
             padded = -(-size[0] // shards) * shards * size[1:].numel() if len(size) else shards
             stored = param.sharded_param.dtype
             gather += padded * (policy.param_dtype or stored).itemsize
             if param.sharded_param.requires_grad:
-                itemsize = (policy.reduce_dtype or policy.param_dtype or stored).itemsize
-                scatter += padded * itemsize
-                reduce += padded // shards * itemsize
-        stored = group.fsdp_params[0].sharded_param.dtype
-        state_reshards = group.post_forward_mesh_info is not None
-        yield ShardedGroup(
-            gather_bytes=gather,
-            scatter_bytes=scatter,
-            reduce_bytes=reduce,
-            # The root is kept after its forward unless the user said otherwise; torch decides that in the first forward.
-            reshards=state_reshards and not (is_root and _root_decides_later(model)),
-            param_dtype=stored,
-            reduce_dtype=policy.reduce_dtype or policy.param_dtype or stored,
-        )
+                reduce_dtype = policy.reduce_dtype or policy.param_dtype or stored
+                scatter += padded * reduce_dtype.itemsize
+                reduce += padded // shards * reduce_dtype.itemsize
+        # The root is kept after its forward unless the user said otherwise; torch decides that in the first forward.
+        undecided = is_root and bool(_state(model)._auto_reshard_after_forward)
+        reshards = group.post_forward_mesh_info is not None and not undecided
+        yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype)
 
 
 def clear_sharded_gradients(model: nn.Module) -> None:
     """Forget unreduced gradients of an FSDP2 module, and any forward or backward that did not finish.
 
-    `zero_grad()` does not reach the unsharded accumulators or HSDP's partial sums, and `reset_iter_state()` leaves the
-    former too.
+    `zero_grad()` does not reach the unsharded accumulators or HSDP's partial sums, and `reset_iter_state()` (from torch
+    2.12 on) leaves the former too.
     """
-    root = _root_state(model)
-    if root._state_ctx is not None and hasattr(model, "reset_iter_state"):
+    if hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
+    else:
+        _reset_pass(model)
     for group, _ in _fsdp_groups(model):
         group._partial_reduce_output = None
         for param in group.fsdp_params:
-            param.unsharded_accumulated_grad = None
+            if not hasattr(type(param), "unsharded_accumulated_grad"):  # from torch 2.14 on the next line clears it
+                param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None
             param.sharded_param.grad = None
+
+
+def reduce_unused_parameters(model: nn.Module) -> None:
+    """Make every rank reduce all trained parameters, as zeros where a micro did not use them.
+
+    torch has `set_reduce_scatter_unused_params` for it from 2.12 on; before, groups are taught it one by one.
+    """
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+        return
+    for group, _ in _fsdp_groups(model):
+        group.post_backward = functools.partial(_post_backward_with_zeros, group, group.post_backward)
+
+
+def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
+    if group.reduce_grads:
+        for param in group.fsdp_params:
+            fresh = param.unsharded_accumulated_grad is None
+            if fresh and hasattr(param, "_unsharded_param") and param._unsharded_param.requires_grad:
+                if param._unsharded_param.grad is None:
+                    param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)
+    post_backward(*unused)
 
 
 def custom_divide_factor(model: nn.Module) -> float | None:
@@ -115,20 +133,39 @@ def reset_ddp(model: DistributedDataParallel) -> None:
     model.process_group, model.device_ids = group, device_ids
 
 
-def _root_state(model: nn.Module) -> Any:
+def _state(model: nn.Module) -> Any:
     return model._get_fsdp_state()  # type: ignore[operator]
 
 
-def _root_decides_later(model: nn.Module) -> bool:
-    return bool(getattr(_root_state(model), "_auto_reshard_after_forward", False))
+def _reset_pass(model: nn.Module) -> None:
+    """What `reset_iter_state` does, for torch 2.11."""
+    root = _state(model)
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
+    if hasattr(root, "_comm_ctx"):
+        root._comm_ctx.post_forward_order.clear()
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state = _state(module)
+            state._training_state = _idle(state)
+            getattr(state, "_modules_to_run_forward", set()).clear()
+    for group, _ in _fsdp_groups(model):
+        group.finalize_backward()
+        group._training_state = _idle(group)
+        group._to_sharded()
+
+
+def _idle(owner: Any) -> Any:
+    return type(owner._training_state).IDLE
 
 
 def _fsdp_groups(model: nn.Module) -> Iterator[tuple[Any, bool]]:
+    """Each group once, and whether it is the root's."""
     seen: set[int] = set()
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
-        state = module._get_fsdp_state()
+        state = _state(module)
         groups = getattr(state, "_fsdp_param_groups", None)
         if groups is None:  # torch 2.11 has one group a state
             groups = [state._fsdp_param_group] if state._fsdp_param_group else []

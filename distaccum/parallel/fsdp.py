@@ -43,10 +43,9 @@ class FSDP(Strategy):
         self._refuse_narrow_reduction()
         # Ranks may use different parameters in a window; all must reduce the same ones, and with a postponed all-reduce
         # a partial sum must not meet another parameter's.
-        model.set_reduce_scatter_unused_params(True)
+        torch_private.reduce_unused_parameters(model)
         if sync is Sync.every and is_narrow(model.parameters()):
             self.wide = WideGradients(model.parameters())  # each micro's reduced shard would be summed in its own dtype
-        self._reshards = [group.reshards for group in torch_private.sharded_groups(model)]
         if sync is Sync.keep:
             model.set_reshard_after_forward(False)
 

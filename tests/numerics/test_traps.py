@@ -347,6 +347,37 @@ def test_trap_14_bf16_sums_do_not_stall(two_ranks: World, strategy: str, policy:
     assert two_ranks.run(narrow_update, strategy, policy, num_micros) == [1.0, 1.0]
 
 
+def narrow_gather(policy: str, num_micros: int) -> float:
+    """Float32 parameters that FSDP2 gathers in bf16, so that autograd delivers bf16 gradients."""
+    model: nn.Module = nn.Sequential(nn.Linear(1, 2, bias=False))
+    nn.init.zeros_(next(model.parameters()))
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=mixed)
+    objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
+    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
+    accumulator.step([torch.ones(1, 1)] * num_micros)
+    return -float(whole(next(model.parameters())).mean())
+
+
+@pytest.mark.parametrize("policy", ["boundary", "keep", "every"])
+def test_trap_14_nor_where_fsdp_gathers_in_bf16(two_ranks: World, policy: str) -> None:
+    assert two_ranks.run(narrow_gather, policy, 512) == [1.0, 1.0]
+
+
+def refuse_narrow_reduction() -> str:
+    model = fully_shard(linear(torch.bfloat16), mesh=init_device_mesh("cpu", (2,)))
+    try:
+        da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
+    except da.ConfigError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_trap_14_a_bf16_reduction_is_refused(two_ranks: World) -> None:
+    for message in two_ranks.run(refuse_narrow_reduction):
+        assert "accumulates and reduces gradients in torch.bfloat16" in message
+
+
 def narrow_update_alone(num_micros: int) -> float:
     model = linear(torch.bfloat16)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
