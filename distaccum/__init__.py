@@ -6,10 +6,10 @@ from .errors import ConfigError as ConfigError
 from .errors import DistaccumError as DistaccumError
 from .errors import DivergenceError as DivergenceError
 from .errors import LedgerError as LedgerError
-from .loss import CausalLM as CausalLM
-from .loss import Classification as Classification
 from .loss import Objective as Objective
-from .loss import Regression as Regression
+from .objectives import CausalLM as CausalLM
+from .objectives import Classification as Classification
+from .objectives import Regression as Regression
 from .parallel.base import Sync as Sync
 from .plan import Micro as Micro
 from .plan import Plan as Plan

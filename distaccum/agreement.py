@@ -1,7 +1,7 @@
 """What all ranks know of a window before they act on it, by one small collective per window.
 
-Each rank tells one row: what it has for the upcoming window, and how the current one went. So the weights of a window are
-known before its first backward, and whether an update is made is decided by all ranks alike.
+Each rank tells one row: what it has for the upcoming window, and how the current one went. So the weights of a window
+are known before its first backward, and whether an update is made is decided by all ranks alike.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Agreement:
         own = None if first is None else list(weights_of(self._objective, first))
         told = self._world.gather_objects((own, self._totals(window, own or [])))
         having = [rank for rank, (terms, _) in enumerate(told) if terms is not None]
-        terms = told[having[0]][0] if having else []
+        terms = (told[having[0]][0] if having else None) or []
         if any(told[rank][0] != terms for rank in having):
             named = {rank: told[rank][0] for rank in having}
             raise ConfigError(f"Ranks have objectives with different terms: {named}. Use one objective on all ranks.")
@@ -81,13 +81,6 @@ class Agreement:
             lent = self._world.lend(first, having[0]) if len(having) < self._world.size else None
             self.padding = lent if first is None else first
         self._announce(window, rows)
-
-    def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
-        rows, own = asked.shared.read(*scalars)
-        upcoming = asked.upcoming
-        if upcoming is not None:
-            self._announce(upcoming, rows)
-        return rows, own
 
     def on(self, window: MicroBatches) -> Announced:
         """The numbers of this window: asked for one window ago, or now where nobody could know it then."""
@@ -107,8 +100,9 @@ class Agreement:
         self.asked += 1
         terms = self._terms or []
         count, totals = self._totals(upcoming, terms)
-        device, numbers = self._world.device, [float(count), *totals]
-        row = [torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda").to(device, non_blocking=True)]
+        device = self._world.device
+        known = torch.tensor([float(count), *totals], dtype=torch.float64, pin_memory=device.type == "cuda")
+        row = [known.to(device, non_blocking=True)]
         if sums is None or not len(sums):
             row.append(torch.zeros(len(terms) + 1, dtype=torch.float64, device=device))
         else:
@@ -123,21 +117,18 @@ class Agreement:
 
         Args:
             asked: from `ask`.
-            own_norm: [] float64, the squared norm of the gradients on this rank; all of it unless shares ride on the rows.
+            own_norm: [] float64, the squared norm of the gradients on this rank: all, or the share that rode along.
         """
         rows, own = self._read(asked, own_norm)
         num_terms = len(self._terms or [])
-        sums = [math.fsum(row[1 + num_terms + i] for row in rows) for i in range(num_terms)]
-        squared = math.fsum(row[-1] for row in rows) if asked.norm_rides else own[0]
+        sums = [sum(row[1 + num_terms + i] for row in rows) for i in range(num_terms)]
+        squared = sum(row[-1] for row in rows) if asked.norm_rides else own[0]
         grad_norm = math.sqrt(squared) if squared >= 0 else math.nan
-        trouble = None
-        for rank, row in enumerate(rows):
-            if row[-2] > 0:
-                micro = int(row[-2]) - 1
-                trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
-                break
-        if trouble is None and not math.isfinite(grad_norm):
-            trouble = f"gradient norm {grad_norm}, though every loss was finite"
+        trouble = None if math.isfinite(grad_norm) else f"gradient norm {grad_norm}, though every loss was finite"
+        broken = [(rank, int(row[-2]) - 1) for rank, row in enumerate(rows) if row[-2] > 0]
+        if broken:
+            rank, micro = broken[0]
+            trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
         return Outcome(sums, grad_norm, trouble)
 
     def forget(self) -> None:
@@ -146,12 +137,17 @@ class Agreement:
 
     def traffic(self, rows: int) -> Traffic:
         """What so many rows send."""
-        columns = 3 + 2 * len(self._terms or [SINGLE_TERM])
-        size = self._world.control_bytes(columns)
-        return Traffic.of([("all_reduce", size)] * rows if size else [])
+        size = 8 * self._world.size * (3 + 2 * len(self._terms or [SINGLE_TERM]))
+        return Traffic.of([] if self._world.group is None else [("all_reduce", size)] * rows)
+
+    def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
+        rows, own = asked.shared.read(*scalars)
+        if asked.upcoming is not None:
+            self._announce(asked.upcoming, rows)
+        return rows, own
 
     def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
-        weights = {name: math.fsum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
+        weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
         counts = [int(row[0]) for row in rows]
         window.rounds = max(counts)
         self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))

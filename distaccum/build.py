@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,16 @@ from distaccum.data.loader import Loader
 from distaccum.data.text import TextDataset, load_text, unigram_loss
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
-from distaccum.loss import CausalLM, Objective
+from distaccum.loss import Objective
 from distaccum.models.gpt import GPT
+from distaccum.objectives import CausalLM
 from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
-from distaccum.parallel.world import World, start
-from distaccum.parallel.wrap import StrategyName, wrap
+from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
 from distaccum.report import Report, make_report
 from distaccum.step import Accumulator
 from distaccum.trainer import Heldout, Rhythm, Trainer
+from distaccum.wrap import StrategyName, wrap
 
 
 def check(composed: dict[str, Any]) -> None:
@@ -59,9 +62,15 @@ def train(job: Job) -> None:
             loss = training.trainer.run()
         except BaseException as error:
             if report is not None:
-                report.end(f"{type(error).__name__}: {error}", {"step": training.trainer.progress.step}, 1, training.baseline)
+                report.end(
+                    f"{type(error).__name__}: {error}", {"step": training.trainer.progress.step}, 1, training.baseline
+                )
             raise
         if report is not None:
+            report.note(
+                f"held-out loss {loss:.4f} against {training.baseline:.4f} nats per token of the unigram baseline "
+                f"({loss / math.log(2):.3f} against {training.baseline / math.log(2):.3f} bits per byte)"
+            )
             report.end(
                 f"all {training.trainer.rhythm.steps} steps done",
                 {"heldout_loss": loss, "unigram_baseline": training.baseline},
@@ -110,11 +119,14 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
         audit=config.accum.audit,
     )
     unit = config.optim.schedule.unit
-    total = steps * {
-        ScheduleUnit.steps: 1,
-        ScheduleUnit.samples: plan.effective_batch,
-        ScheduleUnit.tokens: plan.effective_batch * config.data.seq_len,
-    }[unit]
+    total = (
+        steps
+        * {
+            ScheduleUnit.steps: 1,
+            ScheduleUnit.samples: plan.effective_batch,
+            ScheduleUnit.tokens: plan.effective_batch * config.data.seq_len,
+        }[unit]
+    )
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(train_text, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
     heldout_plan = Plan(
@@ -122,11 +134,11 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
         effective_batch=min(len(heldout_text), config.train.heldout_samples),
         micro_size=arithmetic.micro_size,
     )
-    report, baseline = None, unigram_loss(train_text, heldout_text)
+    evaluated = [n for micro in heldout_plan.window().micros for n in heldout_plan.samples(micro)]
+    report, baseline = None, unigram_loss(train_text, heldout_text, evaluated)
     if world.rank == 0:
         sections, facts = summary.start_block(
-            config, arithmetic, plan, steps, accumulator, {"training text": train_text.facts, "held-out": heldout_text.facts},
-            baseline,
+            config, arithmetic, plan, steps, accumulator, train_text.facts, heldout_text.facts, baseline
         )  # fmt: skip
         report = make_report(run_dir, config.logger, {**_plain(config), **facts})
         report.start(sections, facts)
@@ -184,7 +196,15 @@ def _process_group(config: Config, job: Job, device: torch.device) -> Iterator[N
     if job.world_size == 1 and config.parallel.name in (StrategyName.auto, StrategyName.single):
         yield
         return
-    start(job.store or dist.HashStore(), job.rank, job.world_size, device, config.train.timeout_s)
+    gpu = device if device.type == "cuda" else None
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=job.store or dist.HashStore(),  # type: ignore[attr-defined]
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=config.train.timeout_s),
+        device_id=gpu,
+    )
     # Our models and objectives do nothing in place on a module's output, which is what this warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     yield

@@ -13,7 +13,7 @@ OVERRIDE is Hydra's: group=choice, key=value, --multirun key=1,2,4, --cfg job (p
 
 
 def main() -> None:
-    """Do what the first word says and end the process with the exit code: 0, 1 for a failure, 2 for a user's mistake."""
+    """Do what the first word says and end the process: exit code 0, 1 for a failure, 2 for a user's mistake."""
     word, *overrides = sys.argv[1:] or [""]
     if word in ("-h", "--help", "help"):
         print(USAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -31,7 +32,7 @@ def exposed_s(marks: Sequence[Mark]) -> float | None:
     Returns:
         None where a window has one micro, so that there is nothing to compare with.
     """
-    seconds = [_between(a, b) for a, b in zip(marks[:-1], marks[1:], strict=True)]
+    seconds = [_between(a, b) for a, b in pairwise(marks)]
     if len(seconds) < 2:
         return None
     return max(0.0, seconds[-1] - sum(seconds[:-1]) / (len(seconds) - 1))
@@ -42,4 +43,4 @@ def _between(first: Mark, second: Mark) -> float:
         return second - first
     assert isinstance(first, torch.cuda.Event)
     assert isinstance(second, torch.cuda.Event)
-    return first.elapsed_time(second) / 1000.0
+    return float(first.elapsed_time(second)) / 1000.0

@@ -19,10 +19,10 @@ from distaccum.nn.precision import Precision
 from distaccum.optim import OptimConfig
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit
-from distaccum.parallel.wrap import ParallelConfig
 from distaccum.plan import LastWindow, Ragged
 from distaccum.report import LoggerConfig
 from distaccum.step import NonFinite
+from distaccum.wrap import ParallelConfig
 
 
 class Device(Enum):
@@ -117,8 +117,8 @@ def typed(composed: dict[str, Any]) -> Config:
             raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
     if (config.train.steps is None) == (config.train.epochs is None):
         raise ConfigError(
-            f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the other "
-            "to null; it says how long the training is."
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the "
+            "other to null; it says how long the training is."
         )
     return config
 
@@ -126,7 +126,9 @@ def typed(composed: dict[str, Any]) -> Config:
 def _choose(node: Any, kinds: dict[str, type], where: str) -> Any:
     name = node.get("name") if isinstance(node, dict) else None
     if name not in kinds:
-        raise ConfigError(f"{where}.name is {name!r}. Known: {', '.join(kinds)}; {where}=NAME chooses from conf/{where}/.")
+        raise ConfigError(
+            f"{where}.name is {name!r}. Known: {', '.join(kinds)}; {where}=NAME chooses from conf/{where}/."
+        )
     return _convert(kinds[name], node, f"{where}.")
 
 
@@ -177,4 +179,6 @@ def config_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise ConfigError(f"No configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum.")
+    raise ConfigError(
+        f"No configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum."
+    )

@@ -1,4 +1,4 @@
-"""The errors that distaccum raises on purpose. Each message is a small letter: what, got, why, what to write instead."""
+"""The errors that distaccum raises on purpose. A message is a small letter: what, got, why, what to write instead."""
 
 
 class DistaccumError(Exception):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
@@ -41,66 +40,6 @@ class Objective:
 
     loss_sum: Callable[[nn.Module, Any], LossSum]
     weight: Callable[[Any], Weight]
-
-
-@dataclass(frozen=True)
-class CausalLM:
-    """Cross entropy of the next token, summed over the tokens whose label counts, in nats.
-
-    The micro is a mapping with `input_ids` int64 [B, T] and `labels` int64 [B, T], or such a pair. The model takes
-    `input_ids` and returns logits [B, T, V], or an object that has them as `.logits`.
-    """
-
-    shift: bool = True  # labels stand at their own positions, as in Hugging Face; False: they are the next tokens already
-    ignore_index: int = -100
-
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of the tokens' cross entropies, float32 or wider."""
-        input_ids, labels = _inputs_and_labels(micro, "input_ids")
-        logits = _logits(model(input_ids))
-        if self.shift:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(
-            _wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
-        )
-
-    def weight(self, micro: Any) -> int:
-        """The number of labels that count."""
-        labels = _inputs_and_labels(micro, "input_ids")[1]
-        return int(((labels[:, 1:] if self.shift else labels) != self.ignore_index).sum())
-
-
-@dataclass(frozen=True)
-class Classification:
-    """Cross entropy summed over samples. Micro: `inputs` [B, ...] and `labels` int64 [B]; model: logits [B, C]."""
-
-    ignore_index: int = -100
-
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of the samples' cross entropies, float32 or wider."""
-        inputs, labels = _inputs_and_labels(micro, "inputs")
-        return F.cross_entropy(_wide(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum")
-
-    def weight(self, micro: Any) -> int:
-        """The number of labels that count."""
-        return int((_inputs_and_labels(micro, "inputs")[1] != self.ignore_index).sum())
-
-
-@dataclass(frozen=True)
-class Regression:
-    """Squared error summed over all numbers. Micro: `inputs` [B, ...] and `labels` of the model's output shape."""
-
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of squared errors, float32 or wider."""
-        inputs, labels = _inputs_and_labels(micro, "inputs")
-        outputs = _wide(_logits(model(inputs)))
-        if outputs.shape != labels.shape:  # broadcasting would count other numbers than the weight does
-            raise ConfigError(f"Regression: the model returned {list(outputs.shape)}, labels are {list(labels.shape)}.")
-        return F.mse_loss(outputs, labels.to(outputs.dtype), reduction="sum")
-
-    def weight(self, micro: Any) -> int:
-        """The number of numbers."""
-        return int(_inputs_and_labels(micro, "inputs")[1].numel())
 
 
 def weights_of(objective: SupportsObjective, micro: Any) -> dict[str, float]:
@@ -167,7 +106,7 @@ class Denominator:
         return any(weight > 0 for weight in self.weights.values())
 
     def divide(self, sums: Sequence[Tensor]) -> Tensor:
-        """This micro-batch's share [] of the window's loss. A term with global weight 0 adds nothing (but its graph)."""
+        """This micro-batch's share [] of the window's loss. A term with global weight 0 adds nothing but its graph."""
         shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, self.weights.values(), strict=True)]
         return torch.stack(shares).sum() if len(shares) > 1 else shares[0]
 
@@ -175,27 +114,3 @@ class Denominator:
         """The weighted mean of each term from its sum over all micros and ranks."""
         pairs = zip(self.weights.items(), sums, strict=True)
         return {name: value / weight if weight > 0 else 0.0 for (name, weight), value in pairs}
-
-
-def _inputs_and_labels(micro: Any, inputs: str) -> tuple[Tensor, Tensor]:
-    if isinstance(micro, Mapping) and inputs in micro and "labels" in micro:
-        return micro[inputs], micro["labels"]
-    if isinstance(micro, tuple | list) and len(micro) == 2:
-        return micro[0], micro[1]
-    got = f"a mapping with {sorted(micro)}" if isinstance(micro, Mapping) else type(micro).__name__
-    raise ConfigError(
-        f"This objective needs a micro-batch with '{inputs}' and 'labels', or a pair of them; got {got}. "
-        "Rename the columns, or write an Objective(loss_sum, weight) of your own."
-    )
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise ConfigError(f"The model returned {type(output).__name__}; expected logits, or an object with .logits.")
-    return logits
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least: a sum over many tokens in bf16 loses the small ones."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

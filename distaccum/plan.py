@@ -56,7 +56,7 @@ class Window:
     def micros(self) -> tuple[Micro, ...]:
         """All micros in the order of their global numbers; their sizes differ by one sample at most."""
         micros, start = [], self.start
-        for number, size in enumerate(_spread(self.size, -(-self.size // self.micro_size))):
+        for number, size in enumerate(_spread(self.size, _ceil(self.size, self.micro_size))):
             micros.append(Micro(self.step, number, start, size))
             start += size
         return tuple(micros)
@@ -178,12 +178,12 @@ def solve(
         if value is not None:
             _positive(f"accum.{name}", value)
     if effective_batch is not None and micro_size is None and num_micros is not None:
-        micro_size = -(-effective_batch // (num_micros * world_size))
+        micro_size = _ceil(effective_batch, num_micros * world_size)
     elif micro_size is None:
         micro_size = DEFAULT_MICRO if effective_batch is None else min(DEFAULT_MICRO, effective_batch)
     if effective_batch is None:
         effective_batch = micro_size * (num_micros or 1) * world_size
-    solved = -(-(-(-effective_batch // micro_size)) // world_size)
+    solved = _ceil(_ceil(effective_batch, micro_size), world_size)
     if num_micros is not None and solved != num_micros:
         raise ConfigError(
             f"accum.num_micros={num_micros} contradicts accum.effective_batch={effective_batch}: on {world_size} "
@@ -237,6 +237,10 @@ def random_key(seed: int, step: int, number: int) -> int:
     """The seed, in [0, 2^63), of all randomness in one micro: dropout and augmentation, on any world size."""
     digest = hashlib.blake2b(f"micro {seed} {step} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _ceil(number: int, unit: int) -> int:
+    return -(-number // unit)
 
 
 def _positive(name: str, value: int) -> None:

@@ -24,7 +24,6 @@ from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
 from distaccum.schedules import microbatch
 
-
 # What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
 # anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
 NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
@@ -50,7 +49,9 @@ class StepRecord:
     lr: float  # of the first parameter group, in this update
     num_micros: int  # over all ranks
     skipped: str | None = None  # why there was no update
-    exposed_s: float | None = None  # seconds that this rank waited for communication, see clock.py; differs between ranks
+    exposed_s: float | None = (
+        None  # seconds that this rank waited for communication, see clock.py; differs between ranks
+    )
     verdict: Verdict | None = None  # the ledger's, where the window was audited
 
     @property
@@ -127,7 +128,7 @@ class Accumulator:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
                     return self._skip(window, announced)
-                self.optimizer.zero_grad()  # what others sent through this model (a GAN's other half) is not the window's
+                self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 computed = microbatch.run(
                     strategy, self.objective, window, announced, agreement.padding, self.seed, self.num_windows
                 )

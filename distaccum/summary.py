@@ -19,7 +19,8 @@ def start_block(
     plan: Plan,
     steps: int,
     accumulator: Accumulator,
-    data: Mapping[str, Mapping[str, object]],
+    texts: Mapping[str, object],
+    heldout: Mapping[str, object],
     baseline: float,
 ) -> tuple[dict[str, Section], dict[str, object]]:
     """What people read at the start, and the same for machines."""
@@ -28,7 +29,6 @@ def start_block(
     parameters = sum(p.numel() for p in strategy.model.parameters())
     device = strategy.world.device
     backend = "" if strategy.world.group is None else (", NCCL" if device.type == "cuda" else ", gloo")
-    texts, both = data["training text"], data["held-out"]
     sections: dict[str, Section] = {
         "run": {
             "model": f"{config.model.name}, {parameters:,} parameters",
@@ -37,10 +37,10 @@ def start_block(
             "length": f"{steps:,} steps, {steps / plan.windows_per_epoch:.2f} epochs",
         },
         "data": {
-            "source": f"{texts['source']}: {texts['files']:,} files, {texts['bytes']:,} bytes, digest {texts['digest']}",
-            "training": f"{texts['samples']:,} samples, {texts['tokens']:,} predicted tokens per epoch",
-            "held out": f"{both['samples']:,} samples, {both['tokens']:,} predicted tokens; {texts['split']}",
-            "baseline": f"{baseline:.4f} nats per token on the held-out text, by token frequency alone (unigram)",
+            "source": "{source}: {files:,} files, {bytes:,} bytes, digest {digest}".format(**texts),
+            "training": "{samples:,} samples, {tokens:,} predicted tokens per epoch".format(**texts),
+            "held out": "{samples:,} samples, {tokens:,} predicted tokens; split {split}".format(**heldout),
+            "baseline": f"{baseline:.4f} nats per token on what is evaluated, by token frequency alone (unigram)",
         },
         "effective batch": {
             "arithmetic": _arithmetic(arithmetic, config.data.seq_len),
@@ -65,7 +65,8 @@ def start_block(
         "forecast": {"counts": dict(traffic.counts), "bytes": dict(traffic.bytes)},
         "parameters": parameters,
         "baseline": baseline,
-        "data_facts": {name: dict(told) for name, told in data.items()},
+        "training_text": dict(texts),
+        "heldout_text": dict(heldout),
     }
     return sections, facts
 
@@ -74,7 +75,9 @@ def _arithmetic(arithmetic: BatchArithmetic, seq_len: int) -> str:
     micro, micros, ranks = arithmetic.micro_size, arithmetic.num_micros, arithmetic.world_size
     text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {micro * micros * ranks} samples"
     if not arithmetic.even:
-        text = f"{arithmetic.effective_batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
+        text = (
+            f"{arithmetic.effective_batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
+        )
     return f"{text} ({arithmetic.effective_batch * seq_len:,} tokens) per optimizer step"
 
 
@@ -90,6 +93,7 @@ def _last_window(plan: Plan) -> str:
 
 
 def _network(traffic: Traffic) -> str:
-    if not traffic.collectives:
+    collectives = traffic.counts.total()
+    if not collectives:
         return "nothing: one process"
-    return f"{traffic.collectives} collectives, {size(traffic.total_bytes)} (forecast): {traffic}"
+    return f"{collectives} collectives, {size(traffic.bytes.total())} (forecast): {traffic}"

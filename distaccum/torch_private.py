@@ -54,8 +54,9 @@ def clear_sharded_gradients(model: nn.Module) -> None:
     `zero_grad()` does not reach the unsharded accumulators or HSDP's partial sums, and `reset_iter_state()` (from torch
     2.12 on) leaves the former too.
     """
-    if hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
+    reset = getattr(model, "reset_iter_state", None)
+    if reset is not None:
+        reset()
     else:
         _reset_pass(model)
     for group, _ in _fsdp_groups(model):
@@ -73,8 +74,9 @@ def reduce_unused_parameters(model: nn.Module) -> None:
 
     torch has `set_reduce_scatter_unused_params` for it from 2.12 on; before, groups are taught it one by one.
     """
-    if hasattr(model, "set_reduce_scatter_unused_params"):
-        model.set_reduce_scatter_unused_params(True)
+    reduce_unused = getattr(model, "set_reduce_scatter_unused_params", None)
+    if reduce_unused is not None:
+        reduce_unused(True)
         return
     for group, _ in _fsdp_groups(model):
         group.post_backward = functools.partial(_post_backward_with_zeros, group, group.post_backward)
@@ -84,9 +86,9 @@ def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *u
     if group.reduce_grads:
         for param in group.fsdp_params:
             fresh = param.unsharded_accumulated_grad is None
-            if fresh and hasattr(param, "_unsharded_param") and param._unsharded_param.requires_grad:
-                if param._unsharded_param.grad is None:
-                    param._unsharded_param.grad = torch.zeros_like(param._unsharded_param)
+            leaf = getattr(param, "_unsharded_param", None)
+            if fresh and leaf is not None and leaf.requires_grad and leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
     post_backward(*unused)
 
 
@@ -133,8 +135,8 @@ def reset_ddp(model: DistributedDataParallel) -> None:
     model.process_group, model.device_ids = group, device_ids
 
 
-def _state(model: nn.Module) -> Any:
-    return model._get_fsdp_state()  # type: ignore[operator]
+def _state(model: Any) -> Any:
+    return model._get_fsdp_state()
 
 
 def _reset_pass(model: nn.Module) -> None:

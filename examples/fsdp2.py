@@ -20,7 +20,7 @@ NUM_MICROS, MICRO, LENGTH, STEPS = 4, 4, 64, 12
 
 
 class Block(nn.Module):
-    """A residual layer over the bytes before each position, [B, T, 64] -> [B, T, 64]."""
+    """A residual layer that looks at each position and at one before it."""
 
     def __init__(self, dilation: int) -> None:
         super().__init__()
@@ -29,6 +29,7 @@ class Block(nn.Module):
         self.before, self.here, self.out = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, 64] -> [B, T, 64]."""
         y = self.norm(x)
         earlier = nn.functional.pad(y, (0, 0, self.dilation, 0))[:, : y.shape[1]]
         return x + self.out(nn.functional.gelu(self.here(y) + self.before(earlier)))

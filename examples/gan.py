@@ -22,7 +22,7 @@ STEPS, MICRO, NOISE = 150, 32, 4
 
 distributed = "WORLD_SIZE" in os.environ  # torchrun sets it
 cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 if distributed:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)

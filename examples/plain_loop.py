@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 import distaccum as da
 
-STEPS = 16
+STEPS = 20
 
 
 class NextByte(nn.Module):
-    """Byte ids [B, T] to the logits of the byte after each, [B, T, 256]."""
+    """The model. It knows nothing of losses, accumulation or ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +33,7 @@ class NextByte(nn.Module):
         self.head = nn.Linear(64, 256)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Byte ids [B, T] to the logits of the byte after each, [B, T, 256]."""
         return self.head(self.gru(self.embedding(input_ids))[0])
 
 
@@ -52,7 +53,7 @@ def pad(lines: list[Tensor]) -> dict[str, Tensor]:
 
 distributed = "WORLD_SIZE" in os.environ  # torchrun sets it
 cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 if distributed:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -64,7 +65,7 @@ if distributed:
 
 # Each line belongs to one rank. Nothing is repeated to make ranks equal: one may have a micro more than another.
 mine = lines_of_source()[rank::ranks]
-loader = DataLoader(mine, batch_size=16, shuffle=True, collate_fn=pad, generator=torch.Generator().manual_seed(rank))
+loader = DataLoader(mine, batch_size=8, shuffle=True, collate_fn=pad, generator=torch.Generator().manual_seed(rank))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 

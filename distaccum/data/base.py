@@ -20,8 +20,8 @@ class Dataset(Protocol):
 
         Args:
             indices: sample numbers in [0, len), in the order of the micro-batch, at least one.
-            generator: the randomness of this micro-batch (augmentation), a function of the seed, the step and the global
-                micro number only.
+            generator: the randomness of this micro-batch (augmentation), a function of the seed, the step and the
+                global micro number only.
 
         Returns:
             CPU tensors whose first dimension is `len(indices)`. Equal arguments give equal tensors on every rank.
@@ -34,5 +34,3 @@ class Dataset(Protocol):
         The objective stays the owner of the weight: what is said here is compared with it when the content is read.
         """
         ...
-
-

@@ -224,15 +224,18 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
     return train, heldout
 
 
-def unigram_loss(train: TextDataset, heldout: TextDataset) -> float:
+def unigram_loss(train: TextDataset, heldout: TextDataset, samples: Sequence[int] | None = None) -> float:
     """What a model must beat: nats per token on the labels of `heldout`, told by the frequency of each token alone.
 
     The probability of a token is (its count among the tokens of `train` + 1) / (all of them + 257). Reads both texts
-    once, without communication; the same number on every rank.
+    once, without communication; the same number on every rank. With `samples`, over the labels of these only.
     """
     counts = _count(train._tokens)
     logp = np.log(counts + 1) - np.log(counts.sum() + VOCAB_SIZE)
-    if heldout.tokens_per_sample is None:
+    if samples is not None:
+        chosen = heldout.batch(samples, torch.Generator())["labels"].numpy()
+        labels = _count(chosen[chosen != IGNORED_LABEL].astype(np.uint16))
+    elif heldout.tokens_per_sample is None:
         # All but the first token of each document.
         labels = _count(heldout._tokens) - _count(heldout._tokens[heldout._bounds[:-1]])
     else:

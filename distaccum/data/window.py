@@ -27,7 +27,7 @@ class MicroBatches:
         """Describe a window.
 
         Args:
-            micros: the micro-batches, in a list or as a stream. The global number of this rank's i-th is i x ranks + rank.
+            micros: the micro-batches, in a list or as a stream. The i-th has the global number i x ranks + rank.
             num_micros: how many; 0 on a rank that has none while others have.
             step: the plan's number of this window; None where there is no plan.
             weights: the objective's weight of each micro where that is known without reading it, so that the micros can
@@ -139,7 +139,7 @@ def to_device(micro: Any, device: torch.device) -> Any:
 
 
 def one_ahead(micros: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Pairs of a micro-batch as it was read and on the device, the next one already under way: two at most are there."""
+    """Pairs of a micro-batch as it was read and on the device; the next one is under way, and no more than that."""
     ahead: tuple[Any, Any] | None = None
     for micro in micros:
         current = (micro, to_device(micro, device))

@@ -17,7 +17,9 @@ class WideGradients:
     A bf16 sum stalls: adding 1 to 256 gives 256 again, so that of 512 equal micro-batches half are lost.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], reduce: Callable[[list[Tensor]], None] | None = None) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], reduce: Callable[[list[Tensor]], None] | None = None
+    ) -> None:
         """Serve the parameters that are trained; `reduce` makes the sums global in place, where nothing else does."""
         self._parameters = [p for p in parameters if p.requires_grad]
         self._reduce = reduce

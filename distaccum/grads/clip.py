@@ -39,7 +39,7 @@ def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], norm: float, clip_norm: float) -> None:
-    """Scale all gradients in place so that their norm is at most `clip_norm`; the formula of torch's clip_grad_norm_."""
+    """Scale all gradients in place so that their norm is at most `clip_norm`, by the formula of clip_grad_norm_."""
     factor = clip_norm / (norm + 1e-6)
     if factor >= 1.0:
         return

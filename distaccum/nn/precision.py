@@ -30,7 +30,9 @@ class Precision(Enum):
             return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         return MixedPrecisionPolicy()
 
-    def autocast(self, loss_sum: Callable[[nn.Module, Any], Any], device: torch.device) -> Callable[[nn.Module, Any], Any]:
+    def autocast(
+        self, loss_sum: Callable[[nn.Module, Any], Any], device: torch.device
+    ) -> Callable[[nn.Module, Any], Any]:
         """An objective's forward in this precision, for strategies whose parameters stay in float32."""
         if self is not Precision.bf16:
             return loss_sum

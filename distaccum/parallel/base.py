@@ -29,7 +29,7 @@ class Sync(Enum):
 class Strategy(ABC):
     """How the gradients of a window become global sums in `.grad`. One object serves one model.
 
-    The loss of each micro must be multiplied by `grad_scale` before its backward: DDP and FSDP2 deliver means over ranks.
+    The loss of each micro is multiplied by `grad_scale` before its backward: DDP and FSDP2 deliver means over ranks.
     """
 
     sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
@@ -70,14 +70,16 @@ class Strategy(ABC):
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, without gradients. All ranks must enter, and run the same number of forwards."""
+        """The model in evaluation mode, without gradients. All ranks enter, and run the same number of forwards."""
         model = self.evaluation_model
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             with torch.no_grad():
                 yield model
         finally:
-            model.train()
+            for module, training in modes:
+                module.training = training
 
     @property
     def evaluation_model(self) -> nn.Module:

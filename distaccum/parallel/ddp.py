@@ -19,7 +19,7 @@ from distaccum.parallel.world import World
 class DDP(Strategy):
     """A DistributedDataParallel module, ours or the user's.
 
-    Parameters in bf16 or fp16 are accumulated and reduced in float32 by ourselves: DDP would sum them in their own dtype.
+    Gradients of bf16 or fp16 parameters are accumulated and reduced in float32 by ourselves: DDP would not.
     """
 
     model: DistributedDataParallel
@@ -27,7 +27,9 @@ class DDP(Strategy):
     def __init__(self, model: DistributedDataParallel, world: World, sync: Sync) -> None:
         """Refuse what torch's DDP cannot accumulate."""
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync)
-        self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank, nothing is gathered or sharded")
+        self.refuse(
+            (Sync.boundary, Sync.every), "its parameters are whole on every rank, nothing is gathered or sharded"
+        )
         obstacle = torch_private.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
@@ -75,7 +77,7 @@ class DDP(Strategy):
         return inner
 
     def _synced(self, first: bool, last: bool) -> bool:
-        # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what is
-        # the same on all ranks is itself, so only what was added since is summed later.
+        # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what
+        # is the same on all ranks is itself, so only what was added since is summed later.
         warm_up = first and self.model.static_graph and self._windows_begun <= 1
         return last or warm_up or self.sync is Sync.every

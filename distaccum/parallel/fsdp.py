@@ -28,7 +28,10 @@ class FSDP(Strategy):
         reason = ""
         if sync is Sync.auto:
             # Without a memory model the safe choice: its memory is what the user saw in the first micro.
-            sync, reason = Sync.boundary, "gathers per micro, reduces once: no more memory than one micro and its gradients"
+            sync, reason = (
+                Sync.boundary,
+                "gathers per micro, reduces once: no more memory than one micro and its gradients",
+            )
         super().__init__(model, world, sync, reason)
         assert isinstance(model, FSDPModule)
         self._fsdp: FSDPModule = model
@@ -60,7 +63,7 @@ class FSDP(Strategy):
         return nullcontext()
 
     def abort(self) -> None:
-        """Clear also what lives off the parameters: unsharded sums, partial sums of HSDP, a pass that did not finish."""
+        """Clear also what lives off the parameters: unsharded sums, HSDP's partial sums, a pass that did not end."""
         super().abort()
         torch_private.clear_sharded_gradients(self.model)
 

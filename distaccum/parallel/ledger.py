@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,63 +22,35 @@ class Audit(Enum):
     never = "never"
 
 
-KINDS = ("all_reduce", "reduce_scatter", "all_gather")  # what carries gradients and parameters; the rest is set-up
-
-# c10d's operators differ by torch version and by whether tensors come in lists; their names begin alike.
-_KIND_OF = {
-    "allreduce": "all_reduce",
-    "_allreduce": "all_reduce",
-    "allgather": "all_gather",
-    "_allgather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "_reduce_scatter": "reduce_scatter",
-    "all_reduce": "all_reduce",
-    "all_gather": "all_gather",
-    "broadcast": "broadcast",
-}
+# What carries gradients and parameters. The names of c10d's operators differ by version in underscores and endings.
+_KINDS = {"allreduce": "all_reduce", "reducescatter": "reduce_scatter", "allgather": "all_gather"}
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives and bytes by kind, as one rank sees them.
+    """Collectives and bytes by kind, as one rank sees them. Broadcasts, which only set up, are not among them.
 
-    Bytes are those of the whole message: the tensor of an all-reduce or broadcast, the output of an all-gather, the
-    input of a reduce-scatter. What a network card sends depends on the algorithm and is not meant.
+    Bytes are those of the whole message: the tensor of an all-reduce, the output of an all-gather, the input of a
+    reduce-scatter. What a network card sends depends on the algorithm and is not meant.
     """
 
-    counts: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    bytes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    counts: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
 
     @staticmethod
     def of(entries: Iterable[tuple[str, int]]) -> Traffic:
         """Sum up (kind, bytes) pairs, one a collective."""
-        counts: dict[str, int] = {}
-        sizes: dict[str, int] = {}
+        traffic = Traffic()
         for kind, size in entries:
-            counts[kind] = counts.get(kind, 0) + 1
-            sizes[kind] = sizes.get(kind, 0) + size
-        return Traffic(MappingProxyType(counts), MappingProxyType(sizes))
+            traffic.counts[kind] += 1
+            traffic.bytes[kind] += size
+        return traffic
 
     def __add__(self, other: Traffic) -> Traffic:
-        kinds = {**self.counts, **other.counts}
-        return Traffic(
-            {kind: self.counts.get(kind, 0) + other.counts.get(kind, 0) for kind in kinds},
-            {kind: self.bytes.get(kind, 0) + other.bytes.get(kind, 0) for kind in kinds},
-        )
-
-    @property
-    def collectives(self) -> int:
-        """How many collectives carry gradients, parameters or control numbers."""
-        return sum(self.counts.get(kind, 0) for kind in KINDS)
-
-    @property
-    def total_bytes(self) -> int:
-        """Their bytes."""
-        return sum(self.bytes.get(kind, 0) for kind in KINDS)
+        return Traffic(self.counts + other.counts, self.bytes + other.bytes)
 
     def __str__(self) -> str:
-        parts = [f"{self.counts[k]} {k} ({self.bytes[k]:,} bytes)" for k in KINDS if self.counts.get(k)]
-        return ", ".join(parts) or "nothing"
+        return ", ".join(f"{n} {kind} ({self.bytes[kind]:,} bytes)" for kind, n in self.counts.items()) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -91,11 +63,7 @@ class Verdict:
     @property
     def agrees(self) -> bool:
         """Whether every kind has the count and the bytes that were forecast."""
-        return all(
-            self.forecast.counts.get(kind, 0) == self.counted.counts.get(kind, 0)
-            and self.forecast.bytes.get(kind, 0) == self.counted.bytes.get(kind, 0)
-            for kind in KINDS
-        )
+        return self.forecast == self.counted
 
     def require(self, step: int) -> None:
         """Raise LedgerError unless they agree."""
@@ -114,7 +82,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._entries: list[tuple[str, int]] = []
 
     @property
@@ -124,16 +92,14 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
-            name = func._schema.name.partition("::")[2]
-            kind = next((k for prefix, k in _KIND_OF.items() if name.startswith(prefix)), None)
-            if kind is not None:
-                self._entries.append((kind, max(_nbytes(arg) for arg in args[:2])))
+            name = func._schema.name.partition("::")[2].replace("_", "")
+            for beginning, kind in _KINDS.items():
+                if name.startswith(beginning):
+                    self._entries.append((kind, max(_nbytes(arg) for arg in args[:2])))
         return func(*args, **(kwargs or {}))
 
 
 def _nbytes(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(_nbytes(item) for item in value)
-    return 0
+    return sum(_nbytes(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
-
 from typing import Any, TypeVar
 
 import torch
@@ -48,10 +46,6 @@ class World:
         # One all-reduce in which each rank adds to its own row only: a gather whose name is the same in every torch.
         return Shared(table, dist.all_reduce(table, group=self.group, async_op=True))
 
-    def control_bytes(self, columns: int) -> int:
-        """Bytes of the table for so many columns; 0 on one process, which sends nothing."""
-        return 0 if self.group is None else self.size * columns * 8
-
     def gather_objects(self, value: T) -> list[T]:
         """One small object of each rank, in rank order. Pickled: for set-up only, between ranks of this job."""
         if self.group is None:
@@ -67,15 +61,6 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=lender)
         return box[0]
-
-
-def start(store: dist.Store, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
-    """Join the process group of a job: NCCL between GPUs, gloo between CPUs. Every rank calls it, before anything else."""
-    gpu = device if device.type == "cuda" else None
-    dist.init_process_group(
-        "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size,
-        timeout=timedelta(seconds=timeout_s), device_id=gpu,
-    )  # fmt: skip
 
 
 class Shared:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distaccum.data.window import MicroBatches, one_ahead, to_device
-from distaccum.errors import ConfigError
 from distaccum.agreement import Announced
 from distaccum.clock import Mark, mark
+from distaccum.data.window import MicroBatches, one_ahead, to_device
+from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, sums_of, weights_of
 from distaccum.parallel.base import Strategy
 from distaccum.plan import random_key

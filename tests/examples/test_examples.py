@@ -12,7 +12,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable, "-W", "error"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", *PYTHON]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "--no-python",
+    *PYTHON,
+]
 
 
 def run(start: list[str], example: str) -> str:
@@ -37,11 +46,11 @@ def losses_by_step(printed: str) -> dict[int, float]:
 def test_plain_loop(start: list[str]) -> None:
     printed = run(start, "plain_loop.py")
     losses = losses_by_step(printed)
-    assert list(losses) == list(range(1, 17))
+    assert list(losses) == list(range(1, 21))
     assert losses[1] == pytest.approx(5.55, abs=0.15)  # ln 256: nothing is known of bytes
-    assert losses[16] < 3.3  # a unigram model of this text has about 3.3 nats
+    assert losses[20] < 3.0  # the entropy of this text's single bytes is 3.02 nats: it has learned what follows what
     tokens = [int(n) for n in re.findall(r"tokens (\d+)", printed)]
-    assert len(set(tokens)) > 10  # windows of ragged lines weigh differently
+    assert len(set(tokens)) > 15  # windows of ragged lines weigh differently
 
 
 def test_fsdp2() -> None:

@@ -29,7 +29,7 @@ def masked_objective() -> da.Objective:
 
 
 def masked_sum(model: nn.Module, micro: dict[str, Tensor]) -> Tensor:
-    """The sum of squared errors of the tokens that count; tokens are flat, since FSDP2 warns of outputs that are views."""
+    """The sum of squared errors of the tokens that count; flat tokens, since FSDP2 warns of outputs that are views."""
     x, y, mask = (micro[name].flatten(0, 1) for name in ("x", "y", "mask"))
     return (mask[:, None] * (model(x) - y).square()).sum()
 

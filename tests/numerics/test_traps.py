@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from setting import masked_objective, make_micro, make_model, relative, whole, wrap
+from setting import make_micro, make_model, masked_objective, relative, whole, wrap
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -556,9 +556,7 @@ def test_trap_16_a_skipped_window_leaves_nothing_behind(two_ranks: World) -> Non
 
 def static_graph() -> list[float]:
     model = DistributedDataParallel(linear(), static_graph=True)
-    accumulator = da.Accumulator(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), audit="always"
-    )
+    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), audit="always")
     found, rank = [], dist.get_rank()
     for start in (0, 10, 20):
         before = float(model.module.weight.detach())
@@ -678,7 +676,9 @@ def test_trap_23_never_another_effective_batch_than_asked_for() -> None:
 
 def fsdp_on_the_cpu() -> str:
     model = wrap(make_model(), "fsdp", (2,))
-    return type(da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective()).strategy).__name__
+    return type(
+        da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective()).strategy
+    ).__name__
 
 
 def test_trap_24_fsdp_on_the_cpu_is_fsdp(two_ranks: World) -> None:

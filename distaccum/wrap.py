@@ -51,22 +51,24 @@ def wrap(model: nn.Module, config: ParallelConfig, world: World, policy: MixedPr
         return model
     if world.group is None:
         raise ConfigError(
-            f"parallel={name.value} needs ranks, and this is one process without a process group. Start it with torchrun "
-            "--nproc-per-node N (N may be 1) or launch.nproc_per_node=N, or use parallel=single."
+            f"parallel={name.value} needs ranks, and this is one process without a process group. Start it with "
+            "torchrun --nproc-per-node N (N may be 1) or launch.nproc_per_node=N, or use parallel=single."
         )
     if name is StrategyName.ddp:
         return DistributedDataParallel(
             model,
-            broadcast_buffers=False,
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_cap_mb=config.bucket_mb,
             gradient_as_bucket_view=False,  # it saves memory only where gradients are not set to None
         )
-    mesh = init_device_mesh(world.device.type, _mesh_shape(name, config.replicas, world.size), mesh_dim_names=_NAMES[name])
+    mesh = init_device_mesh(
+        world.device.type, _mesh_shape(name, config.replicas, world.size), mesh_dim_names=_NAMES[name]
+    )
     for block in getattr(model, "blocks", []):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 _NAMES = {StrategyName.fsdp: ("shard",), StrategyName.hsdp: ("replicate", "shard")}
@@ -78,7 +80,7 @@ def _mesh_shape(name: StrategyName, replicas: int | None, ranks: int) -> tuple[i
     groups = replicas if replicas is not None else 2
     if groups < 1 or ranks % groups:
         raise ConfigError(
-            f"parallel.replicas={groups} does not divide {ranks} ranks. HSDP needs replicas x shards = ranks: use one of "
-            f"{[n for n in range(1, ranks + 1) if ranks % n == 0]}."
+            f"parallel.replicas={groups} does not divide {ranks} ranks. HSDP needs replicas x shards = ranks: use one "
+            f"of {[n for n in range(1, ranks + 1) if ranks % n == 0]}."
         )
     return groups, ranks // groups
