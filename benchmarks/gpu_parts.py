@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from gpu_ranks import Found, Place
 from setting import KINDS, RecordingSGD, make_model, make_window, masked_objective, reference, relative, whole
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,13 +47,18 @@ def spread(
         return model
     if strategy == "ddp":
         return DistributedDataParallel(model)
-    names = ("shard",) if len(mesh) == 1 else ("replicate", "shard")
-    made = init_device_mesh(place.device.type, mesh, mesh_dim_names=names)
+    made = _mesh(place.device.type, mesh)
     policy = policy or MixedPrecisionPolicy()
     for layer in getattr(model, "blocks", model.children()):
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=made, mp_policy=policy)
     return fully_shard(model, mesh=made, mp_policy=policy)
+
+
+@cache
+def _mesh(device_type: str, shape: tuple[int, ...]) -> DeviceMesh:
+    """Made once: each of its groups has a communicator of its own, which takes memory."""
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
 
 def numerics(place: Place) -> Found:
@@ -62,7 +68,7 @@ def numerics(place: Place) -> Found:
         for policy in policies:
             errors = [
                 _one_case(strategy, mesh, policy, num_micros, place)
-                for num_micros in ((1, 3) if place.tiny else (1, 2, 3, 8))
+                for num_micros in ((3,) if place.tiny else (1, 2, 3, 8))
             ]
             num_windows += len(KINDS) * len(errors)
             worst = {name: _largest([error[name] for error in errors]) for name in errors[0]}
@@ -108,7 +114,7 @@ def bf16(place: Place) -> Found:
     num_micros = 512 if place.tiny else 1024  # a bf16 sum of ones stalls at 256
     for strategy, mesh, policies in cases(place.ranks):
         for policy in policies:
-            if policy == "every" and place.tiny:
+            if place.tiny and policy != policies[0]:
                 continue
             update = _constant_update(strategy, mesh, policy, num_micros, place)
             found.figures[f"update of {num_micros} equal micros, {strategy} {policy}"] = update
@@ -176,9 +182,9 @@ def _against_float32(place: Place, found: Found) -> None:
             accumulator.step(dealt[place.rank])
         error = relative(_flat(optimizer.gradients), right)
         found.figures[f"gradient error of {num_micros} bf16 micros, {strategy} {policies[0]}"] = error
-        # bf16 rounds each product by up to 2^-9; a few dozen roundings in a row stay below ten times that, while a
-        # micro that is lost or counted twice shows as 1/8.
-        found.require(error <= 10 * 2**-9, f"bf16 {strategy}: the gradient is off by {error:.2e} of float32's")
+        # bf16 rounds each number by up to 2^-9, in a row of some dozen independent roundings: a few times that. A micro
+        # that is lost or counted twice shows as 1/8 or more.
+        found.require(error <= 16 * 2**-9, f"bf16 {strategy}: the gradient is off by {error:.2e} of float32's")
 
 
 def _flat(tensors: Any) -> Tensor:

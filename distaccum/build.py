@@ -127,6 +127,7 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
             ScheduleUnit.tokens: plan.effective_batch * config.data.seq_len,
         }[unit]
     )
+    schedule = LRSchedule(optimizer, config.optim.schedule, total)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(train_text, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
     heldout_plan = Plan(
@@ -146,7 +147,7 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
         plan,
         loader,
         accumulator,
-        LRSchedule(optimizer, config.optim.schedule, total),
+        schedule,
         unit,
         Heldout(heldout_text, heldout_plan),
         Rhythm(steps, config.train.log_every_steps, config.train.evaluate_every_steps),

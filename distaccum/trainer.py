@@ -74,6 +74,12 @@ class Trainer:
 
     def run(self) -> float:
         """Train to the end; the held-out loss there. Call it on every rank."""
+        try:
+            return self._run()
+        finally:
+            self.loader.close()
+
+    def _run(self) -> float:
         progress, rhythm = self.progress, self.rhythm
         heldout_loss = math.nan
         since = _Since(self.loader.waited_s)

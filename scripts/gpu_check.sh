@@ -4,12 +4,44 @@
 #   scripts/gpu_check.sh                       one GPU, and all of them where there are more
 #   scripts/gpu_check.sh --device cpu --tiny   the same programs on a CPU with gloo, without the parts that need CUDA
 #
-# It needs `python3` (or the one in $PYTHON) with torch 2.11 or later, and nothing else: no package index, no
-# installation, no wheels. It prints a report and writes it to benchmarks/results/gpu-<name>-<date>.json. Exit code 1:
-# a check failed, and the report says which; 2: wrong arguments.
+# It needs `python3` (or the one in $PYTHON) with torch 2.11 or later and numpy; nothing of this package is installed.
+# numpy may be missing, since torch does not ask for it, but torch.distributed cannot share objects without it. For a
+# machine without a package index, bring its wheel from one that has an index:
+#
+#   scripts/gpu_check.sh --download DIR [--python-version 3.12 --platform manylinux_2_28_x86_64 ...]   (pip download)
+#   scripts/gpu_check.sh --wheels DIR ...      there: numpy is taken from DIR if it is missing, and installed nowhere
+#
+# It prints a report and writes it to benchmarks/results/gpu-<name>-<date>.json. Exit code 1: a check failed, and the
+# report says which, or none could run; 2: wrong arguments.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+wheels=
+
+if [ "${1:-}" = --download ] || [ "${1:-}" = --wheels ]; then
+  if [ -z "${2:-}" ]; then echo "$1 needs a folder" >&2; exit 2; fi
+fi
+if [ "${1:-}" = --download ]; then
+  folder=$2
+  shift 2
+  exec "$python" -m pip download --only-binary=:all: --no-deps --dest "$folder" "$@" "numpy>=1.26"
+fi
+if [ "${1:-}" = --wheels ]; then
+  wheels=$2
+  shift 2
+fi
+
 # The package as it lies here, and the models and reference of the numerical tests.
 export PYTHONPATH="$root:$root/tests/numerics${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1
-exec "${PYTHON:-python3}" "$root/benchmarks/gpu_check.py" "$@"
+if ! "$python" -c 'import numpy' 2>/dev/null; then
+  if [ -z "$wheels" ]; then
+    echo "numpy is missing here. On a machine with an index: scripts/gpu_check.sh --download DIR; then here: --wheels DIR" >&2
+    exit 1
+  fi
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$python" -m pip install --quiet --no-index --no-deps --find-links "$wheels" --target "$site" numpy
+  export PYTHONPATH="$site:$PYTHONPATH"
+fi
+"$python" "$root/benchmarks/gpu_check.py" "$@"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -43,6 +43,7 @@ class Loader:
         self._world_size = world_size
         self._workers = workers
         self._pin_memory = pin_memory
+        self._open: Generator[Any, None, None] | None = None
         self.waited_s = 0.0  # seconds that the computation waited for data so far
 
     def windows(self, step: int, start: int, last_step: int) -> Iterator[tuple[Window, MicroBatches]]:
@@ -53,7 +54,7 @@ class Loader:
             start: its position in the plan's stream of samples.
             last_step: where to stop: the number of steps of the whole training.
         """
-        stream = self._stream(step, start, last_step - step)
+        self._open = stream = self._stream(step, start, last_step - step)
         previous: tuple[Window, MicroBatches] | None = None
         for window in islice(self._plan.windows(step, start), last_step - step):
             current = (window, self._micro_batches(window, stream))
@@ -63,6 +64,12 @@ class Loader:
             previous = current
         if previous is not None:
             yield previous
+
+    def close(self) -> None:
+        """End the processes that read ahead. A training that stops early calls it, or they end with the process."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
 
     def _micro_batches(self, window: Window, stream: Iterator[Any]) -> MicroBatches:
         micros = window.deal(self._rank, self._world_size)
@@ -76,7 +83,7 @@ class Loader:
             weights=counted if known else None,
         )
 
-    def _stream(self, step: int, start: int, num_windows: int) -> Iterator[Any]:
+    def _stream(self, step: int, start: int, num_windows: int) -> Generator[Any, None, None]:
         per_window = max(1, len(self._plan.window().deal(self._rank, self._world_size)))
         loader: DataLoader[Any] = DataLoader(
             _MicroSource(self._dataset, self._plan),

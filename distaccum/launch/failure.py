@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DistaccumError
 
 # What gloo, NCCL and the store say when the other end of a connection has gone. Texts, for want of error types.
 _LOST = (
@@ -50,18 +50,23 @@ def is_users(error: BaseException) -> bool:
     return isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
 
 
+def is_foreseen(error: BaseException) -> bool:
+    """Whether the error's text says all there is to say: the user's mistakes, a divergence, a broken forecast."""
+    return is_users(error) or isinstance(error, DistaccumError)
+
+
 def report(error: BaseException, prefix: str = "") -> int:
-    """Show the error, the user's mistakes as a letter and all others with their traceback; the exit code for it."""
-    if is_users(error):
+    """Show the error, foreseen ones as a letter and all others with their traceback; the exit code for it."""
+    if is_foreseen(error):
         say(f"error: {letter(error)}")
-        return 2
+        return exit_code(error)
     text = "".join(traceback.format_exception(error)).rstrip("\n")
     say("\n".join(prefix + line for line in text.split("\n")))
     return 1
 
 
 def letter(error: BaseException) -> str:
-    """The text of a user's mistake.
+    """The text of a foreseen error.
 
     Left out: Hydra's search path, and its advice to append a key (unknown keys are refused anyway).
     """
@@ -108,7 +113,7 @@ def fail(error: BaseException, rank: int, first: tuple[int, int]) -> NoReturn:
         write_error_file(text, text)
         leave(1)
     code = report(error, f"[rank {rank}] ")
-    if code == 2:
+    if is_foreseen(error):
         write_error_file(letter(error), "the error message stands above")
     else:
         get_error_handler().record_exception(error)

@@ -1,0 +1,91 @@
+"""Configurations that cannot be: each gets a letter that says what, got, why and what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from distaccum.build import build, check
+from distaccum.config import config_dir, typed
+from distaccum.errors import ConfigError
+from distaccum.parallel.world import World
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    assert isinstance(config, dict)
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text of its own, so that nothing large is read."""
+    made = tmp_path_factory.mktemp("text")
+    for number in range(12):
+        (made / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "letter"),
+    [
+        (["+accum.mikro=4"], r"There is no key accum\.mikro\. Did you mean accum\.micro\?"),
+        (["+model.layers=4"], r"There is no key model\.layers\. Did you mean model\.num_layers\?"),
+        (["+optim.schedule.steps=4"], r"There is no key optim\.schedule\.steps"),
+        (["accum.micro=four"], r"accum\.micro: Value 'four' of type 'str' could not be converted to Integer"),
+        (["accum.micro=2.5"], r"accum\.micro"),
+        (["accum.ragged=maybe"], r"accum\.ragged: Invalid value 'maybe', expected one of \[allow, refuse\]"),
+        (["accum.sync=sometimes"], r"accum\.sync: Invalid value 'sometimes'"),
+        (["train.steps=null"], r"train\.steps=None and train\.epochs=None: give one of them"),
+        (["train.epochs=2"], r"give one of them and set the other to null"),
+        (["train.log_every_steps=0"], r"train\.log_every_steps is 0"),
+        (["accum.effective_batch=8", "accum.effective_tokens=8"], r"are both given"),
+        (["model.name=gbt"], r"model\.name is 'gbt'\. Known: gpt"),
+        (["data.layout=loose"], r"data\.layout: Invalid value 'loose'"),
+    ],
+)
+def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -> None:
+    with pytest.raises(ConfigError, match=letter):
+        check(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "letter"),
+    [
+        (["accum.effective_batch=48", "accum.micro=8", "accum.num_micros=4"], "accum.num_micros=4 contradicts"),
+        (["accum.effective_batch=100", "accum.micro=8", "accum.ragged=refuse"], "96 or 104"),
+        (["accum.effective_tokens=100"], "3.125 samples of 32 tokens. Use 96 or 128"),
+        (["accum.effective_tokens=96", "data.layout=ragged"], "samples of one length"),
+        (["accum.effective_batch=0"], "must be at least 1"),
+        (["accum.effective_batch=100000", "accum.last_window=drop"], "leaves nothing"),
+        (["data.path=nowhere"], "nowhere"),
+        (["model.max_seq_len=16"], "16 positions; the data needs"),
+        (["model.vocab_size=100"], "100 token ids"),
+        (["model.width=30"], "width"),
+        (["train.steps=5"], "warmup"),
+        (["optim.lr=-1"], "optim.lr"),
+        (["optim.clip_norm=0"], "clip_norm"),
+        (["parallel=ddp"], "parallel=ddp needs ranks"),
+        (["parallel=fsdp"], "parallel=fsdp needs ranks"),
+    ],
+)
+def test_what_is_seen_with_the_data_at_hand(folder: Path, tmp_path: Path, overrides: list[str], letter: str) -> None:
+    text = [f"data.path={folder}", "data=path", "data.seq_len=32", f"data.cache_dir={tmp_path}"]
+    config = typed(composed(*text, *overrides))
+    with pytest.raises(ConfigError, match=letter):
+        build(config, World(0, 1, torch.device("cpu"), None), tmp_path)
+
+
+def test_every_choice_of_conf_composes_and_is_typed() -> None:
+    """No group of conf/ has a choice that does not compose, a missing value or an unknown key."""
+    for group in ("model", "data", "accum", "parallel", "optim", "precision", "logger", "launch", "experiment"):
+        choices = sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+        assert choices
+        for choice in choices:
+            check(composed(f"{group}={choice}"))

@@ -1,0 +1,104 @@
+"""What a window sends: the forecast, the ledger's count, and counts made by others agree."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from setting import make_micro, make_model, masked_objective, wrap
+from torch.distributed.tensor.debug import CommDebugMode
+from worlds import World
+
+import distaccum as da
+
+WINDOWS = 3
+MICROS = 4
+
+
+def count(strategy: str, mesh: tuple[int, ...], policy: str) -> list[dict[str, int]]:
+    """Collectives per window of `da.windows` as torch's CommDebugMode counts them, beside the ledger."""
+    model = wrap(make_model(), strategy, mesh)
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), masked_objective(), sync=policy, audit="always"
+    )
+    loader = [make_micro(i + 100 * dist.get_rank()) for i in range(WINDOWS * MICROS)]
+    found = []
+    for window in da.windows(loader, num_micros=MICROS):
+        with warnings.catch_warnings(), CommDebugMode() as counter:
+            warnings.filterwarnings("ignore", message="Full backward hook")  # the counter's own
+            record = accumulator.step(window)
+        assert record.verdict is not None
+        assert record.verdict.agrees
+        counts = {"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0}
+        for operator, times in counter.get_comm_counts().items():
+            name = str(operator).replace("_", "").removeprefix("c10d.")
+            for kind in counts:
+                counts[kind] += times if name.startswith(kind.replace("_", "")) else 0
+        assert counts == {kind: record.verdict.counted.counts[kind] for kind in counts}
+        found.append(counts)
+    return found[1:]  # before the first window the ranks met
+
+
+def per_window(**counts: int) -> list[dict[str, int]]:
+    return [{"all_reduce": 0, "reduce_scatter": 0, "all_gather": 0, **counts}] * (WINDOWS - 1)
+
+
+# One all-reduce more than the gradients need carries the control numbers. The root has no parameters of its own here, so
+# that three groups gather and reduce; each is gathered again for its backward under `boundary` and `every`.
+EXPECTED = {
+    ("ddp", (), "boundary"): per_window(all_reduce=1 + 1),
+    ("ddp", (), "every"): per_window(all_reduce=MICROS + 1),
+    ("fsdp", (4,), "boundary"): per_window(all_gather=3 * 2 * MICROS, reduce_scatter=3, all_reduce=1),
+    ("fsdp", (4,), "keep"): per_window(all_gather=3, reduce_scatter=3, all_reduce=1),
+    ("fsdp", (4,), "every"): per_window(all_gather=3 * 2 * MICROS, reduce_scatter=3 * MICROS, all_reduce=1),
+    ("hsdp", (2, 2), "boundary"): per_window(all_gather=3 * 2 * MICROS, reduce_scatter=3, all_reduce=3 + 1),
+    ("hsdp", (2, 2), "keep"): per_window(all_gather=3, reduce_scatter=3, all_reduce=3 + 1),
+    ("hsdp", (2, 2), "shard"): per_window(all_gather=3 * 2 * MICROS, reduce_scatter=3 * MICROS, all_reduce=3 + 1),
+    ("hsdp", (2, 2), "every"): per_window(
+        all_gather=3 * 2 * MICROS, reduce_scatter=3 * MICROS, all_reduce=3 * MICROS + 1
+    ),
+}
+
+
+@pytest.mark.parametrize(("strategy", "mesh", "policy"), EXPECTED, ids=lambda value: str(value))
+def test_collectives_per_window(four_ranks: World, strategy: str, mesh: tuple[int, ...], policy: str) -> None:
+    assert four_ranks.run(count, strategy, mesh, policy) == [EXPECTED[strategy, mesh, policy]] * 4
+
+
+def gradient_bytes() -> tuple[int, int]:
+    model = wrap(make_model(), "ddp", ())
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), masked_objective(), audit="always"
+    )
+    record = accumulator.step([make_micro(i) for i in range(3)])
+    assert record.verdict is not None
+    control = accumulator.control_traffic().bytes["all_reduce"]
+    return record.verdict.counted.bytes["all_reduce"] - control, sum(p.numel() * 8 for p in model.parameters())
+
+
+def test_each_gradient_byte_crosses_once(four_ranks: World) -> None:
+    for sent, held in four_ranks.run(gradient_bytes):
+        assert sent == held
+
+
+def silent() -> bool:
+    """`never` leaves no verdict and enters no dispatch mode."""
+    model = wrap(make_model(), "ddp", ())
+    seen = []
+
+    def loss_sum(module: torch.nn.Module, micro: object) -> torch.Tensor:
+        from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+        seen.append(_get_current_dispatch_mode())
+        return masked_objective().loss_sum(module, micro)  # type: ignore[return-value]
+
+    objective = da.Objective(loss_sum, masked_objective().weight)
+    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), objective)
+    record = accumulator.step([make_micro(1)])
+    return record.verdict is None and seen == [None]
+
+
+def test_off_it_costs_nothing(four_ranks: World) -> None:
+    assert four_ranks.run(silent) == [True] * 4
