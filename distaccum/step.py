@@ -138,7 +138,8 @@ class Accumulator:
                 told = None if strategy.sharded else agreement.ask(window.upcoming, computed.sums)
                 computed.last_backward()
                 strategy.deliver()
-                norm = squared_norm(self._parameters())
+                gradients = strategy.gradients(self._parameters())
+                norm = squared_norm(gradients, strategy.world.device) / strategy.replicas
                 told = told or agreement.ask(window.upcoming, computed.sums, norm)
                 marks = [*computed.marks, mark(strategy.world.device)]
                 outcome = agreement.conclude(told, norm)
@@ -150,7 +151,7 @@ class Accumulator:
         lr = float(self.optimizer.param_groups[0]["lr"])
         if outcome.trouble is None:
             if self.clip_norm is not None:
-                clip(self._parameters(), outcome.grad_norm, self.clip_norm)
+                clip(gradients, outcome.grad_norm, self.clip_norm)
             self.optimizer.step()
             self.steps += 1
             if self.scheduler is not None:

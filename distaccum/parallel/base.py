@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import WideGradients
@@ -33,6 +33,7 @@ class Strategy(ABC):
     """
 
     sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
+    replicas = 1  # how many ranks hold the same shard
 
     def __init__(self, model: nn.Module, world: World, sync: Sync, reason: str = "") -> None:
         """Keep what was recognised; `reason` says why `auto` chose this policy."""
@@ -56,6 +57,10 @@ class Strategy(ABC):
         """Call once after the last backward. Afterwards `.grad` holds the sum over all micros and ranks (its shard)."""
         if self.wide is not None:
             self.wide.deliver()
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """What this rank holds of the delivered gradients, as plain tensors that share their memory."""
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def abort(self) -> None:
         """Forget everything that a window left unfinished. Call it on all ranks or leave the process."""

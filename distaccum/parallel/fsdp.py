@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
@@ -34,8 +35,10 @@ class FSDP(Strategy):
             )
         super().__init__(model, world, sync, reason)
         assert isinstance(model, FSDPModule)
-        self._fsdp: FSDPModule = model
+        self._module: FSDPModule = model
         self._replicated = mesh.ndim == 2
+        self._shards = mesh.size(-1)
+        self.replicas = mesh.size(0) if self._replicated else 1
         kept = (Sync.boundary, Sync.keep, Sync.every) + ((Sync.shard,) if self._replicated else ())
         self.refuse(kept, "a 1-D mesh has no replicas to postpone the all-reduce for")
         if torch_private.custom_divide_factor(model) is not None:
@@ -55,12 +58,16 @@ class FSDP(Strategy):
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
         # The order matters: this one sets the all-reduce flag too.
-        self._fsdp.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
+        self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
         if self.sync is Sync.shard:
-            self._fsdp.set_requires_all_reduce(last)
+            self._module.set_requires_all_reduce(last)
         if self.sync is Sync.keep:
-            self._fsdp.set_reshard_after_backward(last)
+            self._module.set_reshard_after_backward(last)
         return nullcontext()
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """The local shards, without padding."""
+        return [gradient.to_local() for gradient in super().gradients(parameters) if isinstance(gradient, DTensor)]
 
     def abort(self) -> None:
         """Clear also what lives off the parameters: unsharded sums, HSDP's partial sums, a pass that did not end."""
@@ -92,10 +99,6 @@ class FSDP(Strategy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @property
-    def _shards(self) -> int:
-        return mesh_of(self.model).size(-1)
-
     def _refuse_narrow_reduction(self) -> None:
         for group in torch_private.sharded_groups(self.model):
             if group.scatter_bytes and group.reduce_dtype in (torch.bfloat16, torch.float16):
@@ -106,11 +109,24 @@ class FSDP(Strategy):
                 )
 
 
-def mesh_of(model: nn.Module) -> DeviceMesh:
-    """The mesh that an FSDP2 module is sharded on: 1-D (shard) or 2-D (replicate, shard)."""
-    from torch.distributed.tensor import DTensor
+def recognise_sharded(model: FSDPModule, world: World, sync: Sync) -> FSDP:
+    """The strategy for an FSDP2 module.
 
-    for parameter in model.parameters():
-        if isinstance(parameter, DTensor):
-            return parameter.device_mesh
-    raise ConfigError("This FSDP2 module has no sharded parameter. Call fully_shard() on a module with parameters.")
+    Raises:
+        ConfigError: for a mesh that leaves ranks out, and for trained parameters that are not sharded.
+    """
+    assert isinstance(model, nn.Module)
+    named = list(model.named_parameters())
+    meshes = [parameter.device_mesh for _, parameter in named if isinstance(parameter, DTensor)]
+    if not meshes or meshes[0].size() != world.size:
+        raise ConfigError(
+            f"The model is sharded over {meshes[0].size() if meshes else 0} of {world.size} ranks. All ranks must "
+            "share the effective batch: use a 1-D mesh over all of them, or a 2-D mesh (replicate, shard)."
+        )
+    outside = [name for name, parameter in named if parameter.requires_grad and not isinstance(parameter, DTensor)]
+    if outside:
+        raise ConfigError(
+            f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would differ "
+            "between ranks. Shard them too, or freeze them."
+        )
+    return FSDP(model, world, sync, meshes[0])

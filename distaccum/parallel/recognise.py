@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.errors import ConfigError
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ddp import DDP
-from distaccum.parallel.fsdp import FSDP, mesh_of
 from distaccum.parallel.single import Single
 from distaccum.parallel.world import World
 
@@ -30,21 +29,18 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
     if isinstance(model, DistributedDataParallel):
         return DDP(model, World.of(device, model.process_group), policy)
     world = World.of(device)
-    if isinstance(model, FSDPModule):
-        mesh = mesh_of(model)
-        if mesh.size() != world.size:
-            raise ConfigError(
-                f"The model is sharded over {mesh.size()} of {world.size} ranks. All ranks must share the effective "
-                "batch: use a 1-D mesh over all of them, or a 2-D mesh (replicate, shard)."
-            )
-        outside = [name for name, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
-        if outside:
-            raise ConfigError(
-                f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would "
-                "differ between ranks. Shard them too, or freeze them."
-            )
-        return FSDP(model, world, policy, mesh)
-    if any(isinstance(module, FSDPModule | DistributedDataParallel) for module in model.modules()):
+    # Who has an FSDP2 module has imported FSDP2; everybody else need not wait for that import.
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        from distaccum.parallel.fsdp import recognise_sharded
+
+        if isinstance(model, FSDPModule):
+            return recognise_sharded(model, world, policy)
+        wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
+    else:
+        wrapped_part = False
+    if wrapped_part or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError(
             "Only a part of this model is wrapped. Pass the wrapped module itself, or call fully_shard() on the whole "
             "model after its parts."

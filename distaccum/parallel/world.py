@@ -40,9 +40,10 @@ class World:
         """
         if self.group is None:
             return Shared(row[None], None)
-        where = self.device if "nccl" in dist.get_backend(self.group) else torch.device("cpu")
-        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=where)
-        table[self.rank] = row.to(where, non_blocking=True)
+        # Where this device has no backend of its own (a model on a GPU, ranks that share gloo) the CPU's serves.
+        served = f"{self.device.type}:" in dist.get_backend_config(self.group)
+        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=self.device if served else "cpu")
+        table[self.rank] = row.to(table.device)
         # One all-reduce in which each rank adds to its own row only: a gather whose name is the same in every torch.
         return Shared(table, dist.all_reduce(table, group=self.group, async_op=True))
 

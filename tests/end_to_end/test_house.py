@@ -1,0 +1,90 @@
+"""The house itself: the wheel works elsewhere, importing is light, the heart is small."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of commands of an environment with the wheel and its dependencies, and without the repository."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)], folder)
+    (wheel,) = folder.glob("distaccum-*.whl")
+    environment = folder / "environment"
+    venv.create(environment, symlinks=True)
+    # Dependencies are taken from where the tests run; an editable install there is not seen through such a file.
+    site = next((environment / "lib").glob("python*")) / "site-packages"
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = environment / "bin" / "python"
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            str(wheel),
+        ],
+        folder,
+    )
+    return environment / "bin"
+
+
+SMALL = [
+    "train.steps=2", "train.heldout_samples=4", "optim.schedule.warmup=0", "data.seq_len=16", "model.num_layers=1",
+    "model.width=16", "loader.workers=0", "accum.micro=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["distaccum"], ["python", "-m", "distaccum"]], ids=["script", "module"])
+def test_the_wheel_runs_from_another_folder(installed: Path, tmp_path: Path, command: list[str]) -> None:
+    out = run([str(installed / command[0]), *command[1:], "train", *SMALL], tmp_path)
+    assert "all 2 steps done" in out
+    where = run([str(installed / "python"), "-c", "import distaccum.config as c; print(c.config_dir())"], tmp_path)
+    assert where.strip() == str(next(installed.parent.glob("lib/python*/site-packages/distaccum/conf")))
+
+
+def test_importing_is_light(tmp_path: Path) -> None:
+    code = "import sys, json, distaccum; print(json.dumps(sorted(sys.modules)))"
+    loaded = set(json.loads(run([sys.executable, "-c", code], tmp_path)))
+    assert not loaded & {"hydra", "omegaconf", "wandb", "matplotlib", "transformers"}
+
+
+def test_the_heart_is_small() -> None:
+    heart = ["plan.py", "loss.py", "step.py", "schedules/microbatch.py"]
+    files = [ROOT / "distaccum" / name for name in heart] + sorted((ROOT / "distaccum" / "parallel").glob("*.py"))
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert lines <= 1400
+    for file in (ROOT / "distaccum").rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 300, file
+
+
+def test_private_names_of_torch_are_in_one_place() -> None:
+    for file in (ROOT / "distaccum").rglob("*.py"):
+        if file.name == "torch_private.py":
+            continue
+        for line in file.read_text().splitlines():
+            code = line.partition("#")[0]
+            for name in ("_fsdp", "_get_ddp", "_unsharded", "_sync_", "_in_backward", "_comm_hooks", "_auto_reshard"):
+                assert name not in code, (file, line)
