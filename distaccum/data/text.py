@@ -208,9 +208,7 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
     cache = cache_root(config.cache_dir)
     label, root, files = _find(config, cache)
     corpus = open_corpus(root, files, config.heldout_fraction, cache)
-    train, heldout = (
-        TextDataset(corpus, label, is_heldout, config.seq_len, config.layout) for is_heldout in (False, True)
-    )
+    train, heldout = (TextDataset(corpus, label, held, config.seq_len, config.layout) for held in (False, True))
     for dataset, which, tokens in (
         (train, "training", corpus.train_tokens),
         (heldout, "held-out", corpus.heldout_tokens),

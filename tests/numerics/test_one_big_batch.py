@@ -26,7 +26,7 @@ MESHES = {
 }  # fmt: skip
 
 
-def train(rank_of: str, strategy: str, policy: str, mesh: tuple[int, ...], num_micros: int) -> dict[str, float]:
+def train(strategy: str, policy: str, mesh: tuple[int, ...], num_micros: int) -> dict[str, float]:
     """On each rank: one window of each kind, compared with the reference; the worst relative errors."""
     import torch.distributed as dist
 
@@ -34,8 +34,9 @@ def train(rank_of: str, strategy: str, policy: str, mesh: tuple[int, ...], num_m
     windows = [make_window(kind, num_micros, ranks, seed) for seed, kind in enumerate(KINDS)]
     expected = reference(windows, LR)
     model = wrap(make_model(), strategy, mesh)
+    audit = "always" if num_micros == 3 else "never"  # the ledger's numbers do not depend on it, only the time
     optimizer = RecordingSGD(model.parameters(), lr=LR)
-    accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always")
+    accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit=audit)
     worst = {"gradient": 0.0, "parameter": 0.0, "loss": 0.0}
     for dealt, right in zip(windows, expected, strict=True):
         record = accumulator.step(dealt[rank])
@@ -60,5 +61,5 @@ def test_gradients_equal_one_process(any_world: World, strategy: str) -> None:
     for mesh in meshes if strategy != "hsdp" or any_world.size > 1 else []:
         for policy in POLICIES[strategy]:
             for num_micros in MICROS:
-                for rank, errors in enumerate(any_world.run(train, "", strategy, policy, mesh, num_micros)):
+                for rank, errors in enumerate(any_world.run(train, strategy, policy, mesh, num_micros)):
                     assert max(errors.values()) <= 1e-12, (strategy, policy, mesh, num_micros, rank, errors)

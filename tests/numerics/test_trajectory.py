@@ -51,7 +51,7 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
     """All parameters, losses and norms after each step, on rank 0; empty elsewhere."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    gpt = GPTConfig("gpt", vocab_size=16, max_seq_len=8, num_layers=2, num_heads=2, width=8, dropout=0.2, bias=True)
+    gpt = GPTConfig("gpt", vocab_size=16, max_seq_len=8, num_layers=1, num_heads=2, width=8, dropout=0.2, bias=True)
     model: nn.Module = wrap(GPT(gpt).double(), strategy, mesh)
     schedule = ScheduleConfig(ScheduleName.cosine, ScheduleUnit.steps, warmup=10, total=STEPS, decay=1, final_ratio=0.0)
     optimizer = make_optimizer(
