@@ -6,6 +6,7 @@ update is minus the mean of x over everything counted.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import World
 
 import distaccum as da
+from distaccum.data.loader import Loader
 
 
 def linear(dtype: torch.dtype = torch.float64) -> nn.Linear:
@@ -245,6 +247,50 @@ def window_size_changes() -> list[float]:
 
 def test_trap_09_the_next_window_has_the_new_size(two_ranks: World) -> None:
     assert two_ranks.run(window_size_changes) == [[1.5, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0]] * 2
+
+
+class Rows:
+    """Twenty samples of five numbers."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def batch(self, indices: list[int], generator: torch.Generator) -> Tensor:
+        return torch.sin(torch.arange(5, dtype=torch.float64)[None] + torch.tensor(indices)[:, None])
+
+    def counted(self, indices: list[int]) -> int:
+        return len(indices)
+
+
+def stopped_and_continued(stop: int | None) -> list[float]:
+    """Six steps with dropout and AdamW in windows of 4 micros per rank; fresh objects after `stop` steps.
+
+    A window is computed by one call, so that a boundary is the only place at which anybody can save; what is carried
+    over are the state dicts and the plan's position.
+    """
+    plan = da.Plan(num_samples=20, effective_batch=16, micro_size=2, seed=1)  # the second window of an epoch holds 4
+    saved: dict[str, Any] = {"step": 0, "start": 0, "model": None, "optimizer": None}
+    for last in [stop, 6] if stop is not None else [6]:
+        model = DistributedDataParallel(nn.Sequential(make_model(), nn.Dropout(0.3)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        if saved["model"] is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+        objective = da.Objective(lambda m, x: m(x).square().sum(), len)
+        accumulator = da.Accumulator(model, optimizer, objective, seed=5)
+        loader = Loader(Rows(), plan, dist.get_rank(), dist.get_world_size())
+        for window, micros in loader.windows(saved["step"], saved["start"], last):
+            accumulator.step(micros)
+            saved = {"step": window.step + 1, "start": window.next_start}
+        saved["model"], saved["optimizer"] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+
+
+def test_trap_10_a_run_continues_bit_for_bit_from_a_boundary(two_ranks: World) -> None:
+    whole_run = two_ranks.run(stopped_and_continued, None)
+    assert two_ranks.run(stopped_and_continued, 3) == whole_run
+    assert two_ranks.run(stopped_and_continued, 2) == whole_run
+    assert whole_run[0] == whole_run[1]
 
 
 def count_all_reduces() -> tuple[int, int]:
