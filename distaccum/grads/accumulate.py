@@ -78,14 +78,13 @@ def buckets(tensors: list[Tensor]) -> list[list[Tensor]]:
     return groups
 
 
-def all_reduce_mean(tensors: list[Tensor], group: dist.ProcessGroup, world_size: int) -> None:
-    """Replace each tensor by its mean over ranks, in place, a few large all-reduces in flight together."""
+def all_reduce_sum(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each tensor by its sum over ranks, in place, a few large all-reduces in flight together."""
     flats = []
     for bucket in buckets(tensors):
         flat = torch.cat([tensor.flatten() for tensor in bucket])
         flats.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
     for bucket, flat, work in flats:
         work.wait()
-        flat.mul_(1.0 / world_size)
         parts = flat.split([tensor.numel() for tensor in bucket])
         torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])

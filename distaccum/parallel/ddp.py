@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import WideGradients, all_reduce_mean, buckets, is_narrow
+from distaccum.grads.accumulate import WideGradients, all_reduce_sum, buckets, is_narrow
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
@@ -40,9 +39,8 @@ class DDP(Strategy):
         if is_narrow(model.parameters()):
             group = model.process_group
             assert group is not None
-            self.wide = WideGradients(
-                model.parameters(), lambda sums: all_reduce_mean(sums, group, dist.get_world_size(group))
-            )
+            self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
+            self.wide = WideGradients(model.parameters(), lambda sums: all_reduce_sum(sums, group))
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""
