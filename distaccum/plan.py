@@ -1,7 +1,7 @@
 """Which samples make which optimizer step: `Plan -> Window -> Micro`. Pure arithmetic, decided before anything runs.
 
-What a window and its micros hold depends on (seed, epoch, effective batch, micro size) only. The world size decides
-nothing but who computes which micro.
+What a window and its micros hold depends on (seed, position, effective batch or its schedule, micro size) only. The
+world size decides nothing but who computes which micro.
 """
 
 from __future__ import annotations
@@ -11,9 +11,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from distaccum.batch_arithmetic import (
+    DEFAULT_MICRO,
+    BatchArithmetic,
+    Ragged,
+    nearest_batches,
+    require_positive,
+    samples_of_tokens,
+    solve,
+)
+from distaccum.batch_schedule import FOREVER, BatchSchedule
 from distaccum.errors import ConfigError
 
-DEFAULT_MICRO = 8  # samples, where nothing else says how large a micro-batch is
+__all__ = [
+    "DEFAULT_MICRO",
+    "BatchArithmetic",
+    "LastWindow",
+    "Micro",
+    "Plan",
+    "Ragged",
+    "Window",
+    "nearest_batches",
+    "random_key",
+    "samples_of_tokens",
+    "solve",
+]
 
 
 class LastWindow(Enum):
@@ -22,13 +44,6 @@ class LastWindow(Enum):
     keep = "keep"  # a shorter window of their own
     drop = "drop"  # left out; the shuffle leaves out others in the next epoch
     fill = "fill"  # one window with the first samples of the next epoch
-
-
-class Ragged(Enum):
-    """What to do when micros of one size do not fill the effective batch on all ranks alike."""
-
-    allow = "allow"  # uneven micros, the same effective batch
-    refuse = "refuse"  # an error that names the nearest plans which divide
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class Window:
     epoch: int  # the epoch of its first sample, from 0
     start: int  # position of its first sample in the stream; with `step`, all that a resumed run has to know
     size: int  # samples
+    effective_batch: int  # samples that the plan asks for here; `size` is smaller where an epoch ends
     micro_size: int  # samples in its largest micro
     next_start: int  # where the next window starts
 
@@ -71,58 +87,72 @@ class Plan:
     """The sequence of windows over any number of epochs.
 
     Raises:
-        ConfigError: for sizes that are not positive, or an epoch shorter than a window whose rest is dropped.
+        ConfigError: for sizes that are not positive, an epoch shorter than a window whose rest is dropped, or an
+            effective batch that the schedule does not begin with.
     """
 
     num_samples: int  # samples in one epoch
-    effective_batch: int  # samples in one full window
+    effective_batch: int  # samples in one full window; with a schedule, in the first one
     micro_size: int  # samples in one full micro
     seed: int = 0
     last_window: LastWindow = LastWindow.keep
     shuffle: bool = True
+    schedule: BatchSchedule | None = None  # None: the same effective batch all along
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "effective_batch", "micro_size"):
-            _positive(name, getattr(self, name))
-        if self.last_window is LastWindow.drop and self.num_samples < self.effective_batch:
+            require_positive(name, getattr(self, name))
+        if (first := self._asked(0, 0)) != self.effective_batch:
+            raise ConfigError(f"effective_batch is {self.effective_batch}, but the schedule begins with {first}.")
+        if self.last_window is LastWindow.drop and self.num_samples < self.largest_batch:
             raise ConfigError(
                 f"accum.last_window=drop leaves nothing: an epoch has {self.num_samples} samples and a window needs "
-                f"{self.effective_batch}. Use accum.last_window=keep or fill, or a smaller accum.effective_batch."
+                f"{self.largest_batch}. Use accum.last_window=keep or fill, or a smaller accum.effective_batch."
             )
 
     @property
+    def largest_batch(self) -> int:
+        """The largest effective batch of the training, in samples."""
+        return self.schedule.largest if self.schedule else self.effective_batch
+
+    @property
     def windows_per_epoch(self) -> int:
-        """Windows that start in one epoch (with `fill`: in the first one)."""
-        full, rest = divmod(self.num_samples, self.effective_batch)
-        return full if self.last_window is LastWindow.drop or rest == 0 else full + 1
+        """Windows that start in one epoch (with `fill` or a schedule: in the first one)."""
+        return self._last(before=self.num_samples).step + 1
 
     @property
     def last_window_size(self) -> int:
-        """Samples in the last window of an epoch."""
-        rest = self.num_samples % self.effective_batch
-        return rest if rest and self.last_window is LastWindow.keep else self.effective_batch
+        """Samples in the last window of an epoch (with a schedule: of the first one)."""
+        return self._last(before=self.num_samples).size
 
     def num_steps(self, epochs: int) -> int:
         """Windows in so many epochs. With `fill`, the samples after the last full window are not begun."""
-        if self.last_window is LastWindow.fill:
-            return epochs * self.num_samples // self.effective_batch
-        return epochs * self.windows_per_epoch
+        end = epochs * self.num_samples
+        last = self._last(before=end)
+        return last.step + (last.start + last.size <= end)
+
+    def start_of(self, step: int) -> int:
+        """Where the window with this number starts in the stream; with the number of steps, the training's length.
+
+        Exact, and found without making the windows before it: the work grows with the epochs and with the sizes that a
+        ramp takes on, about 50 us for each.
+        """
+        return self._last(step=step).start
 
     def window(self, step: int = 0, start: int = 0) -> Window:
         """The window that starts at a position of the stream.
+
+        With `drop`, the rest of an epoch is left out where it is shorter than what a window that starts there would be
+        asked for; the window after the gap is asked for what its own position says.
 
         Args:
             step: its number, from 0.
             start: 0, or `next_start` of the window before it. Any position is legal: what was consumed stays consumed.
         """
-        left = self.num_samples - start % self.num_samples  # samples until the end of the epoch
-        if self.last_window is LastWindow.drop and left < self.effective_batch:
-            start, left = start + left, self.num_samples
-        size = self.effective_batch if self.last_window is LastWindow.fill else min(left, self.effective_batch)
-        end = start + size
-        if self.last_window is LastWindow.drop and left - size < self.effective_batch:
-            end = start + left  # the rest is dropped now, so that next_start tells the epoch truly
-        return Window(step, start // self.num_samples, start, size, self.micro_size, end)
+        start, asked = self._begin(step, start)
+        size = asked if self.last_window is LastWindow.fill else min(asked, self._left(start))
+        next_start, _ = self._begin(step + 1, start + size)  # past what is dropped, so that it tells the epoch truly
+        return Window(step, start // self.num_samples, start, size, asked, self.micro_size, next_start)
 
     def windows(self, step: int = 0, start: int = 0) -> Iterator[Window]:
         """All windows from a position on, without end: the caller knows how many steps the training has."""
@@ -144,93 +174,35 @@ class Plan:
             numbers.append(index)
         return numbers
 
+    def _asked(self, step: int, start: int) -> int:
+        return self.schedule.at(step, start, self.micro_size) if self.schedule else self.effective_batch
 
-@dataclass(frozen=True)
-class BatchArithmetic:
-    """effective batch = micro size x micros per rank x ranks, solved for whichever was not given."""
+    def _left(self, start: int) -> int:
+        return self.num_samples - start % self.num_samples
 
-    effective_batch: int  # samples
-    micro_size: int  # samples in the largest micro
-    num_micros: int  # per rank; with uneven micros, on the rank that has most
-    world_size: int
+    def _begin(self, step: int, start: int) -> tuple[int, int]:
+        """Where a window really starts, and the effective batch it is asked for."""
+        asked = self._asked(step, start)
+        if self.last_window is LastWindow.drop and self._left(start) < asked:
+            start += self._left(start)
+            asked = self._asked(step, start)
+        return start, asked
 
-    @property
-    def even(self) -> bool:
-        """Whether every rank computes the same number of micros of the same size."""
-        return self.effective_batch == self.micro_size * self.num_micros * self.world_size
-
-
-def solve(
-    world_size: int,
-    effective_batch: int | None = None,
-    micro_size: int | None = None,
-    num_micros: int | None = None,
-    ragged: Ragged = Ragged.allow,
-) -> BatchArithmetic:
-    """Find the third of {effective batch, micro size, micros per rank} from any two, for the current world size.
-
-    With fewer than two, the micro size is `DEFAULT_MICRO` and then the number of micros is 1.
-
-    Raises:
-        ConfigError: when the numbers contradict each other, or do not divide and `ragged` refuses.
-    """
-    for name, value in (("effective_batch", effective_batch), ("micro", micro_size), ("num_micros", num_micros)):
-        if value is not None:
-            _positive(f"accum.{name}", value)
-    if effective_batch is not None and micro_size is None and num_micros is not None:
-        micro_size = _ceil(effective_batch, num_micros * world_size)
-    elif micro_size is None:
-        micro_size = DEFAULT_MICRO if effective_batch is None else min(DEFAULT_MICRO, effective_batch)
-    if effective_batch is None:
-        effective_batch = micro_size * (num_micros or 1) * world_size
-    solved = _ceil(_ceil(effective_batch, micro_size), world_size)
-    if num_micros is not None and solved != num_micros:
-        raise ConfigError(
-            f"accum.num_micros={num_micros} contradicts accum.effective_batch={effective_batch}: on {world_size} "
-            f"rank(s), micros of {micro_size} samples make {solved} per rank. Leave one of accum.effective_batch, "
-            f"accum.micro and accum.num_micros out (null), or write accum.effective_batch="
-            f"{micro_size * num_micros * world_size}."
-        )
-    solution = BatchArithmetic(effective_batch, micro_size, solved, world_size)
-    if ragged is Ragged.refuse and not solution.even:
-        below, above = nearest_batches(solution)
-        nearest = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(
-            f"accum.effective_batch ({effective_batch}) needs {effective_batch / (micro_size * world_size):g} "
-            f"micro-batches of {micro_size} per rank on {world_size} rank(s). Use accum.effective_batch={nearest}"
-            f"{_dividing_micro(solution)}, or accum.ragged=allow: uneven micros, exactly {effective_batch} samples."
-        )
-    return solution
-
-
-def nearest_batches(arithmetic: BatchArithmetic) -> tuple[int, int]:
-    """The effective batches at or below and above that divide into even micros; 0 where there is none below."""
-    unit = arithmetic.micro_size * arithmetic.world_size
-    below = arithmetic.effective_batch // unit * unit
-    return below, below + unit
-
-
-def samples_of_tokens(effective_tokens: int, tokens_per_sample: int | None) -> int:
-    """The effective batch in samples for one that was given in tokens.
-
-    Raises:
-        ConfigError: when samples differ in length, or the tokens are not a whole number of samples.
-    """
-    _positive("accum.effective_tokens", effective_tokens)
-    if tokens_per_sample is None:
-        raise ConfigError(
-            f"accum.effective_tokens={effective_tokens} needs samples of one length, and here they differ. "
-            "Give accum.effective_batch in samples, or pack the sequences (data.layout=packed)."
-        )
-    samples, rest = divmod(effective_tokens, tokens_per_sample)
-    if rest:
-        below = f"{samples * tokens_per_sample} or " if samples else ""
-        raise ConfigError(
-            f"accum.effective_tokens={effective_tokens} is {effective_tokens / tokens_per_sample:.3f} samples of "
-            f"{tokens_per_sample} tokens. Use {below}{(samples + 1) * tokens_per_sample}, or give "
-            "accum.effective_batch in samples."
-        )
-    return samples
+    def _last(self, step: int = FOREVER, before: int = FOREVER) -> Window:
+        """The last window that has at most this number and starts before this position."""
+        window = self.window()
+        while window.step < step and window.next_start < before:
+            start, batch = window.start, window.effective_batch
+            alike = self.schedule.alike(window.step, start, self.micro_size) if self.schedule else FOREVER
+            if self.last_window is not LastWindow.fill:
+                alike = min(alike, self._left(start) // batch)
+            # Windows that are alike lie side by side: leap to the last of them, or take one step.
+            leap = min(alike - 1, step - window.step, (before - 1 - start) // batch)
+            if leap > 1:
+                window = self.window(window.step + leap, start + leap * batch)
+            else:
+                window = self.window(window.step + 1, window.next_start)
+        return window
 
 
 def random_key(seed: int, step: int, number: int) -> int:
@@ -243,24 +215,10 @@ def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)
 
 
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{name} is {value}; it counts things and must be at least 1.")
-
-
 def _spread(total: int, parts: int) -> list[int]:
     """`total` in `parts` numbers that differ by one at most, the larger ones first."""
     size, larger = divmod(total, parts)
     return [size + 1] * larger + [size] * (parts - larger)
-
-
-def _dividing_micro(arithmetic: BatchArithmetic) -> str:
-    """The largest smaller micro size that divides, as a piece of advice."""
-    per_rank, rest = divmod(arithmetic.effective_batch, arithmetic.world_size)
-    if rest:
-        return ""
-    micro = next(m for m in range(min(arithmetic.micro_size, per_rank), 0, -1) if per_rank % m == 0)
-    return f", or accum.micro={micro}"
 
 
 def _round_keys(seed: int, epoch: int) -> list[int]:

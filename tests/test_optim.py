@@ -21,22 +21,27 @@ from torch.distributed.fsdp import fully_shard
 
 from distaccum.errors import ConfigError
 from distaccum.optim import (
+    LRRule,
     LRSchedule,
     OptimConfig,
     OptimImplementation,
     OptimName,
+    ScaleConfig,
     ScheduleConfig,
     ScheduleName,
     ScheduleUnit,
     decay_groups,
     lr_factor,
+    lr_scale,
     make_optimizer,
+    scaled_beta2,
 )
 
 CONF = Path(__file__).parents[1] / "conf"
 CURVE = ScheduleConfig(
     name=ScheduleName.linear, unit=ScheduleUnit.steps, warmup=0, total=None, decay=4, final_ratio=0.0
 )
+NO_SCALE = ScaleConfig(lr=LRRule.none, base_batch=None, beta2=False)
 ADAMW = OptimConfig(
     name=OptimName.adamw,
     lr=0.01,
@@ -48,6 +53,7 @@ ADAMW = OptimConfig(
     implementation=OptimImplementation.loop,
     clip_norm=None,
     schedule=CURVE,
+    scale=NO_SCALE,
 )
 
 
@@ -202,6 +208,7 @@ def test_conf(name: OptimName) -> None:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(OptimConfig), raw))
     assert isinstance(config, OptimConfig)
     assert config.name is name
+    assert config.scale == NO_SCALE
     optimizer = make_optimizer(nn.Linear(2, 2), config)
     assert type(optimizer).__name__.lower() == name.value
     for curve_name in ScheduleName:
@@ -347,3 +354,119 @@ def test_constant_needs_no_end_and_positions_start_at_zero() -> None:
     assert lr_factor(10**9, curve("constant", warmup=10), None) == 1
     with pytest.raises(ValueError, match="got -1"):
         lr_factor(-1, curve("constant"), None)
+
+
+# -- what follows the effective batch
+
+BOTH = ScaleConfig(lr=LRRule.sqrt, base_batch=16, beta2=True)
+
+
+def test_rules_by_hand() -> None:
+    assert [lr_scale(4.0, rule) for rule in (LRRule.none, LRRule.linear, LRRule.sqrt)] == [1, 4, 2]
+    assert [lr_scale(0.25, rule) for rule in (LRRule.none, LRRule.linear, LRRule.sqrt)] == [1, 0.25, 0.5]
+    assert scaled_beta2(0.5, 2.0) == 0.25
+    assert scaled_beta2(0.81, 0.5) == pytest.approx(0.9, abs=1e-15)
+    # 0.95 at 512 samples is about 0.9999 at 1: 0.95 ** (1 / 512) = exp(-0.05129329 / 512).
+    assert scaled_beta2(0.95, 1 / 512) == pytest.approx(1 - 0.05129329 / 512, abs=1e-8)
+
+
+@given(beta2=st.floats(0.5, 0.9999), base=st.integers(1, 10**6), batch=st.integers(1, 10**6))
+def test_the_half_life_in_samples_stays(beta2: float, base: int, batch: int) -> None:
+    scaled = scaled_beta2(beta2, batch / base)
+    assert 0 <= scaled <= 1
+    assert scaled_beta2(beta2, base / base) == beta2
+    # samples until half is left = batch x log(1/2) / log(beta2); log1p(scaled - 1) loses digits only as 1 - scaled does
+    forgotten_per_sample = -math.log(beta2) / base
+    if 1e-6 < batch * forgotten_per_sample < 100:
+        # scaled is rounded by 2^-53 relative to 1, so its log by about 2^-53 absolutely: at most 2e-10 of 1e-6.
+        assert -math.log(scaled) / batch == pytest.approx(forgotten_per_sample, rel=1e-9)
+
+
+def test_lr_and_beta2_follow_the_effective_batch_of_each_window() -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, beta2=0.81))
+    schedule = LRSchedule(optimizer, curve("linear"), 8, BOTH)
+    for position, batch, lr, beta2 in (  # in any order: 0.01 x (1 - position / 8) x sqrt(batch / 16)
+        (4, 64, 0.01, 0.81**4),
+        (0, 16, 0.01, 0.81),
+        (6, 4, 0.00125, 0.81**0.25),
+        (4, 64, 0.01, 0.81**4),
+    ):
+        schedule.set(position, batch)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(lr, rel=1e-15)
+            assert group["betas"] == (0.9, pytest.approx(beta2, rel=1e-15))
+    schedule.set(0, 16)
+    assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [(0.01, (0.9, 0.81))] * 2  # exact at the base
+
+
+def test_linear_for_sgd() -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, name=OptimName.sgd, lr=0.5))
+    schedule = LRSchedule(optimizer, curve("constant"), None, ScaleConfig(LRRule.linear, 16, beta2=False))
+    schedule.set(0, 64)
+    assert [group["lr"] for group in optimizer.param_groups] == [2.0, 2.0]
+
+
+def test_adam_uses_the_beta2_that_was_set() -> None:
+    """One parameter, gradients 2 and -1 at batches 16 and 64: the second step forgets 0.95 ** 4 of the square."""
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, 1.0)
+    optimizer = make_optimizer(model, dataclasses.replace(ADAMW, weight_decay=0.0))
+    schedule = LRSchedule(optimizer, curve("constant"), None, BOTH)
+    value, mean, square = 1.0, 0.0, 0.0
+    for step, (gradient, batch) in enumerate([(2.0, 16), (-1.0, 64)], start=1):
+        schedule.set(step - 1, batch)
+        model.weight.grad = torch.full_like(model.weight, gradient)
+        optimizer.step()
+        beta2 = 0.95 ** (batch / 16)
+        mean = 0.9 * mean + 0.1 * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        update = mean / (1 - 0.9**step) / (math.sqrt(square / (1 - beta2**step)) + 1e-8)
+        value -= 0.01 * math.sqrt(batch / 16) * update
+    assert model.weight.item() == pytest.approx(value, abs=1e-14)
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+@pytest.mark.parametrize("scale", [BOTH, NO_SCALE], ids=["scaled", "scaled no more"])
+def test_a_resumed_run_scales_what_was_configured_not_what_was_saved(load_first: bool, scale: ScaleConfig) -> None:
+    saved = make_optimizer(nn.Linear(2, 2), ADAMW)
+    LRSchedule(saved, curve("linear"), 8, BOTH).set(3, 64)
+    assert saved.param_groups[0]["betas"][1] == 0.95**4
+    resumed = make_optimizer(nn.Linear(2, 2), ADAMW)
+    schedule = None if load_first else LRSchedule(resumed, curve("linear"), 8, scale)
+    resumed.load_state_dict(saved.state_dict())
+    schedule = schedule or LRSchedule(resumed, curve("linear"), 8, scale)
+    straight = make_optimizer(nn.Linear(2, 2), ADAMW)
+    LRSchedule(straight, curve("linear"), 8, scale).set(4, 256)
+    schedule.set(4, 256)
+    for one, other in zip(resumed.param_groups, straight.param_groups, strict=True):
+        assert (one["lr"], one["betas"]) == (other["lr"], other["betas"])  # to the last bit
+
+
+@pytest.mark.parametrize("scale", [None, NO_SCALE])
+def test_without_a_rule_the_batch_changes_nothing(scale: ScaleConfig | None) -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), ADAMW)
+    schedule = LRSchedule(optimizer, curve("cosine", warmup=2), 8, scale)
+    for position in range(8):
+        schedule.set(position, *([] if position % 2 else [64]))
+        expected = 0.01 * lr_factor(position, curve("cosine", warmup=2), 8)
+        assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [(expected, (0.9, 0.95))] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "message"),
+    [
+        (OptimName.sgd, BOTH, r"scale.beta2=true needs an optimizer with betas, and SGD has none; use optim=adamw"),
+        (OptimName.adamw, dataclasses.replace(BOTH, base_batch=0), r"scale.base_batch \(0\) .* at least 1"),
+        (OptimName.adamw, dataclasses.replace(BOTH, base_batch=None), r"scale.base_batch \(None\)"),
+    ],
+)
+def test_scalings_without_a_meaning(name: OptimName, scale: ScaleConfig, message: str) -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, name=name))
+    with pytest.raises(ConfigError, match=message):
+        LRSchedule(optimizer, CURVE, 8, scale)
+
+
+def test_a_scale_asks_for_the_batch() -> None:
+    schedule = LRSchedule(make_optimizer(nn.Linear(2, 2), ADAMW), CURVE, 8, BOTH)
+    with pytest.raises(ValueError, match=r"set\(position, window.effective_batch\)"):
+        schedule.set(0)

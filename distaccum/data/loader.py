@@ -20,8 +20,8 @@ from distaccum.plan import Micro, Plan, Window, random_key
 class Loader:
     """The micros of one rank, window after window, from any position of the plan.
 
-    Reading runs ahead by about one window and no more, in worker processes; nothing here depends on the rank but which
-    micros it reads.
+    Reading runs ahead by about one window (the plan's largest) and no more, in worker processes; nothing here depends
+    on the rank but which micros it reads.
     """
 
     def __init__(
@@ -84,7 +84,9 @@ class Loader:
         )
 
     def _stream(self, step: int, start: int, num_windows: int) -> Generator[Any, None, None]:
-        per_window = max(1, len(self._plan.window().deal(self._rank, self._world_size)))
+        # How far to read ahead is fixed once, so where windows grow it is for the largest of them.
+        largest = min(self._plan.largest_batch, self._plan.num_samples)
+        per_window = -(-largest // (self._plan.micro_size * self._world_size))
         loader: DataLoader[Any] = DataLoader(
             _MicroSource(self._dataset, self._plan),
             sampler=_Order(self._plan, step, start, num_windows, self._rank, self._world_size),

@@ -18,10 +18,12 @@ import distaccum as da
 from distaccum.data.loader import Loader
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.optim import (
+    LRRule,
     LRSchedule,
     OptimConfig,
     OptimImplementation,
     OptimName,
+    ScaleConfig,
     ScheduleConfig,
     ScheduleName,
     ScheduleUnit,
@@ -67,6 +69,7 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
             OptimImplementation.foreach,
             clip_norm=0.5,
             schedule=schedule,
+            scale=ScaleConfig(LRRule.none, None, beta2=False),
         ),
     )
     rates = LRSchedule(optimizer, schedule, STEPS)

@@ -1,36 +1,16 @@
-"""Optimizers, the choice of what decays, and learning-rate schedules as functions of the position in the training."""
+"""The learning rate, and Adam's beta2, as functions of the position in the training and its effective batch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, final
+from typing import final
 
 import torch
-from torch import nn
 
+from distaccum.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
-
-
-class OptimName(Enum):
-    """The optimizers: Adam with decoupled decay (Loshchilov and Hutter, 2019), and SGD with momentum."""
-
-    adamw = "adamw"
-    sgd = "sgd"
-
-
-class OptimImplementation(Enum):
-    """How an update is computed; all give the same numbers up to rounding.
-
-    foreach: few kernels over lists of tensors. fused: one kernel, no temporary memory. loop: tensor after tensor.
-    auto: fused where all parameters are on CUDA, else foreach.
-    """
-
-    foreach = "foreach"
-    fused = "fused"
-    loop = "loop"
-    auto = "auto"
 
 
 class ScheduleName(Enum):
@@ -40,14 +20,6 @@ class ScheduleName(Enum):
     linear = "linear"
     cosine = "cosine"
     wsd = "wsd"
-
-
-class ScheduleUnit(Enum):
-    """What positions and lengths of a schedule count: optimizer steps, samples or tokens, over all ranks."""
-
-    steps = "steps"
-    samples = "samples"
-    tokens = "tokens"
 
 
 @dataclass
@@ -71,74 +43,28 @@ class ScheduleConfig:
     final_ratio: float
 
 
+class LRRule(Enum):
+    """By how much the learning rate changes with the effective batch B, see `lr_scale`; B0 is `base_batch`."""
+
+    none = "none"  # not at all
+    linear = "linear"  # B / B0, for SGD
+    sqrt = "sqrt"  # the square root of B / B0, for Adam
+
+
 @dataclass
-class OptimConfig:
-    """An optimizer, its clipping and its schedule. conf/optim owns the values.
+class ScaleConfig:
+    """What follows the effective batch, where that changes or is another one than it was tuned for.
 
     Attributes:
-        name: which optimizer.
-        lr: peak learning rate; the schedule multiplies it by a factor in [0, 1].
-        beta1, beta2: adamw: memory of the mean and of the squared gradient, in [0, 1).
-        eps: adamw: added to the root of the squared gradient, > 0.
-        momentum: sgd: memory of the velocity, in [0, 1); 0: plain SGD.
-        weight_decay: of matrices only, see `decay_groups`. Decoupled (adamw), or added to the gradient (sgd).
-        implementation: how an update is computed.
-        clip_norm: largest global gradient norm, applied after the reduction. None: no clipping.
-        schedule: the learning rate along the training.
+        lr: the learning rate's rule.
+        base_batch: the effective batch, in samples, that `lr` and `beta2` were chosen for. None: the first one of the
+            training, filled in by the caller.
+        beta2: adamw: whether the memory of the squared gradient keeps its half-life in samples, see `scaled_beta2`.
     """
 
-    name: OptimName
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    momentum: float
-    weight_decay: float
-    implementation: OptimImplementation
-    clip_norm: float | None
-    schedule: ScheduleConfig
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that decay and those that do not.
-
-    Parameters of two and more dimensions (matrices, kernels, embeddings) decay; biases, norms and scalars do not. The
-    dimensions of a sharded parameter are those of the whole. A parameter under several names counts once.
-
-    Returns:
-        Groups for a torch optimizer in the order of `model.parameters()`, the decaying one first; an empty one is left
-        out. The groups, and their order, are the same on every rank.
-    """
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer over `decay_groups`. Call it after sharding (FSDP2), which replaces the parameters.
-
-    Its learning rate is the peak until an `LRSchedule` sets it. Clipping is the caller's.
-
-    Raises ConfigError for a number outside its range, or a model without trainable parameters.
-    """
-    _check_optim(config)
-    groups = decay_groups(model, config.weight_decay)
-    if not groups:
-        frozen = len(list(model.parameters()))
-        raise ConfigError(f"optim: 0 trainable parameters ({frozen} are frozen); set requires_grad on what shall train")
-    implementation = config.implementation
-    if implementation is OptimImplementation.auto:
-        on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-        implementation = OptimImplementation.fused if on_cuda else OptimImplementation.foreach
-    foreach = implementation is OptimImplementation.foreach
-    fused = implementation is OptimImplementation.fused
-    if config.name is OptimName.sgd:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=foreach, fused=fused)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=foreach, fused=fused)
+    lr: LRRule
+    base_batch: int | None
+    beta2: bool
 
 
 def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> float:
@@ -183,32 +109,84 @@ def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> f
     return schedule.final_ratio + (1 - schedule.final_ratio) * remaining
 
 
+def lr_scale(ratio: float, rule: LRRule) -> float:
+    """The factor of the learning rate where the effective batch is `ratio` times the base batch; exactly 1 at 1.
+
+    * linear: the ratio, for SGD. Goyal et al., "Accurate, Large Minibatch SGD", 2017.
+    * sqrt: its square root, which keeps the noise of an update. Krizhevsky, "One weird trick for parallelizing
+      convolutional neural networks", 2014; for Adam, Malladi et al., "On the SDEs and Scaling Rules for Adaptive
+      Gradient Algorithms", 2022. They scale both betas and eps as well; here beta2 can be, by `scaled_beta2`.
+    """
+    if rule is LRRule.none:
+        return 1.0
+    return ratio if rule is LRRule.linear else math.sqrt(ratio)
+
+
+def scaled_beta2(beta2: float, ratio: float) -> float:
+    """The beta2 that forgets as much per sample as `beta2` does at the base batch: beta2 ** ratio; exact at 1.
+
+    Marek et al., "Small Batch Size Training for Language Models", 2025: the half-life in tokens stays. To first order
+    it is the rule of Malladi et al. (2022), 1 - ratio (1 - beta2), but it never leaves [0, 1).
+    """
+    return float(beta2**ratio)
+
+
 @final
 class LRSchedule:
     """Sets the learning rate of every group by position. It counts nothing, so a resumed run is on the same curve.
 
     The peak of each group is read once, here: its "initial_lr" if it has one (torch's schedulers write it too), else
     its "lr", which is kept as "initial_lr". Hence an optimizer that was loaded in mid-curve gives its peak as well.
+    With a `scale`, the same holds for the second of its "betas", kept as "initial_beta2".
 
     `total` is the length of the training in `config.unit`, as in `lr_factor`, which also says what is refused.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: ScheduleConfig, total: int | None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: ScheduleConfig,
+        total: int | None,
+        scale: ScaleConfig | None = None,
+    ) -> None:
         _check_schedule(config, total)
         self._optimizer = optimizer
         self._config = config
         self._total = total
+        self._rule = scale.lr if scale else LRRule.none
+        self._scales_beta2 = scale is not None and scale.beta2
+        self._base_batch = _base_batch(scale, optimizer)
         self._peaks = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self._beta2s = [
+            float(group.setdefault("initial_beta2", group["betas"][1])) if scale and "betas" in group else None
+            for group in optimizer.param_groups
+        ]
 
-    def set(self, position: int) -> None:
-        """Write peak times `lr_factor` into each group. Call it before a step.
+    def set(self, position: int, effective_batch: int | None = None) -> None:
+        """Write peak times `lr_factor` times `lr_scale`, and `scaled_beta2`, into each group. Call it before a step.
+
+        torch corrects the start of Adam's averages by beta2 ** step, as if beta2 had always been what it is now. After
+        a change within the first few times 1 / (1 - beta2) steps, updates are therefore too large for a while where the
+        batch grew, too small where it shrank, by up to the square root of the change.
 
         Args:
             position: steps, samples or tokens (`config.unit`) of all ranks before this step, the same on every rank.
+            effective_batch: samples that the plan asks for here, `Window.effective_batch`; needed where a scale
+                follows it. Not the window's size: the few samples at an epoch's end are no regime of their own, and
+                with one effective batch all along the lr and beta2 that were chosen for it hold throughout.
         """
-        factor = lr_factor(position, self._config, self._total)
-        for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * factor
+        factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch)
+        for group, peak, beta2 in zip(self._optimizer.param_groups, self._peaks, self._beta2s, strict=True):
+            group["lr"] = peak * factor * lr_scale(ratio, self._rule)
+            if beta2 is not None:
+                group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scales_beta2 else 1.0))
+
+    def _ratio(self, effective_batch: int | None) -> float:
+        if self._base_batch is None:
+            return 1.0
+        if effective_batch is None:
+            raise ValueError("optim.scale follows the effective batch: call set(position, window.effective_batch)")
+        return effective_batch / self._base_batch
 
 
 def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
@@ -235,15 +213,18 @@ def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
     return end
 
 
-def _check_optim(config: OptimConfig) -> None:
-    """Refuse numbers outside their ranges."""
-    for key in ("beta1", "beta2", "momentum"):
-        if not 0 <= getattr(config, key) < 1:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be in [0, 1)")
-    for key in ("lr", "weight_decay"):
-        if not 0 <= getattr(config, key) < math.inf:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be finite and at least 0")
-    if not 0 < config.eps < math.inf:
-        raise ConfigError(f"optim.eps ({config.eps}) must be finite and above 0")
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"optim.clip_norm ({config.clip_norm}) must be above 0; write null for no clipping")
+def _base_batch(scale: ScaleConfig | None, optimizer: torch.optim.Optimizer) -> int | None:
+    """Refuse a scaling that has no meaning; return what it is relative to, or None where nothing scales."""
+    if scale is None or (scale.lr is LRRule.none and not scale.beta2):
+        return None
+    if scale.base_batch is None or scale.base_batch < 1:
+        raise ConfigError(
+            f"optim.scale.base_batch ({scale.base_batch}) is the effective batch, in samples, that optim.lr was chosen "
+            "for; it must be at least 1. Where nothing shall scale: optim.scale.lr=none optim.scale.beta2=false"
+        )
+    if scale.beta2 and not all("betas" in group for group in optimizer.param_groups):
+        raise ConfigError(
+            f"optim.scale.beta2=true needs an optimizer with betas, and {type(optimizer).__name__} has none; use "
+            "optim=adamw, or optim.scale.beta2=false"
+        )
+    return scale.base_batch

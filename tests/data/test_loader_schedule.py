@@ -1,0 +1,79 @@
+"""A loader over a plan whose windows grow: the samples of the plan, and read far enough ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from distaccum.batch_schedule import BatchSchedule, Ramp, ScheduleUnit
+from distaccum.data import loader as under_test
+from distaccum.data.loader import Loader
+from distaccum.plan import Plan
+
+SCHEDULE = BatchSchedule(((0, 4), (40, 22)), ScheduleUnit.samples, Ramp.linear)
+
+
+class Numbers:
+    """Each sample is its own number."""
+
+    tokens_per_sample = None
+
+    def __len__(self) -> int:
+        return 100
+
+    def counted(self, samples: Sequence[int]) -> int:
+        return len(samples)
+
+    def batch(self, samples: Sequence[int], generator: torch.Generator) -> list[int]:
+        return list(samples)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataLoader[Any]]:
+    """The loaders of torch that were opened."""
+    made: list[DataLoader[Any]] = []
+
+    def record(*args: Any, **keywords: Any) -> DataLoader[Any]:
+        made.append(DataLoader(*args, **keywords))
+        return made[-1]
+
+    monkeypatch.setattr(under_test, "DataLoader", record)
+    return made
+
+
+def read(plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, start: int = 0) -> list[list[list[int]]]:
+    """The samples of each micro of each window, up to step 12."""
+    loader = Loader(Numbers(), plan, rank, world_size, workers=workers)
+    found = [list(micros) for _, micros in loader.windows(step, start, 12)]
+    loader.close()
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_growing_windows_hold_the_plan_s_samples_from_any_step(world_size: int) -> None:
+    plan = Plan(100, 4, 4, seed=1, schedule=SCHEDULE)
+    windows = [plan.window(step, plan.start_of(step)) for step in range(12)]
+    assert [w.effective_batch for w in windows[:6]] == [4, 4, 8, 12, 16, 22]  # at 0, 4, 8, 16, 28, 44
+    assert {w.epoch for w in windows} == {0, 1}
+    for rank in range(world_size):
+        expected = [[plan.samples(micro) for micro in w.deal(rank, world_size)] for w in windows]
+        assert read(plan, rank, world_size, workers=0) == expected
+        for step in (3, 7):
+            assert read(plan, rank, world_size, 0, step, windows[step].start) == expected[step:]
+
+
+def test_workers_read_the_largest_window_ahead(opened: list[DataLoader[Any]]) -> None:
+    plan = Plan(100, 4, 4, seed=1, schedule=SCHEDULE)
+    assert read(plan, 0, 1, workers=2) == read(plan, 0, 1, workers=0)
+    largest = 6  # micros: 22 samples in micros of 4
+    # One micro per worker more than that: the first of the window after it.
+    assert opened[0].prefetch_factor == largest / 2 + 1
+
+
+def test_no_more_than_an_epoch_is_read_ahead(opened: list[DataLoader[Any]]) -> None:
+    read(Plan(100, 10**6, 20), 0, 1, workers=2)
+    assert opened[0].prefetch_factor == -(-5 // 2) + 1
