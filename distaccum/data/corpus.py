@@ -1,40 +1,33 @@
-"""Which files a corpus is made of, how they are split, and their tokens stored once per machine."""
+"""The tokens of a corpus, stored once per machine."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
+from distaccum.data.files import Piece, SourceFile, encoded, is_text, read, split
+from distaccum.data.tokens import BYTES, ByteEncoder, Encoder, Vocabulary
 from distaccum.errors import ConfigError
 
-END_OF_FILE = 256
-VOCAB_SIZE = 257
-TOKENS_FILE, DOCUMENTS_FILE, SIDECAR_FILE = "tokens.uint16", "documents.int64", "corpus.json"
+END_OF_FILE = BYTES.end
+DOCUMENTS_FILE, LENGTHS_FILE, SIDECAR_FILE = "documents.int64", "lengths.uint32", "corpus.json"
 
 # Part of the key of the cache: raise it when the same files would give other tokens.
 _FORMAT = 1
 _READ_BYTES = 1 << 22
-# A file with a zero byte in its first 8,000 bytes is binary: the rule that git diff goes by.
-_SNIFF_BYTES = 8000
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file as it was found. `name` is its POSIX path relative to the root, and all that the split looks at."""
-
-    name: str
-    path: str
-    size: int
-    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +35,13 @@ class Corpus:
     """A stored corpus. The tokens of all training documents come first in the file, then those held out.
 
     `documents.int64` holds the first token of every document and one number more, the end of the last;
-    `digest` is the SHA-256 over the relative path, the size and the SHA-256 of the content of every file that was read.
+    `lengths.uint32`, where a token is not a byte, holds how many bytes of text each token stands for: they add up to
+    the document's size. `digest` is the SHA-256 over the relative path, the size and the SHA-256 of the content of
+    every file that was read, whatever the tokenizer.
     """
 
     folder: str
+    vocabulary: Vocabulary
     files: int
     skipped_files: int
     bytes: int
@@ -56,14 +52,15 @@ class Corpus:
     train_documents: int
     heldout_documents: int
 
+    @property
+    def tokens_file(self) -> Path:
+        """The tokens, of `vocabulary.dtype`."""
+        return Path(self.folder, f"tokens.{self.vocabulary.dtype.name}")
 
-@dataclass(frozen=True)
-class _Piece:
-    """The bytes [begin, end) of a file: a document. It has the end-of-file mark if the file ends there."""
-
-    file: SourceFile
-    begin: int
-    end: int
+    @property
+    def lengths_file(self) -> Path | None:
+        """The lengths; None where a token is a byte."""
+        return None if self.vocabulary == BYTES else Path(self.folder, LENGTHS_FILE)
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -75,123 +72,153 @@ def cache_root(cache_dir: str | None) -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
 
 
-def find_files(root: Path, suffix: str, without: frozenset[str]) -> list[SourceFile]:
-    """List the files of a corpus, sorted by their relative POSIX path. No content is read.
-
-    Args:
-        root: a folder, or one file (then `suffix` and `without` do not matter).
-        suffix: how the names end, "" for all.
-        without: names of folders that are left out, at any depth. Hidden files and folders always are, and folders that
-            are symbolic links are not followed.
-    """
-    if root.is_file():
-        return [_source_file(root.name, root)]
-    found = []
-    for folder, folders, names in os.walk(root, onerror=_cannot_read):
-        folders[:] = [name for name in folders if name not in without and not name.startswith(".")]
-        for name in names:
-            path = Path(folder, name)
-            if name.endswith(suffix) and not name.startswith(".") and path.is_file():
-                found.append(_source_file(path.relative_to(root).as_posix(), path))
-    return sorted(found, key=lambda file: file.name)
-
-
-def is_heldout(name: str, heldout_fraction: float) -> bool:
-    """Whether the file of this relative path is held out: a function of the path and the fraction only, everywhere."""
-    head = hashlib.sha256(_encoded(name)).digest()[:8]
-    return int.from_bytes(head, "big") < heldout_fraction * 2**64
-
-
-def open_corpus(root: Path, files: Sequence[SourceFile], heldout_fraction: float, cache: Path) -> Corpus:
+def open_corpus(
+    root: Path,
+    files: Sequence[SourceFile],
+    heldout_fraction: float,
+    cache: Path,
+    encoder: Encoder = ByteEncoder(),  # noqa: B008  # it has no state
+) -> Corpus:
     """Open the stored tokens of these files, and store them first where that has not been done.
 
     Called by every rank, without talking to the others: whoever comes first moves a complete folder in place in one
     step, and all others use that one. The folder's name is a hash of all that determines its content (root, relative
-    paths, sizes, times of change, fraction, format), so that a changed file makes a new folder.
+    paths, sizes, times of change, fraction, tokenizer, format), so that a changed file makes a new folder.
 
     The split is by file (`is_heldout`). If that leaves one side without a byte (a single file, a few files), the last
     `heldout_fraction` of all bytes, in the order of the files, is held out instead; `Corpus.split` says which it was.
+    It is the same whatever the tokenizer, but that a tokenizer of text leaves a character that would be cut in two to
+    the held-out side.
 
     Raises:
-        ConfigError: no text in the files, a file that cannot be read or changes meanwhile, a cache that cannot be used.
+        ConfigError: no text in the files, a file that cannot be read or changes meanwhile, text that the tokenizer does
+            not read, a cache that cannot be used.
     """
     listing = [[file.name, file.size, file.mtime_ns] for file in files]
+    vocabulary = encoder.vocabulary
+    tokenizer = [] if vocabulary == BYTES else [vocabulary.digest]
     # ensure_ascii keeps names that are not UTF-8 (lone surrogates) encodable.
-    identity = json.dumps([_FORMAT, str(root), heldout_fraction, listing], ensure_ascii=True)
+    identity = json.dumps([_FORMAT, str(root), heldout_fraction, listing, *tokenizer], ensure_ascii=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     folder = cache / key
     if not folder.is_dir():
         draft = cache / f".{key}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
-            draft.mkdir(parents=True)
-            _store(root, files, heldout_fraction, draft)
-            _move_in_place(draft, folder)
+            cache.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(cache / f".{key}.lock", bool(tokenizer)):
+                if not folder.is_dir():
+                    draft.mkdir()
+                    _store(root, files, heldout_fraction, draft, encoder)
+                    _move_in_place(draft, folder)
         except OSError as error:
             raise ConfigError(
-                f"the tokens of {root} cannot be stored in {cache}: {error}. They take two bytes for each byte of "
+                f"the tokens of {root} cannot be stored in {cache}: {error}. They take a few bytes for each byte of "
                 f"text; name a folder with room that you may write to: data.cache_dir=FOLDER"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    return _opened(folder)
+    return _opened(folder, vocabulary)
 
 
-def _store(root: Path, files: Sequence[SourceFile], heldout_fraction: float, draft: Path) -> None:
-    texts = [file for file in files if _is_text(file)]
+@contextmanager
+def _one_at_a_time(lock: Path, wanted: bool) -> Iterator[None]:
+    """Ranks of a machine wait for the one that tokenises. It spares work only: without it the result is the same."""
+    if not wanted:  # bytes are copied as fast as they are read
+        yield
+        return
+    with open(lock, "wb") as held:
+        with suppress(OSError):  # a file system without locks: each rank tokenises for itself
+            fcntl.flock(held, fcntl.LOCK_EX)  # ends with the process, however that ends
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _store(root: Path, files: Sequence[SourceFile], heldout_fraction: float, draft: Path, encoder: Encoder) -> None:
+    texts = [file for file in files if is_text(file)]
     size = sum(file.size for file in texts)
     if size < 2:
         raise ConfigError(
             f"{root} has no text to train on: {len(files)} files, {len(files) - len(texts)} of them binary, {size} "
             f"bytes of text in the others. Give a file or folder with text: data=path data.path=FILE_OR_FOLDER"
         )
-    train, heldout, split = _split(texts, heldout_fraction)
+    vocabulary = encoder.vocabulary
+    train, heldout, rule = split(texts, heldout_fraction, whole_characters=vocabulary != BYTES)
     contents = {file.name: hashlib.sha256() for file in texts}
-    bounds = [0]
-    with open(draft / TOKENS_FILE, "wb") as tokens:
-        for piece in train + heldout:
-            for chunk in _read(piece):
-                contents[piece.file.name].update(chunk)
-                _write_tokens(tokens, np.frombuffer(chunk, dtype=np.uint8))
-            is_marked = piece.end == piece.file.size
-            if is_marked:
-                _write_tokens(tokens, np.array([END_OF_FILE]))
-            bounds.append(bounds[-1] + piece.end - piece.begin + is_marked)
+    counts = _write(train + heldout, encoder, draft, contents)
+    train_counts, heldout_counts = ([n for n in part if n] for part in (counts[: len(train)], counts[len(train) :]))
+    if not train_counts:
+        raise ConfigError(
+            f"{vocabulary.name} makes no token of the training text of {root}, which has {size} bytes with the "
+            f"held-out text: give more text, or another data.heldout_fraction than {heldout_fraction}"
+        )
+    bounds = [0, *accumulate(train_counts + heldout_counts)]
     np.array(bounds, dtype="<i8").tofile(draft / DOCUMENTS_FILE)
     digest = hashlib.sha256()
     for file in texts:
-        digest.update(b"%s\0%d\0%s" % (_encoded(file.name), file.size, contents[file.name].digest()))
+        digest.update(b"%s\0%d\0%s" % (encoded(file.name), file.size, contents[file.name].digest()))
     corpus = Corpus(
         folder=str(draft),
+        vocabulary=vocabulary,
         files=len(texts),
         skipped_files=len(files) - len(texts),
         bytes=size,
         digest=digest.hexdigest(),
-        split=split,
-        train_tokens=bounds[len(train)],
-        heldout_tokens=bounds[-1] - bounds[len(train)],
-        train_documents=len(train),
-        heldout_documents=len(heldout),
+        split=rule,
+        train_tokens=sum(train_counts),
+        heldout_tokens=sum(heldout_counts),
+        train_documents=len(train_counts),
+        heldout_documents=len(heldout_counts),
     )
-    sidecar = {name: value for name, value in asdict(corpus).items() if name != "folder"}
+    sidecar = {name: value for name, value in asdict(corpus).items() if name not in ("folder", "vocabulary")}
     (draft / SIDECAR_FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
 
 
-def _split(files: list[SourceFile], heldout_fraction: float) -> tuple[list[_Piece], list[_Piece], str]:
-    heldout = [_Piece(file, 0, file.size) for file in files if is_heldout(file.name, heldout_fraction)]
-    train = [_Piece(file, 0, file.size) for file in files if not is_heldout(file.name, heldout_fraction)]
-    if any(piece.end for piece in train) and any(piece.end for piece in heldout):
-        return train, heldout, "by file"
-    total = sum(file.size for file in files)
-    cut = total - min(max(1, round(total * heldout_fraction)), total - 1)
-    train, heldout, offset = [], [], 0
-    for file in files:
-        here = min(max(cut - offset, 0), file.size)  # the bytes of this file that lie before the cut
-        if here or not file.size:
-            train.append(_Piece(file, 0, here))
-        if here < file.size:
-            heldout.append(_Piece(file, here, file.size))
-        offset += file.size
-    return train, heldout, f"the last {heldout_fraction:.4g} of the bytes"
+def _write(pieces: list[Piece], encoder: Encoder, draft: Path, contents: dict[str, Any]) -> list[int]:
+    """Write the tokens of these documents in this order, hash what was read, and return how many tokens each has."""
+    vocabulary, counts, count = encoder.vocabulary, [], 0
+    with ExitStack() as files:
+        tokens = files.enter_context(open(draft / f"tokens.{vocabulary.dtype.name}", "wb"))
+        lengths = None if vocabulary == BYTES else files.enter_context(open(draft / LENGTHS_FILE, "wb"))
+        for parts in _batches(pieces, divisible=vocabulary == BYTES):
+            texts = [read(part) for part in parts]
+            found = encoder.encode(texts, [part.file.path for part in parts])
+            for part, text, (numbers, ends) in zip(parts, texts, found, strict=True):
+                contents[part.file.name].update(text)
+                _write_tokens(tokens, numbers, vocabulary.dtype)
+                is_marked = part.end == part.file.size
+                if is_marked:
+                    _write_tokens(tokens, np.array([vocabulary.end]), vocabulary.dtype)
+                if lengths is not None and ends is not None:
+                    _write_tokens(lengths, _lengths(ends, len(text), is_marked), np.dtype("<u4"))
+                count += len(numbers) + is_marked
+                if part.last:
+                    counts.append(count)
+                    count = 0
+    return counts
+
+
+def _lengths(ends: npt.NDArray[np.int64], size: int, is_marked: bool) -> npt.NDArray[np.int64]:
+    """The bytes of each token of a document; its last token, the mark where it has one, has the rest."""
+    bounds = np.concatenate(([0], ends if is_marked else ends[:-1], [size][: len(ends) + is_marked]))
+    return np.diff(bounds)
+
+
+def _batches(pieces: list[Piece], divisible: bool) -> Iterator[list[Piece]]:
+    """Some megabytes at a time, of several documents or of a part of one; whole documents unless they are divisible."""
+    batch, size = [], 0
+    for piece in pieces:
+        step = _READ_BYTES if divisible else max(piece.end - piece.begin, 1)
+        for begin in range(piece.begin, max(piece.end, piece.begin + 1), step):
+            end = min(begin + step, piece.end)
+            batch.append(Piece(piece.file, begin, end, last=end == piece.end))
+            size += end - begin
+            if size >= _READ_BYTES:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _move_in_place(draft: Path, folder: Path) -> None:
@@ -203,67 +230,27 @@ def _move_in_place(draft: Path, folder: Path) -> None:
             raise
 
 
-def _opened(folder: Path) -> Corpus:
+def _opened(folder: Path, vocabulary: Vocabulary) -> Corpus:
     try:
         fields: dict[str, Any] = json.loads((folder / SIDECAR_FILE).read_text(encoding="utf-8"))
-        corpus = Corpus(folder=str(folder), **fields)
-        expected = [
-            2 * (corpus.train_tokens + corpus.heldout_tokens),
-            8 * (corpus.train_documents + corpus.heldout_documents + 1),
-        ]
-        actual = [(folder / name).stat().st_size for name in (TOKENS_FILE, DOCUMENTS_FILE)]
+        corpus = Corpus(folder=str(folder), vocabulary=vocabulary, **fields)
+        tokens = corpus.train_tokens + corpus.heldout_tokens
+        sizes = {
+            corpus.tokens_file: vocabulary.dtype.itemsize * tokens,
+            folder / DOCUMENTS_FILE: 8 * (corpus.train_documents + corpus.heldout_documents + 1),
+        }
+        if corpus.lengths_file is not None:
+            sizes[corpus.lengths_file] = 4 * tokens
+        actual = [path.stat().st_size for path in sizes]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"the stored tokens in {folder} cannot be read ({error}): delete that folder") from error
-    if actual != expected:
+    if actual != list(sizes.values()):
         raise ConfigError(
-            f"the stored tokens in {folder} are damaged: {TOKENS_FILE} and {DOCUMENTS_FILE} have {actual} bytes and "
-            f"should have {expected}: delete that folder, it is made anew from the source"
+            f"the stored tokens in {folder} are damaged: {', '.join(path.name for path in sizes)} have {actual} bytes "
+            f"and should have {list(sizes.values())}: delete that folder, it is made anew from the source"
         )
     return corpus
 
 
-def _read(piece: _Piece) -> Iterator[bytes]:
-    left = piece.end - piece.begin
-    try:
-        with open(piece.file.path, "rb") as source:
-            # What was found and what is read must be one thing: the name of the cache folder says so.
-            same = os.fstat(source.fileno()).st_size == piece.file.size
-            source.seek(piece.begin)
-            while same and left and (chunk := source.read(min(left, _READ_BYTES))):
-                left -= len(chunk)
-                yield chunk
-    except OSError as error:
-        _cannot_read(error)
-    if left or not same:
-        raise ConfigError(f"{piece.file.path} changed while it was read, it had {piece.file.size} bytes: start again")
-
-
-def _is_text(file: SourceFile) -> bool:
-    try:
-        with open(file.path, "rb") as source:
-            return b"\0" not in source.read(_SNIFF_BYTES)
-    except OSError as error:
-        _cannot_read(error)
-
-
-def _source_file(name: str, path: Path) -> SourceFile:
-    try:
-        status = path.stat()
-    except OSError as error:
-        _cannot_read(error)
-    return SourceFile(name, str(path), status.st_size, status.st_mtime_ns)
-
-
-def _write_tokens(out: BinaryIO, tokens: np.ndarray[Any, Any]) -> None:
-    # Little endian whatever the machine: a cache folder may lie on a shared disk.
-    out.write(tokens.astype("<u2").tobytes())
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _cannot_read(error: OSError) -> NoReturn:
-    raise ConfigError(
-        f"the text at {error.filename} cannot be read: {error.strerror}. Leave it out, or allow reading it"
-    ) from error
+def _write_tokens(out: BinaryIO, tokens: npt.NDArray[np.integer[Any]], dtype: np.dtype[Any]) -> None:
+    out.write(tokens.astype(dtype).tobytes())

