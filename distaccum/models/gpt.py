@@ -12,10 +12,10 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from distaccum.errors import ConfigError
+from distaccum.models.weights import write
 
 
 @dataclass
@@ -94,7 +94,7 @@ class GPT(nn.Module):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 std = residual_std if name.endswith("project.weight") else 0.02
-                _write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
+                write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Compute the logits of the next token at every position.
@@ -170,14 +170,6 @@ class _Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x)))
         out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
         return out
-
-
-def _write(parameter: Tensor, full: Tensor) -> None:
-    """Copy `full` (the whole, equal on all ranks) into a parameter, or each rank's part of it into a sharded one."""
-    if isinstance(parameter, DTensor):
-        full = full.to(parameter.device, parameter.dtype)
-        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(full)
 
 
 def _check(config: GPTConfig) -> tuple[int, int]:

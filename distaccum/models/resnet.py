@@ -1,0 +1,160 @@
+"""A residual network with BatchNorm. It maps images to logits and knows nothing of losses, accumulation or ranks.
+
+He et al., "Deep Residual Learning for Image Recognition" (2016): basic blocks, projection shortcuts where the shape
+changes (option B), weights of convolutions normal with variance 2 / fan_out (He et al., 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distaccum.errors import ConfigError
+from distaccum.models.weights import write
+
+
+@dataclass
+class ResNetConfig:
+    """The sizes of a ResNet. conf/model owns the values, therefore nothing has a default here.
+
+    Attributes:
+        name: "resnet", by which the composition root finds this class.
+        num_classes: number of logits. None: the caller fills it in from the data before the model is built.
+        in_channels: of the images. None: likewise.
+        widths: channels of each stage; every stage but the first halves height and width.
+        blocks_per_stage: residual blocks, of two 3x3 convolutions each.
+        large_stem: for large images: a 7x7 convolution and a max-pool, with stride 2 each, before the stages. Otherwise
+            a 3x3 convolution with stride 1.
+    """
+
+    name: str
+    num_classes: int | None
+    in_channels: int | None
+    widths: list[int]
+    blocks_per_stage: int
+    large_stem: bool
+
+
+@final
+class ResNet(nn.Module):
+    """Stem, residual blocks, mean over the image, linear head.
+
+    Built inside `torch.device("meta")` it holds no memory: then call `to_empty(device=...)` (after sharding, if any)
+    and `init_weights()`. Built outside it is initialised at once, with the same values under the same seed.
+
+    Its layers are plain nn.BatchNorm2d; `distaccum.nn.batchnorm.convert` says over which samples they normalise.
+
+    Raises ConfigError for sizes that cannot be built.
+    """
+
+    blocks: nn.ModuleList  # in the order of computation, each [B, C, H, W] -> [B, C', H', W']
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        num_classes, self.in_channels = _check(config)
+        device = torch.get_default_device()
+        # On meta first: torch's own initialisation would be thrown away, and its draws would make the weights depend
+        # on how the model was built.
+        with torch.device("meta"):
+            kernel, stride = (7, 2) if config.large_stem else (3, 1)
+            self.stem = _convolution(self.in_channels, config.widths[0], kernel, stride)
+            self.norm = nn.BatchNorm2d(config.widths[0])
+            self.pool = nn.MaxPool2d(3, stride=2, padding=1) if config.large_stem else nn.Identity()
+            self.blocks = nn.ModuleList()
+            channels = config.widths[0]
+            for stage, width in enumerate(config.widths):
+                for i in range(config.blocks_per_stage):
+                    self.blocks.append(_Block(channels, width, stride=2 if stage and not i else 1))
+                    channels = width
+            self.head = nn.Linear(channels, num_classes)
+        if device.type != "meta":
+            self.to_empty(device=device).init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Write all parameters and buffers: convolutions as above, norms 1 and 0, the head normal with std 0.01.
+
+        Every rank draws the whole tensors from torch's global CPU generator, in float32 and in the order of
+        `named_parameters()`, and keeps its own shard: equal seeds give equal models on any device, in any dtype (up to
+        rounding) and on any number of ranks. The caller seeds. Nothing is communicated.
+
+        Raises ConfigError while the parameters are on the meta device.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                raise ConfigError(
+                    f"ResNet.init_weights: {name} is on the meta device; call to_empty(device=...) before it"
+                )
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                # The head as in Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
+                fan_out = parameter.shape[0] * math.prod(parameter.shape[2:])
+                std = math.sqrt(2 / fan_out) if parameter.ndim == 4 else 0.01
+                write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of each image.
+
+        Args:
+            images: [B, in_channels, H, W], floating point.
+
+        Returns:
+            [B, num_classes] in the dtype of the parameters, or of autocast where it is on.
+
+        Raises ConfigError for another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ConfigError(f"ResNet: images {list(images.shape)}, not [B, {self.in_channels}, H, W]")
+        x: Tensor = self.pool(F.relu(self.norm(self.stem(images))))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
+class _Block(nn.Module):
+    """A basic block: two convolutions beside a shortcut."""
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_channels, width, 3, stride)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = _convolution(width, width, 3, 1)
+        self.norm2 = nn.BatchNorm2d(width)
+        changes = stride > 1 or in_channels != width
+        self.shortcut = (
+            nn.Sequential(_convolution(in_channels, width, 1, stride), nn.BatchNorm2d(width))
+            if changes
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
+
+
+def _convolution(in_channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d:
+    """Without bias: the norm after it has one."""
+    return nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
+
+
+def _check(config: ResNetConfig) -> tuple[int, int]:
+    """Refuse impossible sizes; return (num_classes, in_channels), which are certain from here on."""
+    if config.num_classes is None or config.in_channels is None:
+        got = f"model.num_classes={config.num_classes}, model.in_channels={config.in_channels}"
+        raise ConfigError(f"{got}: both must be known when the model is built; take them from the data, or set them")
+    for key in ("num_classes", "in_channels", "blocks_per_stage"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1")
+    if not config.widths or min(config.widths) < 1:
+        raise ConfigError(f"model.widths ({config.widths}) has the channels of each stage: write [16,32,64]")
+    return config.num_classes, config.in_channels
