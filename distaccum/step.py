@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,9 @@ from distaccum.agreement import Agreement, Announced
 from distaccum.clock import exposed_s, mark
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError
+from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
+from distaccum.grads.scale import LossScale
 from distaccum.loss import SupportsObjective
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
@@ -75,6 +78,9 @@ class Accumulator:
         seed: int | None = None,
         nonfinite: NonFinite | str = "raise",
         audit: Audit | str = Audit.never,
+        accum_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
 
@@ -89,17 +95,21 @@ class Accumulator:
                 same on any world size; None leaves torch's generators alone.
             nonfinite: whether to `raise` or to `skip`, see `NonFinite`.
             audit: which windows the ledger counts and compares with its forecast.
+            accum_dtype: in which gradients are summed over micros; None: float32, or the parameters' where wider.
+            reduce_dtype: in which they are summed over ranks, and so what travels; None: likewise.
+            loss_scale: for float16. A window that overflows is skipped and halves it, while it can be halved.
 
         Raises:
             ConfigError: for a model, a policy or an option that cannot be served.
         """
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
-        self.strategy = recognise(model, sync)
+        self.strategy = recognise(model, sync, GradientDtypes(accum_dtype, reduce_dtype))
         self.optimizer = optimizer
         self.objective = objective
         self.clip_norm = clip_norm
         self.scheduler = scheduler
+        self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = _choice(NonFinite, nonfinite, "nonfinite")
         self.audit = _choice(Audit, audit, "audit")
@@ -130,23 +140,36 @@ class Accumulator:
                     return self._skip(window, announced)
                 self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 computed = microbatch.run(
-                    strategy, self.objective, window, announced, agreement.padding, self.seed, self.num_windows
+                    strategy,
+                    self.objective,
+                    window,
+                    announced,
+                    agreement.padding,
+                    seed=self.seed,
+                    num_windows=self.num_windows,
+                    loss_scale=self.loss_scale.value if self.loss_scale is not None else 1.0,
                 )
                 agreement.padding = computed.last_micro
+                strategy.send_statistics()
                 # The one small collective of the window. It hides behind the last backward; only where gradients are
                 # sharded it comes after, because their norm takes a collective anyway and rides on this one.
                 told = None if strategy.sharded else agreement.ask(window.upcoming, computed.sums)
                 computed.last_backward()
                 strategy.deliver()
                 gradients = strategy.gradients(self._parameters())
+                if self.loss_scale is not None:
+                    self.loss_scale.unscale(gradients)
                 norm = squared_norm(gradients, strategy.world.device) / strategy.replicas
                 told = told or agreement.ask(window.upcoming, computed.sums, norm)
                 marks = [*computed.marks, mark(strategy.world.device)]
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
-            if outcome.trouble is not None and self.nonfinite is not NonFinite.skip:
+            if outcome.trouble is not None and not self._may_skip:
                 raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
 
+        strategy.keep_statistics(outcome.trouble is None)
+        if self.loss_scale is not None:
+            self.loss_scale.update(outcome.trouble is None)
         losses = announced.denominator.means(outcome.sums)
         lr = float(self.optimizer.param_groups[0]["lr"])
         if outcome.trouble is None:
@@ -193,6 +216,11 @@ class Accumulator:
         return StepRecord(
             self.steps, math.nan, nothing, weights, math.nan, lr, announced.num_micros, skipped="weight 0"
         )
+
+    @property
+    def _may_skip(self) -> bool:
+        """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
+        return self.nonfinite is NonFinite.skip or (self.loss_scale is not None and self.loss_scale.can_shrink)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

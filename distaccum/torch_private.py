@@ -24,6 +24,7 @@ class ShardedGroup:
     reduce_bytes: int  # its all-reduce between replicas (HSDP): one shard
     reshards: bool  # whether it is gathered once more for the backward
     reduce_dtype: torch.dtype  # in which gradients are accumulated and reduced
+    compute_dtype: torch.dtype  # of the gathered parameters
 
 
 def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
@@ -31,13 +32,14 @@ def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
     for group, is_root in _fsdp_groups(model):
         shards = getattr(group.mesh_info, "shard_mesh_size", 1)
         gather = scatter = reduce = 0
-        stored = reduce_dtype = torch.float32
+        stored = reduce_dtype = compute_dtype = torch.float32
         for param in group.fsdp_params:
             policy = getattr(param, "mp_policy", None) or group.mp_policy  # the group's until torch 2.14
             size = param._orig_size
             padded = -(-size[0] // shards) * shards * size[1:].numel() if len(size) else shards
             stored = param.sharded_param.dtype
-            gather += padded * (policy.param_dtype or stored).itemsize
+            compute_dtype = policy.param_dtype or stored
+            gather += padded * compute_dtype.itemsize
             if param.sharded_param.requires_grad:
                 reduce_dtype = policy.reduce_dtype or policy.param_dtype or stored
                 scatter += padded * reduce_dtype.itemsize
@@ -45,7 +47,7 @@ def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
         # The root is kept after its forward unless the user said otherwise; torch decides that in the first forward.
         undecided = is_root and bool(_state(model)._auto_reshard_after_forward)
         reshards = group.post_forward_mesh_info is not None and not undecided
-        yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype)
+        yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype, compute_dtype)
 
 
 def clear_sharded_gradients(model: nn.Module) -> None:

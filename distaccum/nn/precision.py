@@ -1,8 +1,9 @@
-"""In which dtype a model computes. Gradients are accumulated and reduced in float32 or wider, whatever it is."""
+"""In which dtypes a model is held and computes. How its gradients are summed is another choice, see grads/."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any
 
@@ -12,33 +13,60 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class Precision(Enum):
-    """fp64 serves proofs; bf16 keeps float32 parameters and computes matrix products in bfloat16."""
+    """bf16 and fp16 keep float32 parameters and compute matrix products in 16 bits; fp16 needs a loss scale.
+
+    bf16_pure holds parameters, gradients and optimizer state in bfloat16 too; fp64 serves proofs.
+    """
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
+    bf16_pure = "bf16_pure"
     fp64 = "fp64"
 
     @property
     def parameter_dtype(self) -> torch.dtype:
         """The dtype of parameters, gradients and optimizer state."""
-        return torch.float64 if self is Precision.fp64 else torch.float32
+        return {Precision.fp64: torch.float64, Precision.bf16_pure: torch.bfloat16}.get(self, torch.float32)
 
     @property
-    def sharded_policy(self) -> MixedPrecisionPolicy:
-        """The same for FSDP2, which casts parameters where they are gathered and reduces in float32."""
-        if self is Precision.bf16:
-            return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        return MixedPrecisionPolicy()
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self, self.parameter_dtype)
 
-    def autocast(
-        self, loss_sum: Callable[[nn.Module, Any], Any], device: torch.device
+    def sharded_policy(self, reduce_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+        """The same for FSDP2, which casts parameters where they are gathered.
+
+        Args:
+            reduce_dtype: in which it sums gradients, over micros and over ranks; None: float32 or wider.
+        """
+        compute, stored = self.compute_dtype, self.parameter_dtype
+        if reduce_dtype is None and compute in (torch.bfloat16, torch.float16):
+            reduce_dtype = torch.float32
+        return MixedPrecisionPolicy(
+            param_dtype=compute if compute is not stored else None, reduce_dtype=reduce_dtype
+        )  # fmt: skip
+
+    def forward(
+        self, loss_sum: Callable[[nn.Module, Any], Any], device: torch.device, *, autocast: bool
     ) -> Callable[[nn.Module, Any], Any]:
-        """An objective's forward in this precision, for strategies whose parameters stay in float32."""
-        if self is not Precision.bf16:
-            return loss_sum
+        """An objective's forward in this precision.
 
-        def in_bf16(model: nn.Module, micro: Any) -> Any:
-            with torch.autocast(device.type, torch.bfloat16):
+        Args:
+            loss_sum: the objective's.
+            device: of the model.
+            autocast: for parameters that stay in float32; FSDP2 casts by its policy instead.
+        """
+        narrower = autocast and self.compute_dtype is not self.parameter_dtype
+
+        def cast(model: nn.Module, micro: Any) -> Any:
+            if self.parameter_dtype is not torch.float32:
+                micro = {key: _floating(value, self.parameter_dtype) for key, value in micro.items()}
+            with torch.autocast(device.type, self.compute_dtype) if narrower else nullcontext():
                 return loss_sum(model, micro)
 
-        return in_bf16
+        return cast
+
+
+def _floating(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import WideGradients
+from distaccum.grads.accumulate import GradientDtypes, GradientSums
+from distaccum.nn.batchnorm import PooledStatistics, collectives, pooled_statistics
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
 
@@ -35,28 +36,65 @@ class Strategy(ABC):
     sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
     replicas = 1  # how many ranks hold the same shard
 
-    def __init__(self, model: nn.Module, world: World, sync: Sync, reason: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""
+    ) -> None:  # fmt: skip
         """Keep what was recognised; `reason` says why `auto` chose this policy."""
         self.model = model  # what objectives call
         self.world = world
         self.sync = sync
+        self.dtypes = dtypes
         self.reason = reason
         self.grad_scale = float(world.size)
-        self.wide: WideGradients | None = None  # where this strategy's own accumulation would be too narrow
+        self.sums: GradientSums | None = None  # where this strategy's own accumulation is in another dtype than asked
+        self.statistics: PooledStatistics | None = pooled_statistics(model)  # BatchNorm's, where ranks merge them
 
     @abstractmethod
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Enter before the forward of a micro and leave after its backward. Sets the sync flags from full knowledge."""
 
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Enter around the forward of a micro that counts: BatchNorm's running statistics are taken there."""
+        with nullcontext() if self.statistics is None else self.statistics.observing():
+            yield
+
+    @contextmanager
+    def padding(self) -> Iterator[None]:
+        """Enter around the forward of a round that this rank has no micro for: it leaves no trace in any buffer."""
+        # Copies stand in: written back in place, buffers that the backward needs would be refused by autograd.
+        own = [(m, name, buffer) for m in self.model.modules() for name, buffer in m.named_buffers(recurse=False)]
+        for module, name, buffer in own:
+            setattr(module, name, buffer.clone())
+        try:
+            with nullcontext() if self.statistics is None else self.statistics.padding():
+                yield
+        finally:
+            for module, name, buffer in own:
+                setattr(module, name, buffer)
+
+    def send_statistics(self) -> None:
+        """Call once between the last forward and the last backward, which hides it."""
+        if self.statistics is not None:
+            self.statistics.send(self.world.group, self.world.device)
+
+    def keep_statistics(self, keep: bool) -> None:
+        """Call at the boundary: write the window's running statistics, or forget them where it is skipped."""
+        if self.statistics is not None:
+            if keep:
+                self.statistics.commit()
+            else:
+                self.statistics.forget()
+
     def after_micro(self) -> None:
-        """Call after each backward: moves narrow gradients into float32."""
-        if self.wide is not None:
-            self.wide.absorb()
+        """Call after each backward: moves its gradients into sums of the dtype that was asked for."""
+        if self.sums is not None:
+            self.sums.absorb()
 
     def deliver(self) -> None:
         """Call once after the last backward. Afterwards `.grad` holds the sum over all micros and ranks (its shard)."""
-        if self.wide is not None:
-            self.wide.deliver()
+        if self.sums is not None:
+            self.sums.deliver()
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """What this rank holds of the delivered gradients, as plain tensors that share their memory."""
@@ -64,14 +102,24 @@ class Strategy(ABC):
 
     def abort(self) -> None:
         """Forget everything that a window left unfinished. Call it on all ranks or leave the process."""
-        if self.wide is not None:
-            self.wide.clear()
+        if self.sums is not None:
+            self.sums.clear()
+        self.keep_statistics(False)
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    @abstractmethod
     def forecast(self, num_rounds: int) -> Traffic:
         """What one window of so many micros per rank sends, without the control numbers."""
+        traffic = self.gradient_traffic(num_rounds)
+        if self.statistics is not None and self.world.group is not None:
+            pooled = [self.statistics.num_bytes] if self.statistics.num_bytes else []
+            sizes = collectives(self.model) * num_rounds + pooled
+            traffic += Traffic.of(("all_reduce", size) for size in sizes)
+        return traffic
+
+    @abstractmethod
+    def gradient_traffic(self, num_rounds: int) -> Traffic:
+        """The part of it that carries gradients and parameters."""
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import WideGradients, all_reduce_sum, buckets, is_narrow
+from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
@@ -18,14 +18,15 @@ from distaccum.parallel.world import World
 class DDP(Strategy):
     """A DistributedDataParallel module, ours or the user's.
 
-    Gradients of bf16 or fp16 parameters are accumulated and reduced in float32 by ourselves: DDP would not.
+    DDP accumulates and reduces in the parameters' dtype. Where another is asked for, and for bf16 and fp16 parameters,
+    which need float32, both are done here.
     """
 
     model: DistributedDataParallel
 
-    def __init__(self, model: DistributedDataParallel, world: World, sync: Sync) -> None:
+    def __init__(self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
         """Refuse what torch's DDP cannot accumulate."""
-        super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync)
+        super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
         self.refuse(
             (Sync.boundary, Sync.every), "its parameters are whole on every rank, nothing is gathered or sharded"
         )
@@ -36,28 +37,28 @@ class DDP(Strategy):
                 "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
         self._windows_begun = 0
-        if is_narrow(model.parameters()):
-            group = model.process_group
-            assert group is not None
+        if not dtypes.are_own(model.parameters()):
             self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
-            self.wide = WideGradients(model.parameters(), lambda sums: all_reduce_sum(sums, group))
+            self.sums = GradientSums(
+                model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
+            )  # fmt: skip
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""
         self._windows_begun += first
-        return nullcontext() if self.wide is None and self._synced(first, last) else self.model.no_sync()
+        return nullcontext() if self.sums is None and self._synced(first, last) else self.model.no_sync()
 
     def abort(self) -> None:
         """A reducer whose backward was interrupted is replaced."""
         super().abort()
         torch_private.reset_ddp(self.model)
 
-    def forecast(self, num_rounds: int) -> Traffic:
+    def gradient_traffic(self, num_rounds: int) -> Traffic:
         """Buckets as DDP has them now; it arranges them anew once, in the window after the first."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if self.wide is not None:
-            sizes = [sum(p.numel() * 4 for p in bucket) for bucket in buckets([p.detach().float() for p in trained])]
-            return Traffic.of(("all_reduce", size) for size in sizes)
+        if self.sums is not None:
+            reductions = num_rounds if self.sync is Sync.every else 1
+            return Traffic.of([("all_reduce", size) for size in self.sums.messages()] * reductions)
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
         num_buckets = torch_private.ddp_buckets(self.model)
         num_bytes = sum(p.numel() * p.element_size() for p in trained)

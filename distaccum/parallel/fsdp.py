@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import WideGradients, is_narrow
+from distaccum.grads.accumulate import GradientDtypes, GradientSums, wide
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
@@ -24,7 +23,7 @@ class FSDP(Strategy):
 
     sharded = True
 
-    def __init__(self, model: nn.Module, world: World, sync: Sync, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, mesh: DeviceMesh) -> None:
         """Refuse what would be wrong in silence; the flags of the policy are set per micro."""
         reason = ""
         if sync is Sync.auto:
@@ -33,7 +32,7 @@ class FSDP(Strategy):
                 Sync.boundary,
                 "gathers per micro, reduces once: no more memory than one micro and its gradients",
             )
-        super().__init__(model, world, sync, reason)
+        super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
         self._replicated = mesh.ndim == 2
@@ -46,12 +45,13 @@ class FSDP(Strategy):
                 "set_gradient_divide_factor() was called on this model, so its gradients would be divided twice. "
                 "Leave it out: the division by the global weight is done here, once."
             )
-        self._refuse_narrow_reduction()
+        self._refuse_other_dtypes(dtypes)
         # Ranks may use different parameters in a window; all must reduce the same ones, and with a postponed all-reduce
         # a partial sum must not meet another parameter's.
         torch_private.reduce_unused_parameters(model)
-        if sync is Sync.every and is_narrow(model.parameters()):
-            self.wide = WideGradients(model.parameters())  # each micro's reduced shard would be summed in its own dtype
+        if sync is Sync.every and not GradientDtypes(dtypes.accumulate).are_own(model.parameters()):
+            # Each micro's reduced shard would be summed in the parameter's dtype.
+            self.sums = GradientSums(model.parameters(), dtypes)
         if sync is Sync.keep:
             model.set_reshard_after_forward(False)
 
@@ -74,7 +74,7 @@ class FSDP(Strategy):
         super().abort()
         torch_private.clear_sharded_gradients(self.model)
 
-    def forecast(self, num_rounds: int) -> Traffic:
+    def gradient_traffic(self, num_rounds: int) -> Traffic:
         """Counted over FSDP2's groups: gathered once or twice a micro, reduced as the policy says."""
         gathers = 1 if self.sync is Sync.keep else num_rounds
         scatters = num_rounds if self.sync in (Sync.every, Sync.shard) else 1
@@ -99,17 +99,27 @@ class FSDP(Strategy):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _refuse_narrow_reduction(self) -> None:
+    def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
+        """The module's own policy decides in which dtype it reduces, and sums over micros that it does not reduce."""
         for group in torch_private.sharded_groups(self.model):
-            if group.scatter_bytes and group.reduce_dtype in (torch.bfloat16, torch.float16):
+            found, asked = group.reduce_dtype, dtypes.reduce or wide(group.reduce_dtype)
+            if group.scatter_bytes and found is not asked:
                 raise ConfigError(
-                    f"This FSDP2 module accumulates and reduces gradients in {group.reduce_dtype}: sums over many "
-                    "micro-batches stall. Use fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=..., "
-                    "reduce_dtype=torch.float32))."
+                    f"This FSDP2 module reduces gradients in {found}, and {asked} is asked for"
+                    f"{'' if dtypes.reduce else ': sums over many micro-batches stall in narrow dtypes'}. Use "
+                    f"fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=..., reduce_dtype={asked})), or "
+                    f"reduce_dtype={found} where that is meant."
+                )
+            accumulated = dtypes.accumulate or wide(found)
+            if group.scatter_bytes and self.sync is not Sync.every and found is not accumulated:
+                raise ConfigError(
+                    f"FSDP2 sums the gradients that it has not reduced yet in the dtype in which it reduces ({found}), "
+                    f"and a sum in {accumulated} is asked for. Use one dtype for both (accum.dtype and "
+                    "parallel.reduce_dtype on the command line), or sync='every'."
                 )
 
 
-def recognise_sharded(model: FSDPModule, world: World, sync: Sync) -> FSDP:
+def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: GradientDtypes) -> FSDP:
     """The strategy for an FSDP2 module.
 
     Raises:
@@ -129,4 +139,4 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync) -> FSDP:
             f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would differ "
             "between ranks. Shard them too, or freeze them."
         )
-    return FSDP(model, world, sync, meshes[0])
+    return FSDP(model, world, sync, dtypes, meshes[0])

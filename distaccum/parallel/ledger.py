@@ -81,6 +81,8 @@ class Ledger(TorchDispatchMode):
     It sees c10d's operators at the dispatcher, below DDP's reducer, FSDP2 and torch.distributed's functions alike.
     """
 
+    supports_higher_order_operators = True  # checkpoints inside of compiled code are such operators
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._entries: list[tuple[str, int]] = []
@@ -89,6 +91,11 @@ class Ledger(TorchDispatchMode):
     def traffic(self) -> Traffic:
         """What was counted so far."""
         return Traffic.of(self._entries)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs compiled under this mode too: what it counts is issued outside of it."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):

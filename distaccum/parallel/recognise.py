@@ -9,13 +9,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import GradientDtypes
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ddp import DDP
 from distaccum.parallel.single import Single
 from distaccum.parallel.world import World
 
 
-def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
+def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDtypes | None = None) -> Strategy:
     """The strategy for a plain module, a DistributedDataParallel or an FSDP2 module. Wraps nothing.
 
     Raises:
@@ -25,9 +26,10 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
         policy = Sync(sync)
     except ValueError:
         raise ConfigError(f"sync={sync!r} is no sync policy. Use one of {[p.value for p in Sync]}.") from None
+    dtypes = dtypes or GradientDtypes()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):
-        return DDP(model, World.of(device, model.process_group), policy)
+        return DDP(model, World.of(device, model.process_group), policy, dtypes)
     world = World.of(device)
     # Who has an FSDP2 module has imported FSDP2; everybody else need not wait for that import.
     if "torch.distributed.fsdp" in sys.modules:
@@ -36,7 +38,7 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
         from distaccum.parallel.fsdp import recognise_sharded
 
         if isinstance(model, FSDPModule):
-            return recognise_sharded(model, world, policy)
+            return recognise_sharded(model, world, policy, dtypes)
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
     else:
         wrapped_part = False
@@ -50,4 +52,4 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto) -> Strategy:
             f"This is a plain module on {world.size} ranks: each would train on its own. Wrap it in "
             "DistributedDataParallel(model), or call fully_shard(model), before you make the accumulator."
         )
-    return Single(model, world, policy)
+    return Single(model, world, policy, dtypes)

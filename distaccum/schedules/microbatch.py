@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distaccum.agreement import Announced
 from distaccum.clock import Mark, mark
@@ -35,8 +35,10 @@ def run(
     window: MicroBatches,
     announced: Announced,
     padding: Any,
+    *,
     seed: int | None,
     num_windows: int,
+    loss_scale: float,
 ) -> Computed:
     """Compute a window on this rank; all losses are known before its last backward begins.
 
@@ -48,6 +50,7 @@ def run(
         padding: any micro-batch, computed with weight 0 in the rounds that this rank has no micro for.
         seed: of the randomness inside micros; None leaves torch's generators alone.
         num_windows: the window's number where no plan gives it one.
+        loss_scale: what losses are multiplied by before their backward, beside the strategy's own factor.
     """
     step = num_windows if window.step is None else window.step
     denominator, rounds = announced.denominator, announced.rounds
@@ -63,16 +66,17 @@ def run(
         nonlocal last_micro
         marks.append(mark(device))
         if index >= len(window):
-            with _unchanged_buffers(strategy.model):
+            with strategy.padding():
                 own = sums_of(objective, strategy.model, to_device(padding, device), terms)
             return denominator.divide(own) * 0.0
         last_micro, micro = next(micros, (None, None))
         _check(objective, window, index, last_micro)
         if seed is not None:
             torch.manual_seed(random_key(seed, step, index * strategy.world.size + strategy.world.rank))
-        own = sums_of(objective, strategy.model, micro, terms)
+        with strategy.observing():
+            own = sums_of(objective, strategy.model, micro, terms)
         sums.append(torch.stack([value.detach().double() for value in own]))
-        return denominator.divide(own) * strategy.grad_scale
+        return denominator.divide(own) * (strategy.grad_scale * loss_scale)
 
     for index in range(rounds - 1):
         with strategy.micro(first=index == 0, last=False):
@@ -103,13 +107,3 @@ def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro
                 f"Micro-batch {index} was announced with the weight {told} and the objective counts {found} in it. "
                 "The data set's counted() must say what the objective's weight() says, or None."
             )
-
-
-@contextmanager
-def _unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Padding must leave no trace in running statistics."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    yield
-    with torch.no_grad():
-        for buffer, value in kept:
-            buffer.copy_(value)

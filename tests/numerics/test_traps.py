@@ -421,7 +421,7 @@ def refuse_narrow_reduction() -> str:
 
 def test_trap_14_a_bf16_reduction_is_refused(two_ranks: World) -> None:
     for message in two_ranks.run(refuse_narrow_reduction):
-        assert "accumulates and reduces gradients in torch.bfloat16" in message
+        assert "reduces gradients in torch.bfloat16, and torch.float32 is asked for: sums over many" in message
 
 
 def narrow_update_alone(num_micros: int) -> float:
