@@ -6,7 +6,12 @@ from .errors import ConfigError as ConfigError
 from .errors import DistaccumError as DistaccumError
 from .errors import DivergenceError as DivergenceError
 from .errors import LedgerError as LedgerError
+from .errors import ProofError as ProofError
+from .grads.scale import LossScale as LossScale
+from .huggingface import HuggingFace as HuggingFace
 from .loss import Objective as Objective
+from .nn.batchnorm import BatchNormMode as BatchNormMode
+from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .objectives import CausalLM as CausalLM
 from .objectives import Classification as Classification
 from .objectives import Regression as Regression
@@ -14,6 +19,8 @@ from .parallel.base import Sync as Sync
 from .plan import Micro as Micro
 from .plan import Plan as Plan
 from .plan import Window as Window
+from .proof.prove import verify as verify
+from .proof.result import Proof as Proof
 from .step import Accumulator as Accumulator
 from .step import StepRecord as StepRecord
 

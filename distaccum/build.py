@@ -2,183 +2,186 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.optim import Optimizer
 
 from distaccum import summary
-from distaccum.config import Config, Device, typed
+from distaccum.batch_schedule import BatchSchedule, entries_of
+from distaccum.config import Config, Device
 from distaccum.data.loader import Loader
-from distaccum.data.text import TextDataset, load_text, unigram_loss
 from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import SumDtype
+from distaccum.grads.scale import LossScale
 from distaccum.launch import Job
-from distaccum.loss import Objective
-from distaccum.models.gpt import GPT
-from distaccum.objectives import CausalLM
+from distaccum.loss import Objective, SupportsObjective
+from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
+from distaccum.nn.precision import Precision
 from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
 from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
+from distaccum.problem import Problem, make_model, make_problem
 from distaccum.report import Report, make_report
 from distaccum.step import Accumulator
 from distaccum.trainer import Heldout, Rhythm, Trainer
 from distaccum.wrap import StrategyName, wrap
 
 
-def check(composed: dict[str, Any]) -> None:
-    """Refuse a configuration before any rank works on it.
-
-    Raises:
-        ConfigError: for unknown keys, wrong types, and contradictions that need no data to be seen.
-    """
-    config = typed(composed)
-    if config.accum.effective_batch is not None and config.accum.effective_tokens is not None:
-        raise ConfigError(
-            f"accum.effective_batch={config.accum.effective_batch} and accum.effective_tokens="
-            f"{config.accum.effective_tokens} are both given. They say the same thing in two units: set one to null."
-        )
-
-
-def train(job: Job) -> None:
-    """Train on this rank as the job says. Every rank of the job runs this.
-
-    Raises:
-        ConfigError: on all ranks alike, for what only shows with the data and the ranks at hand.
-    """
-    config = typed(job.config)
-    device = _device(config.device, job.local_rank)
-    with _process_group(config, job, device):
-        training = build(config, World.of(device), job.run_dir)
-        report = training.report
-        try:
-            loss = training.trainer.run()
-        except BaseException as error:
-            if report is not None:
-                report.end(
-                    f"{type(error).__name__}: {error}", {"step": training.trainer.progress.step}, 1, training.baseline
-                )
-            raise
-        if report is not None:
-            report.note(
-                f"held-out loss {loss:.4f} against {training.baseline:.4f} nats per token of the unigram baseline "
-                f"({loss / math.log(2):.3f} against {training.baseline / math.log(2):.3f} bits per byte)"
-            )
-            report.end(
-                f"all {training.trainer.rhythm.steps} steps done",
-                {"heldout_loss": loss, "unigram_baseline": training.baseline},
-                0,
-                training.baseline,
-            )
-
-
 @dataclass(frozen=True)
 class Training:
     """Everything that one rank needs to train."""
 
+    problem: Problem
     trainer: Trainer
     report: Report | None  # on rank 0
-    baseline: float  # held-out loss of the unigram distribution
+    evaluated: list[int]  # held-out samples
+    baseline: float  # held-out loss by frequency alone
 
 
 def build(config: Config, world: World, run_dir: Path) -> Training:
     """Make model, data, plan and all collaborators, and draw the start block on rank 0."""
     torch.use_deterministic_algorithms(config.train.deterministic)
-    train_text, heldout_text = load_text(config.data)
-    arithmetic = _arithmetic(config, train_text, world.size)
-    plan = Plan(
-        num_samples=len(train_text),
-        effective_batch=arithmetic.effective_batch,
-        micro_size=arithmetic.micro_size,
-        seed=config.train.seed,
-        last_window=config.accum.last_window,
-    )
-    steps = config.train.steps if config.train.steps is not None else plan.num_steps(config.train.epochs or 0)
-    if steps < 1:
-        raise ConfigError(f"The training has {steps} steps; give train.steps or train.epochs of at least 1.")
-
-    precision = config.precision.name
-    model = _model(config, train_text, world.device)
-    wrapped = wrap(model, config.parallel, world, precision.sharded_policy)
-    objective = CausalLM(shift=False)
-    accumulator = Accumulator(
-        wrapped,
-        optimizer := make_optimizer(wrapped, config.optim),
-        Objective(precision.autocast(objective.loss_sum, world.device), objective.weight),
-        sync=config.accum.sync,
-        clip_norm=config.optim.clip_norm,
-        seed=config.train.seed,
-        nonfinite=config.accum.nonfinite,
-        audit=config.accum.audit,
-    )
-    unit = config.optim.schedule.unit
-    total = (
-        steps
-        * {
-            ScheduleUnit.steps: 1,
-            ScheduleUnit.samples: plan.effective_batch,
-            ScheduleUnit.tokens: plan.effective_batch * config.data.seq_len,
-        }[unit]
-    )
-    schedule = LRSchedule(optimizer, config.optim.schedule, total)
+    problem = make_problem(config)
+    arithmetic = batch_arithmetic(config, problem, world.size)
+    plan = make_plan(config, problem, arithmetic)
+    steps = num_steps(config, plan)
+    accumulator = make_accumulator(config, problem, world)
+    schedule = schedule_of(config, problem, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
-    loader = Loader(train_text, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
+    loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
     heldout_plan = Plan(
-        num_samples=len(heldout_text),
-        effective_batch=min(len(heldout_text), config.train.heldout_samples),
+        num_samples=len(problem.heldout),
+        effective_batch=min(len(problem.heldout), config.train.heldout_samples),
         micro_size=arithmetic.micro_size,
     )
     evaluated = [n for micro in heldout_plan.window().micros for n in heldout_plan.samples(micro)]
-    report, baseline = None, unigram_loss(train_text, heldout_text, evaluated)
+    report, baseline = None, problem.baseline(evaluated)
     if world.rank == 0:
-        sections, facts = summary.start_block(
-            config, arithmetic, plan, steps, accumulator, train_text.facts, heldout_text.facts, baseline
-        )  # fmt: skip
-        report = make_report(run_dir, config.logger, {**_plain(config), **facts})
+        sections, facts = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
+        report = make_report(run_dir, config.logger, {**asdict(config), **facts})
         report.start(sections, facts)
     trainer = Trainer(
         plan,
         loader,
         accumulator,
         schedule,
-        unit,
-        Heldout(heldout_text, heldout_plan),
+        config.optim.schedule.unit,
+        Heldout(problem.heldout, heldout_plan, in_precision(config, problem.evaluated, world.device)),
         Rhythm(steps, config.train.log_every_steps, config.train.evaluate_every_steps),
         report,
+        counts_tokens=problem.unit == "token",
     )
-    return Training(trainer, report, baseline)
+    return Training(problem, trainer, report, evaluated, baseline)
 
 
-def _arithmetic(config: Config, text: TextDataset, world_size: int) -> BatchArithmetic:
+def make_accumulator(config: Config, problem: Problem, world: World) -> Accumulator:
+    """The model, wrapped, with its optimizer and all that one step needs."""
+    precision, accum = config.precision, config.accum
+    model = make_model(config, problem, world.device)
+    blocks = problem.blocks_of(model)
+    if config.nn.checkpoint:
+        checkpoint_blocks(blocks)
+    if config.nn.compile:
+        compile_blocks(blocks)
+    reduce_dtype = _torch(config.parallel.reduce_dtype)
+    wrapped = wrap(model, blocks, config.parallel, world, precision.name.sharded_policy(reduce_dtype))
+    loss_scale = LossScale(precision.loss_scale, precision.loss_scale_growth_windows)
+    return Accumulator(
+        wrapped,
+        make_optimizer(wrapped, config.optim),
+        in_precision(config, problem.objective, world.device),
+        sync=accum.sync,
+        clip_norm=config.optim.clip_norm,
+        seed=config.train.seed,
+        nonfinite=accum.nonfinite,
+        audit=accum.audit,
+        accum_dtype=_torch(accum.dtype),
+        reduce_dtype=reduce_dtype,
+        loss_scale=loss_scale if precision.name is Precision.fp16 else None,
+    )
+
+
+def in_precision(config: Config, objective: SupportsObjective, device: torch.device) -> SupportsObjective:
+    """An objective whose forward is in the configured precision."""
+    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
+    forward = config.precision.name.forward(objective.loss_sum, device, autocast=not sharded)
+    return Objective(forward, objective.weight)
+
+
+def batch_schedule(config: Config, problem: Problem) -> BatchSchedule | None:
+    """The effective batch along the training; None where it is one."""
     accum = config.accum
+    if accum.schedule is None:
+        return None
+    schedule = BatchSchedule(entries_of(accum.schedule), accum.schedule_unit, accum.ramp)
+    return schedule.in_samples(problem.tokens_per_sample)
+
+
+def batch_arithmetic(config: Config, problem: Problem, world_size: int) -> BatchArithmetic:
+    """The effective batch, as asked for in samples or tokens, for so many ranks; with a schedule, the first one."""
+    accum, schedule = config.accum, batch_schedule(config, problem)
+    if schedule is not None:
+        micro_size = solve(world_size, schedule.largest, accum.micro).micro_size
+        solved = [solve(world_size, size, micro_size, ragged=accum.ragged) for _, size in schedule.entries]
+        return solved[0]
     effective_batch = accum.effective_batch
     if accum.effective_tokens is not None:
-        effective_batch = samples_of_tokens(accum.effective_tokens, text.tokens_per_sample)
+        effective_batch = samples_of_tokens(accum.effective_tokens, problem.tokens_per_sample)
     return solve(world_size, effective_batch, accum.micro, accum.num_micros, accum.ragged)
 
 
-def _model(config: Config, text: TextDataset, device: torch.device) -> nn.Module:
-    """The model on its device, with the same weights on every rank: they are drawn on the CPU from the seed alone."""
-    gpt = replace(
-        config.model,
-        vocab_size=config.model.vocab_size or text.vocab_size,
-        max_seq_len=config.model.max_seq_len or text.seq_len,
+def make_plan(config: Config, problem: Problem, arithmetic: BatchArithmetic) -> Plan:
+    """Which samples make which window."""
+    return Plan(
+        num_samples=len(problem.train),
+        effective_batch=arithmetic.effective_batch,
+        micro_size=arithmetic.micro_size,
+        seed=config.train.seed,
+        last_window=config.accum.last_window,
+        schedule=batch_schedule(config, problem),
     )
-    if gpt.vocab_size < text.vocab_size or gpt.max_seq_len < text.seq_len:
-        raise ConfigError(
-            f"The model has {gpt.vocab_size} token ids and {gpt.max_seq_len} positions; the data needs "
-            f"{text.vocab_size} and {text.seq_len}. Leave model.vocab_size and model.max_seq_len null, or set "
-            f"data.seq_len={min(gpt.max_seq_len, text.seq_len)}."
-        )
-    torch.manual_seed(config.train.seed)
-    return GPT(gpt).to(device=device, dtype=config.precision.name.parameter_dtype)
+
+
+def num_steps(config: Config, plan: Plan) -> int:
+    """The length of the training in optimizer steps."""
+    steps = config.train.steps if config.train.steps is not None else plan.num_steps(config.train.epochs or 0)
+    if steps < 1:
+        raise ConfigError(f"The training has {steps} steps; give train.steps or train.epochs of at least 1.")
+    return steps
+
+
+def schedule_of(config: Config, problem: Problem, plan: Plan, optimizer: Optimizer, steps: int) -> LRSchedule:
+    """The learning rate along the training."""
+    unit, scale = config.optim.schedule.unit, config.optim.scale
+    total = steps if unit is ScheduleUnit.steps else plan.start_of(steps)
+    if unit is ScheduleUnit.tokens:
+        if problem.tokens_per_sample is None and config.optim.schedule.total is None:
+            raise ConfigError(
+                "optim.schedule.unit=tokens cannot tell where the training ends, as samples differ in length. Give "
+                "optim.schedule.total in tokens, or use unit=steps or samples."
+            )
+        total *= problem.tokens_per_sample or 1
+    scale = replace(scale, base_batch=plan.effective_batch if scale.base_batch is None else scale.base_batch)
+    return LRSchedule(optimizer, config.optim.schedule, total, scale)
+
+
+def _torch(dtype: SumDtype | None) -> torch.dtype | None:
+    return None if dtype is None else dtype.torch
+
+
+@contextmanager
+def ranks(config: Config, job: Job) -> Iterator[World]:
+    """The ranks of a job, able to talk to each other."""
+    device = _device(config.device, job.local_rank)
+    with _process_group(config, job, device):
+        yield World.of(device)
 
 
 def _device(asked: Device, local_rank: int) -> torch.device:
@@ -211,7 +214,3 @@ def _process_group(config: Config, job: Job, device: torch.device) -> Iterator[N
     yield
     # Reached only when every rank succeeded: after an error a rank leaves without a word to the others.
     dist.destroy_process_group()
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return asdict(config)

@@ -11,10 +11,16 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distaccum.batch_schedule import Ramp, ScheduleUnit
+from distaccum.data.images import ImagesConfig
 from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import SumDtype
 from distaccum.launch import LaunchSettings
 from distaccum.models.gpt import GPTConfig
+from distaccum.models.hf import HFConfig
+from distaccum.models.resnet import ResNetConfig
+from distaccum.nn.batchnorm import BatchNormMode
 from distaccum.nn.precision import Precision
 from distaccum.optim import OptimConfig
 from distaccum.parallel.base import Sync
@@ -41,18 +47,33 @@ class AccumConfig:
     effective_tokens: int | None
     micro: int | None
     num_micros: int | None
+    schedule: list[dict[str, int]] | None  # `from` is no name for a field; batch_schedule.entries_of reads them
+    schedule_unit: ScheduleUnit
+    ramp: Ramp
     ragged: Ragged
     last_window: LastWindow
     sync: Sync
     nonfinite: NonFinite
     audit: Audit
+    dtype: SumDtype | None
 
 
 @dataclass
 class PrecisionConfig:
-    """In which dtype the model computes."""
+    """In which dtype the model computes. The rest is for fp16's loss scale."""
 
     name: Precision
+    loss_scale: float
+    loss_scale_growth_windows: int
+
+
+@dataclass
+class NNConfig:
+    """What changes inside the model."""
+
+    batchnorm: BatchNormMode
+    compile: bool
+    checkpoint: bool
 
 
 @dataclass
@@ -87,16 +108,18 @@ class Config:
     parallel: ParallelConfig
     optim: OptimConfig
     precision: PrecisionConfig
+    nn: NNConfig
     logger: LoggerConfig
     launch: LaunchSettings
     loader: LoaderConfig
     train: TrainConfig
     device: Device
+    world_size: int | None
     experiment: str | None = None
 
 
-MODELS: dict[str, type] = {"gpt": GPTConfig}
-DATA: dict[str, type] = {"text": TextConfig}
+MODELS: dict[str, type] = {"gpt": GPTConfig, "hf": HFConfig, "resnet": ResNetConfig}
+DATA: dict[str, type] = {"text": TextConfig, "images": ImagesConfig}
 
 T = TypeVar("T")
 

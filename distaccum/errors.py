@@ -15,3 +15,7 @@ class DivergenceError(DistaccumError, ArithmeticError):
 
 class LedgerError(DistaccumError, RuntimeError):
     """A window sent something else over the network than its forecast says. All ranks count for themselves."""
+
+
+class ProofError(DistaccumError, AssertionError):
+    """`verify` found a difference beyond its tolerance. All ranks raise it."""

@@ -59,6 +59,25 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class ClassificationAccuracy:
+    """For held-out samples: the loss of `Classification`, and the share of samples whose largest logit is the label."""
+
+    ignore_index: int = -100
+
+    def loss_sum(self, model: nn.Module, micro: Any) -> dict[str, Tensor]:
+        """Sums [] over samples: cross entropy and the number that are right. The latter has no gradient."""
+        inputs, labels = _inputs_and_labels(micro, "inputs")
+        logits = _wide(_logits(model(inputs)))
+        loss = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).sum().to(loss.dtype)}
+
+    def weight(self, micro: Any) -> dict[str, int]:
+        """The number of labels that count, for both."""
+        count = int((_inputs_and_labels(micro, "inputs")[1] != self.ignore_index).sum())
+        return {"loss": count, "accuracy": count}
+
+
+@dataclass(frozen=True)
 class Regression:
     """Squared error summed over all numbers. Micro: `inputs` [B, ...] and `labels` of the model's output shape."""
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from distaccum.config import Config
+from distaccum.nn.batchnorm import BatchNormMode, has_batchnorm
 from distaccum.parallel.ledger import Traffic
 from distaccum.plan import BatchArithmetic, LastWindow, Plan
+from distaccum.problem import Problem
 from distaccum.report import size
 from distaccum.step import Accumulator
 
@@ -15,12 +19,11 @@ Section = Mapping[str, str]
 
 def start_block(
     config: Config,
+    problem: Problem,
     arithmetic: BatchArithmetic,
     plan: Plan,
     steps: int,
     accumulator: Accumulator,
-    texts: Mapping[str, object],
-    heldout: Mapping[str, object],
     baseline: float,
 ) -> tuple[dict[str, Section], dict[str, object]]:
     """What people read at the start, and the same for machines."""
@@ -32,20 +35,16 @@ def start_block(
     sections: dict[str, Section] = {
         "run": {
             "model": f"{config.model.name}, {parameters:,} parameters",
-            "precision": f"{config.precision.name.value}; gradients accumulated and reduced in float32 or wider",
+            "precision": _precision(config),
             "parallel": f"{type(strategy).__name__.lower()}, {strategy.world.size} rank(s) on {device.type}{backend}",
-            "length": f"{steps:,} steps, {steps / plan.windows_per_epoch:.2f} epochs",
+            **_batchnorm(config, strategy.model),
+            "length": f"{steps:,} steps, {plan.start_of(steps) / plan.num_samples:.2f} epochs",
         },
         "data": {
-            "source": "{source}: {files:,} files, {bytes:,} bytes, digest {digest}".format(**texts),
-            "training": "{samples:,} samples, {tokens:,} predicted tokens per epoch".format(**texts),
-            "held out": "{samples:,} samples, {tokens:,} predicted tokens; split {split}".format(**heldout),
-            "baseline": f"{baseline:.4f} nats per token on what is evaluated, by token frequency alone (unigram)",
+            **problem.described,
+            "baseline": f"{baseline:.4f} nats per {problem.unit} on what is evaluated, by frequency alone",
         },
-        "effective batch": {
-            "arithmetic": _arithmetic(arithmetic, config.data.seq_len),
-            "windows": f"{plan.windows_per_epoch:,} per epoch{_last_window(plan)}",
-        },
+        "effective batch": batch_section(arithmetic, plan, problem),
         "network": {
             "sync": f"{strategy.sync.value}{f' ({strategy.reason})' if strategy.reason else ''}",
             "per step": _network(traffic),
@@ -65,31 +64,64 @@ def start_block(
         "forecast": {"counts": dict(traffic.counts), "bytes": dict(traffic.bytes)},
         "parameters": parameters,
         "baseline": baseline,
-        "training_text": dict(texts),
-        "heldout_text": dict(heldout),
+        "data": dict(problem.facts),
     }
     return sections, facts
 
 
-def _arithmetic(arithmetic: BatchArithmetic, seq_len: int) -> str:
+def batch_section(arithmetic: BatchArithmetic, plan: Plan, problem: Problem) -> Section:
+    """How the effective batch comes about, and how many make an epoch."""
+    return {"arithmetic": _arithmetic(arithmetic, problem.tokens_per_sample), "windows": _windows(plan)}
+
+
+def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
+    """What differs from one big batch."""
+    if not has_batchnorm(model):
+        return {}
+    differs = {
+        BatchNormMode.sync: "normalised over the micro-batches that all ranks compute together, not over the window",
+        BatchNormMode.pooled: (
+            "normalised within each micro-batch; running statistics are those of the whole effective batch"
+        ),
+        BatchNormMode.frozen: "normalised by running statistics, which never change: exactly one big batch",
+        BatchNormMode.micro: (
+            "normalised within each micro-batch; running statistics are each rank's own and move with each micro"
+        ),
+    }[config.nn.batchnorm]
+    return {"batchnorm": f"{config.nn.batchnorm.value}: {differs}"}
+
+
+def _precision(config: Config) -> str:
+    dtypes = config.accum.dtype, config.parallel.reduce_dtype
+    accumulated, reduced = (dtype.value if dtype is not None else "float32 or wider" for dtype in dtypes)
+    return f"{config.precision.name.value}; gradients summed over micros in {accumulated}, over ranks in {reduced}"
+
+
+def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> str:
     micro, micros, ranks = arithmetic.micro_size, arithmetic.num_micros, arithmetic.world_size
     text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {micro * micros * ranks} samples"
     if not arithmetic.even:
         text = (
             f"{arithmetic.effective_batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
         )
-    return f"{text} ({arithmetic.effective_batch * seq_len:,} tokens) per optimizer step"
+    tokens = f" ({arithmetic.effective_batch * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
+    return f"{text}{tokens} per optimizer step"
 
 
-def _last_window(plan: Plan) -> str:
+def _windows(plan: Plan) -> str:
+    if plan.schedule is not None:
+        unit, ramp = plan.schedule.unit.value, plan.schedule.ramp.value
+        entries = ", ".join(f"{size} from {start:,}" for start, size in plan.schedule.entries)
+        return f"{plan.windows_per_epoch:,} in the first epoch; effective batch {entries} {unit} on ({ramp})"
     rest = plan.num_samples % plan.effective_batch
     if rest == 0:
-        return ", all full"
-    return {
-        LastWindow.keep: f", the last one of {rest} samples, each weighted as in any other",
-        LastWindow.drop: f", and {rest} samples dropped",
-        LastWindow.fill: f", the last one filled with {plan.effective_batch - rest} samples of the next epoch",
+        return f"{plan.windows_per_epoch:,} per epoch, all full"
+    left_over = {
+        LastWindow.keep: f"the last one of {rest} samples, each weighted as in any other",
+        LastWindow.drop: f"and {rest} samples dropped",
+        LastWindow.fill: f"the last one filled with {plan.effective_batch - rest} samples of the next epoch",
     }[plan.last_window]
+    return f"{plan.windows_per_epoch:,} per epoch, {left_over}"
 
 
 def _network(traffic: Traffic) -> str:

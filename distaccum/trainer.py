@@ -26,6 +26,7 @@ class Heldout:
 
     dataset: Dataset
     plan: Plan  # its first window is what is evaluated
+    objective: SupportsObjective  # its first term is the loss
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,10 @@ class Trainer:
         heldout: Heldout,
         rhythm: Rhythm,
         report: Report | None,
+        *,
+        counts_tokens: bool,
     ) -> None:
-        """Keep the collaborators; `report` is there on rank 0 only."""
+        """Keep the collaborators; `report` is there on rank 0 only. Where weights are tokens, they are told as such."""
         self.plan = plan
         self.loader = loader
         self.accumulator = accumulator
@@ -70,21 +73,23 @@ class Trainer:
         self.heldout = heldout
         self.rhythm = rhythm
         self.report = report
+        self.counts_tokens = counts_tokens
         self.progress = Progress()
+        self._seconds = 0.0  # of training so far, without evaluation
 
-    def run(self) -> float:
-        """Train to the end; the held-out loss there. Call it on every rank."""
+    def run(self) -> dict[str, float]:
+        """Train to the end; what was measured on held-out samples there, the loss first. Call it on every rank."""
         try:
             return self._run()
         finally:
             self.loader.close()
 
-    def _run(self) -> float:
+    def _run(self) -> dict[str, float]:
         progress, rhythm = self.progress, self.rhythm
-        heldout_loss = math.nan
-        since = _Since(self.loader.waited_s)
+        heldout: dict[str, float] = {}
+        since, began = _Since(self.loader.waited_s), time.perf_counter()
         for window, micros in self.loader.windows(progress.step, progress.position, rhythm.steps):
-            self.schedule.set(self._position(window))
+            self.schedule.set(self._position(window), window.effective_batch)
             record = self.accumulator.step(micros)
             progress.step, progress.position = window.step + 1, window.next_start
             progress.samples += window.size
@@ -96,14 +101,28 @@ class Trainer:
                 if shown:
                     since = _Since(self.loader.waited_s)
             if progress.step % rhythm.evaluate_every_steps == 0 or progress.step == rhythm.steps:
-                heldout_loss = self._evaluate()
-                since = _Since(self.loader.waited_s)
-        return heldout_loss
+                self._seconds += time.perf_counter() - began
+                heldout = self._evaluate()
+                since, began = _Since(self.loader.waited_s), time.perf_counter()
+        return heldout
+
+    def totals(self) -> dict[str, float]:
+        """What was done, and how fast, evaluation not counted."""
+        progress, seconds = self.progress, max(self._seconds, 1e-9)
+        return {
+            "steps": progress.step,
+            "samples": progress.samples,
+            "samples_per_s": progress.samples / seconds,
+            **self._tokens("tokens_per_s", progress.tokens / seconds),
+        }
+
+    def _tokens(self, name: str, value: float) -> dict[str, float]:
+        return {name: value} if self.counts_tokens else {}
 
     def _position(self, window: Window) -> int:
         if self.unit is ScheduleUnit.steps:
             return window.step
-        return self.progress.samples if self.unit is ScheduleUnit.samples else int(self.progress.tokens)
+        return window.start if self.unit is ScheduleUnit.samples else int(self.progress.tokens)
 
     def _tell(self, window: Window, record: StepRecord, since: _Since, shown: bool) -> None:
         assert self.report is not None
@@ -118,14 +137,14 @@ class Trainer:
                 "step": self.progress.step,
                 "epoch": window.epoch,
                 "samples": self.progress.samples,
-                "tokens": int(self.progress.tokens),
+                **self._tokens("tokens", int(self.progress.tokens)),
                 "loss": record.loss,
                 "grad_norm": record.grad_norm,
                 "lr": record.lr,
                 "weight": record.weight,
                 "skipped": record.skipped,
                 "samples_per_s": since.samples / elapsed,
-                "tokens_per_s": since.tokens / elapsed,
+                **self._tokens("tokens_per_s", since.tokens / elapsed),
                 "data_wait_share": min(1.0, (self.loader.waited_s - since.waited_s) / elapsed),
                 "comm_share": None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed),
                 "peak_memory_bytes": peak_memory_bytes(self.accumulator.strategy.world.device),
@@ -134,22 +153,21 @@ class Trainer:
             shown,
         )
 
-    def _evaluate(self) -> float:
-        loss = heldout_loss(self.accumulator.strategy, self.accumulator.objective, self.heldout)
+    def _evaluate(self) -> dict[str, float]:
+        means = evaluate(self.accumulator.strategy, self.heldout)
         if self.report is not None:
             progress = self.progress
-            self.report.heldout(
-                {"step": progress.step, "loss": loss, "samples": progress.samples, "tokens": int(progress.tokens)}
-            )
-        return loss
+            tokens = self._tokens("tokens", int(progress.tokens))
+            self.report.heldout({"step": progress.step, **means, "samples": progress.samples, **tokens})
+        return means
 
 
-def heldout_loss(strategy: Strategy, objective: SupportsObjective, heldout: Heldout) -> float:
-    """The weighted mean loss over the held-out samples, its terms added; the same whatever the world size.
+def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
+    """The weighted mean of each term of the objective over the held-out samples; the same whatever the world size.
 
     Call it on every rank: they share the micros, and run the same number of forwards.
     """
-    world, window = strategy.world, heldout.plan.window()
+    world, window, objective = strategy.world, heldout.plan.window(), heldout.objective
     own = window.deal(world.rank, world.size)
     terms: list[str] = []
     totals: torch.Tensor | None = None  # [2, terms] float64: sums and weights
@@ -170,7 +188,8 @@ def heldout_loss(strategy: Strategy, objective: SupportsObjective, heldout: Held
     assert totals is not None
     rows, _ = world.share(totals.flatten().to(world.device)).read()
     summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(terms))]
-    return sum(s / w for s, w in zip(summed[: len(terms)], summed[len(terms) :], strict=True) if w > 0)
+    pairs = zip(terms, summed[: len(terms)], summed[len(terms) :], strict=True)
+    return {term: value / weight for term, value, weight in pairs if weight > 0}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import SumDtype
 from distaccum.parallel.world import World
 
 
@@ -34,17 +36,18 @@ class ParallelConfig:
     static_graph: bool  # ddp
     bucket_mb: int  # ddp: gradients in one all-reduce, in MiB
     reshard_after_forward: bool  # fsdp, hsdp: gather again for the backward, or keep the parameters until then
+    reduce_dtype: SumDtype | None  # in which gradients are summed over ranks; null: float32, or wider parameters' own
 
 
-def wrap(model: nn.Module, config: ParallelConfig, world: World, policy: MixedPrecisionPolicy) -> nn.Module:
-    """The model, spread as configured; its blocks (`model.blocks`) become FSDP2's groups, the rest the root's.
+def wrap(
+    model: nn.Module, blocks: Sequence[nn.Module], config: ParallelConfig, world: World, policy: MixedPrecisionPolicy
+) -> nn.Module:
+    """The model, spread as configured; its blocks become FSDP2's groups, the rest the root's.
 
     Raises:
         ConfigError: for a strategy that does not fit the number of ranks.
     """
-    name = config.name
-    if name is StrategyName.auto:
-        name = StrategyName.single if world.size == 1 else StrategyName.ddp
+    name = chosen(config.name, world.size)
     if name is StrategyName.single:
         if world.size > 1:
             raise ConfigError(f"parallel=single on {world.size} ranks: each would train alone. Use ddp, fsdp or hsdp.")
@@ -63,18 +66,30 @@ def wrap(model: nn.Module, config: ParallelConfig, world: World, policy: MixedPr
             gradient_as_bucket_view=False,  # it saves memory only where gradients are not set to None
         )
     mesh = init_device_mesh(
-        world.device.type, _mesh_shape(name, config.replicas, world.size), mesh_dim_names=_NAMES[name]
+        world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=_NAMES[name]
     )
-    for block in getattr(model, "blocks", []):
+    for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
+def chosen(name: StrategyName, ranks: int) -> StrategyName:
+    """What `auto` means on so many ranks."""
+    if name is not StrategyName.auto:
+        return name
+    return StrategyName.single if ranks == 1 else StrategyName.ddp
+
+
 _NAMES = {StrategyName.fsdp: ("shard",), StrategyName.hsdp: ("replicate", "shard")}
 
 
-def _mesh_shape(name: StrategyName, replicas: int | None, ranks: int) -> tuple[int, ...]:
+def mesh_shape(name: StrategyName, replicas: int | None, ranks: int) -> tuple[int, ...]:
+    """(shards,) for fsdp, (replicas, shards) for hsdp.
+
+    Raises:
+        ConfigError: for replicas that do not divide the ranks.
+    """
     if name is StrategyName.fsdp:
         return (ranks,)
     groups = replicas if replicas is not None else 2

@@ -1,18 +1,22 @@
 """What the ranks of one start tell each other, over torch's key-value store: orders, who failed first, who is done."""
 
+import contextlib
 import json
 import os
 import time
 import uuid
+from dataclasses import asdict
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from .job import Order
+from .job import Ended, Order
 from .ranks import Place
 
 _LONGEST_PAUSE_S = 0.2  # between two questions to the store
 _GRACE_S = 10.0  # how long rank 0 looks for the others before it leaves with an error
+_CULPRIT_S = 3.0  # how long a rank that failed because of another one leaves the word to that one
 
 
 class PeerFailedError(Exception):
@@ -32,14 +36,16 @@ class Board:
 
     Args:
         place: this rank.
-        word: the word, where the ranks were told it; None to let rank 0 hand it out over the store.
+        word: the word, where the ranks were told it, and the store is there; None to let rank 0 hand it out over the
+            store, which rank 0 makes where nobody has.
     """
 
     def __init__(self, place: Place, word: str | None = None) -> None:
         self._place = place
         # Two connections: a thread of the process group that waits on its own must not hold up a failing rank.
-        self._control = _connect()
-        self._jobs = _connect()
+        connect = _connect if word is None else _connect_as_client
+        self._control = connect()
+        self._jobs = connect()
         self._serial = 0
         self._gathered = word is not None
         self._word = word or uuid.uuid4().hex
@@ -70,9 +76,13 @@ class Board:
         text = self._control.get(key).decode()
         found = json.loads(text)
         if "end" in found:
-            self._control.add(self._key("bye"), 1)
             return int(found["end"])
         return Order.from_json(text), self.job_store()
+
+    def bye(self) -> None:
+        """The other ranks: tell rank 0, which may hold the store, that this one needs it no more."""
+        with contextlib.suppress(RuntimeError):  # it has gone already
+            self._control.add(self._key("bye"), 1)
 
     def job_store(self) -> Store:
         """The store for the current job, empty at its start."""
@@ -88,6 +98,31 @@ class Board:
             self._control.set(all_done, "")
         self._wait(all_done)
         self._serial += 1
+
+    def job_name(self) -> str:
+        """A name for the current job, the same on all ranks; also the word of its own board, where it has one."""
+        return f"{self._word}-{self._serial}"
+
+    def fail_job(self, job: str, ended: Ended) -> None:
+        """Note that the process of this rank for a job has failed. The first note counts.
+
+        Where the processes have agreed that another rank failed first, that one gets some time to be noted first.
+        """
+        claim = f"distaccum/{job}/failed"  # as `claim` of the job's own board makes it
+        if self._control.check([claim]) and int(self._control.get(claim).split()[0]) != self._place.rank:
+            end = time.monotonic() + _CULPRIT_S
+            while self.failed_job(job) is None and time.monotonic() < end:
+                time.sleep(0.05)
+        self._control.compare_set(_ended(job), "", json.dumps(asdict(ended)))
+
+    def failed_job(self, job: str) -> Ended | None:
+        """The first note of `fail_job`, if there is one. PeerFailedError when a rank leaves the whole sweep."""
+        first = self._first()
+        if first is not None:
+            raise PeerFailedError(*first)
+        if not self._control.check([_ended(job)]):
+            return None
+        return Ended(**json.loads(self._control.get(_ended(job))))
 
     def claim(self, code: int, patience_s: float) -> tuple[int, int]:
         """Claim to be the first rank that failed; rank and exit code of the one that is.
@@ -154,6 +189,14 @@ class Board:
 
     def _key(self, name: str) -> str:
         return f"distaccum/{self._word}/{name}"
+
+
+def _ended(job: str) -> str:
+    return f"distaccum/{job}/ended"
+
+
+def _connect_as_client() -> Store:
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
 
 
 def _connect() -> Store:

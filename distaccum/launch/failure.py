@@ -12,7 +12,8 @@ import os
 import sys
 import time
 import traceback
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from hydra.errors import HydraException
@@ -37,6 +38,14 @@ _LOST = (
     "recvvalue failed",
     "sendbytes failed",
 )
+
+
+# What Hydra leaves unsaid: by what it says, what to write instead.
+_ADVICE = {
+    "does not support sweep type": "interval(a,b) needs hydra/sweeper=optuna. Without it: key=1,2,3, key=range(1,4) "
+    "or key=choice(a,b).",
+    "Could not find 'hydra/sweeper/optuna'": "It comes with pip install 'distaccum[optuna]'.",
+}
 
 
 def say(text: str) -> None:
@@ -75,6 +84,7 @@ def letter(error: BaseException) -> str:
         texts.append(str(error.__cause__))
     lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
     noise = ("To append to your config use", "object_type=", "reference_type=")
+    lines += [advice for said, advice in _ADVICE.items() if said in texts[0]]
     return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
 
 
@@ -83,6 +93,16 @@ def is_lost_peer(error: BaseException) -> bool:
     if isinstance(error, dist.DistNetworkError | ConnectionError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _LOST)
+
+
+def first_line(error: BaseException) -> str:
+    """What a table shows of an error."""
+    return one_line(letter(error) if is_foreseen(error) else f"{type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    """The first line of a text that is not empty."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
 
 
 def shorten(error: BaseException) -> str:
@@ -136,6 +156,19 @@ def write_error_file(message: str, shown: str) -> None:
         extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
+
+
+def read_error_file(path: Path) -> str | None:
+    """What a rank that failed wrote to torchelastic's error file; None when there is none."""
+    try:
+        return error_message(json.loads(path.read_text())["message"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def error_message(found: Any) -> str:
+    """The text of a message of torchelastic, which is a text or a dict that holds one."""
+    return str(found["message"] if isinstance(found, dict) else found)
 
 
 def leave(code: int) -> NoReturn:

@@ -1,5 +1,10 @@
-"""Hydra, run once for a job or a sweep, on one rank. Nothing else in the package composes a configuration."""
+"""Hydra, run once for a job or a sweep, on one rank. Nothing else in the package composes a configuration.
 
+In a sweep a failure is not raised to Hydra, which would start no further job: it is noted, and the sweeper gets None.
+"""
+
+import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -14,48 +19,83 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from .failure import exit_code, is_users, report, say
-from .job import Order
+from .failure import exit_code, first_line, is_users, report, say
+from .job import Ended, Order
+from .sweep import Outcomes, Summarise, Sweep, signals_raise
+
+_MULTIRUN = {"-m", "--multirun"}
 
 
 class JobFailedError(Exception):
-    """A job of a sweep has failed and has shown why. Hydra notes it and goes on with the next one."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}")
-        self.code = code
+    """A job of a sweep has failed and has shown why, and the user has limited how many may."""
 
 
-def run(argv: list[str], config_dir: Path, on_job: Callable[[Order], int]) -> int:
+def run(
+    argv: list[str],
+    config_dir: Path,
+    on_job: Callable[[Order], Ended],
+    objective: str,
+    summarise: Summarise | None,
+) -> int:
     """Let Hydra do what the command line asks for: one job, a sweep, or showing help or a configuration.
 
     Args:
         argv: Hydra's arguments, without the program's name.
         config_dir: the folder of `config.yaml`.
-        on_job: called for each job; gives its exit code. What it raises is shown here.
+        on_job: called for each job; says how it ended. What it raises is shown here.
+        objective: the name of the number in a job's result that the sweeper gets.
+        summarise: called once at the end of a sweep of which a job was started.
 
     Returns:
-        the exit code: 0, or that of the first job that failed. 2 when Hydra could not compose. Never raises.
+        the exit code. One job: 0, or that of the job. A sweep: 0; 1 when any job failed, also when it was refused;
+        128 + signal. Either: 2 when nothing was started, as Hydra could not compose or had no job. Never raises.
     """
+    outcomes = Outcomes(objective)
+    with contextlib.ExitStack() as until_end:
+        code = _run_hydra(argv, config_dir, on_job, outcomes, until_end)
+        if not outcomes.jobs:
+            return code or _refuse_empty_sweep(argv)
+        code = outcomes.exit_code(code)
+        if summarise is not None:
+            try:
+                summarise(Sweep(outcomes.folder, tuple(outcomes.jobs)))
+            except Exception as error:
+                code = code or report(error)
+        return code
+
+
+def _run_hydra(
+    argv: list[str],
+    config_dir: Path,
+    on_job: Callable[[Order], Ended],
+    outcomes: Outcomes,
+    until_end: contextlib.ExitStack,
+) -> int:
     began = False
 
-    def hydra_task(config: DictConfig) -> None:
+    def hydra_task(config: DictConfig) -> float | None:
         nonlocal began
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN:
+            if not began:
+                until_end.enter_context(signals_raise())
+            began = True
+            return _job_of_sweep(settings, lambda: on_job(_order(config)), outcomes)
         began = True
         try:
-            code = on_job(_order(config))
+            code = on_job(_order(config)).code
         except Exception as error:
             code = report(error)
-        if code and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise JobFailedError(code)
         if code:
             raise SystemExit(code)  # passes through Hydra without a word
+        return None
 
     with _arguments(argv), _plain_errors() as wants_traceback:
         try:
             hydra.main(config_path=str(config_dir.absolute()), config_name="config", version_base="1.3")(hydra_task)()
-        except JobFailedError as error:
-            return error.code
+        except JobFailedError:
+            say("error: the sweep ends, because more jobs failed than hydra.sweeper.max_failure_rate allows")
+            return 1
         except SignalException as error:  # torch's handler, outside of a job
             return 128 + int(error.sigval)
         except SystemExit as error:
@@ -65,7 +105,9 @@ def run(argv: list[str], config_dir: Path, on_job: Callable[[Order], int]) -> in
             say("interrupted")
             return 130
         except Exception as error:
-            if wants_traceback:
+            if outcomes.jobs and all(job.result.get(outcomes.objective) is None for job in outcomes.jobs):
+                say(f"error: no job has a {outcomes.objective} for the sweeper to choose by ({first_line(error)})")
+            elif wants_traceback:
                 traceback.print_exc()
             elif isinstance(error, ValueError) and not began and not is_users(error):
                 say(f"error: {error}")  # Hydra's own check of its flags
@@ -74,6 +116,24 @@ def run(argv: list[str], config_dir: Path, on_job: Callable[[Order], int]) -> in
                 return report(error)
             return exit_code(error)
     return 0
+
+
+def _refuse_empty_sweep(argv: list[str]) -> int:
+    if not _MULTIRUN & set(argv) or {"-h", "--help", "--hydra-help"} & set(argv):
+        return 0
+    say("error: the sweep has no jobs: one of its keys has no value, as range(3,1) has none.")
+    return 2
+
+
+def _job_of_sweep(settings: Any, do: Callable[[], Ended], outcomes: Outcomes) -> float | None:
+    overrides = list(settings.overrides.task)
+    folder = Path(settings.sweep.dir).absolute()
+    outcomes.run(int(settings.job.num), overrides, folder, Path(settings.runtime.output_dir).absolute(), do)
+    # The limit of Optuna's sweeper is 0 unless given, and would end a sweep at its first failure.
+    limited = any(override.startswith("hydra.sweeper.max_failure_rate=") for override in settings.overrides.hydra)
+    if limited and outcomes.jobs[-1].status == "failed":
+        raise JobFailedError("a job has failed")
+    return outcomes.last_objective()
 
 
 def _order(config: DictConfig) -> Order:
@@ -85,15 +145,16 @@ def _order(config: DictConfig) -> Order:
         run_dir=str(Path(settings.runtime.output_dir).absolute()),
         overrides=list(settings.overrides.task),
         number=int(settings.job.num) if in_sweep else 0,
+        sweep=Path(settings.sweep.dir).absolute().name if in_sweep else None,
     )
     return Order.from_json(order.to_json())  # the same containers whichever way the job is started
 
 
 @contextmanager
 def _arguments(argv: list[str]) -> Iterator[None]:
-    """Hydra reads `sys.argv` and nothing else."""
+    """Hydra reads `sys.argv` and nothing else, and fails where overrides stand on both sides of a flag."""
     before = sys.argv
-    sys.argv = [before[0], *argv]
+    sys.argv = [before[0], *sorted(argv, key=lambda word: word not in _MULTIRUN)]
     try:
         yield
     finally:
@@ -103,12 +164,17 @@ def _arguments(argv: list[str]) -> Iterator[None]:
 @contextmanager
 def _plain_errors() -> Iterator[bool]:
     """Let Hydra hand its errors to us in place of printing them; whether the user asked for its tracebacks."""
+    # For each job that gives no number it says that the number must be "float-castable".
+    sweeper = logging.getLogger("hydra_plugins.hydra_optuna_sweeper")
+    level = sweeper.level
+    sweeper.setLevel(logging.CRITICAL)
     name = "HYDRA_FULL_ERROR"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
         yield before == "1"
     finally:
+        sweeper.setLevel(level)
         if before is None:
             del os.environ[name]
         else:

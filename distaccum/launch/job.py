@@ -27,15 +27,24 @@ class Job:
     run_dir: Path  # absolute; made once, by Hydra
     overrides: list[str]  # what the user wrote for this job
     number: int  # 0, or the number within a sweep
+    sweep: str | None  # the name of the sweep, which is that of its folder; None for a single run
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    store: Store | None  # None for one process; otherwise for `dist.init_process_group(store=...)`, empty for each job
+    store: Store | None  # None for one rank; otherwise for `dist.init_process_group(store=...)`, empty for each job
 
 
 Task = Callable[[Job], None]
 Check = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended."""
+
+    code: int  # the exit code of its first rank that failed, or 0
+    error: str | None  # what that rank said
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Order:
     run_dir: str
     overrides: list[str]
     number: int
+    sweep: str | None
 
     def to_json(self) -> str:
         """The order as text. TypeError for values that are not plain."""

@@ -15,14 +15,14 @@ from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
 from .board import Board
-from .failure import leave, say
-from .job import Order, Task
+from .failure import error_message, leave, say
+from .job import Ended, Order, Task
 from .ranks import recognise, tie_to_parent
 from .work import run_on_rank
 
 
-def start(order: Order, num_ranks: int, task: Task) -> int:
-    """Start `num_ranks` processes, run `task` on each, wait for all; the exit code. `task` must be picklable.
+def start(order: Order, num_ranks: int, task: Task) -> Ended:
+    """Start `num_ranks` processes, run `task` on each, wait for all; how it ended. `task` must be picklable.
 
     A rank that fails has shown its error itself. A signal to this process ends the ranks, and then is SystemExit with
     128 + signal, which also ends a sweep.
@@ -52,9 +52,12 @@ def start(order: Order, num_ranks: int, task: Task) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode < 0:
-                say(f"[rank {rank}] was ended by {failure.signal_name()} (by hand, or for lack of memory)")
-            return max(1, failure.exitcode)
-    return 0
+                text = f"was ended by {failure.signal_name()} (by hand, or for lack of memory)"
+                say(f"[rank {rank}] {text}")
+                return Ended(1, f"rank {rank} {text}")
+            told = os.path.exists(failure.error_file)  # if not, torch's message is advice for its own users
+            return Ended(failure.exitcode, error_message(failure.message) if told else f"exit code {failure.exitcode}")
+    return Ended(0, None)
 
 
 def _rank(order: Order, word: str, parent: int, task: Task) -> None:
@@ -62,7 +65,7 @@ def _rank(order: Order, word: str, parent: int, task: Task) -> None:
     tie_to_parent(parent)
     place = recognise(os.environ)
     board = Board(place, word)
-    run_on_rank(place.job(order, board.job_store()), board, task)
+    run_on_rank(place.job(order, board.job_store() if place.world_size > 1 else None), board, task)
     atexit.register(leave, 0)  # after torch has told the parent that this rank is done
 
 

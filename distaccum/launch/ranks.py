@@ -34,6 +34,7 @@ class Place:
             run_dir=Path(order.run_dir),
             overrides=order.overrides,
             number=order.number,
+            sweep=order.sweep,
             rank=self.rank,
             world_size=self.world_size,
             local_rank=self.local_rank,

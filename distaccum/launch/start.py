@@ -6,12 +6,15 @@ Whatever the way, Hydra runs once, and every rank gets what it composed.
 import os
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from . import hydra_once, own_ranks
 from .board import Board, PeerFailedError
-from .failure import is_lost_peer, leave, say, shorten, write_error_file
-from .job import Check, Order, Task
+from .failure import exit_code, is_lost_peer, leave, say, shorten, write_error_file
+from .job import Check, Ended, Order, Task
+from .job_child import run_in_child
 from .ranks import Place, ranks_here, recognise, tie_to_parent
+from .sweep import Summarise, signals_raise
 from .work import run_on_rank
 
 
@@ -21,67 +24,91 @@ def launch(
     config_dir: Path,
     check: Check,
     task: Task,
+    objective: str = "heldout_loss",
+    summarise: Summarise | None = None,
 ) -> int:
     """Run what the command line asks for; the exit code with which the process must end.
+
+    In a sweep (`--multirun`) each job has processes of its own, so that a job that fails, whatever its way, neither
+    ends nor disturbs the others. A single run under torchrun, or of one rank, works in the processes that are there.
 
     Args:
         argv: Hydra's arguments: overrides, `--multirun`, `--cfg job`, `--help` ...
         config_dir: the folder of `config.yaml`.
         check: gets each composed configuration before any rank works on it, once, and raises ConfigError.
         task: the work. A function of a module, so that it can be sent to new processes. Runs on every rank.
+        objective: the name of the number in a job's result (see `write_result`) that the sweeper gets. A job that
+            failed, or whose number is not finite, gives it nothing: Optuna marks that trial as failed.
+        summarise: called once, on rank 0, at the end of a sweep of which a job was started, also after a signal.
 
     Returns:
-        0; 2 when the configuration was refused (a letter on rank 0); 1 for other errors; 128 + signal. A process that
+        0; for one job 2 when the configuration was refused (a letter on rank 0) and 1 for other errors; for a sweep 1
+        when any of its jobs failed or was refused, and 2 when Hydra could not compose it; 128 + signal. A process that
         is one of several ranks does not return: it ends here, past the interpreter's own end (see `failure.leave`).
         torchrun itself knows 1 only, and prints a summary of its own.
     """
     place = recognise(os.environ)
     if place.started_by == "torchrun":
         tie_to_parent()
-    if place.world_size == 1:
-        return _lead(argv, config_dir, check, task, place=place, board=None)
-    board = Board(place)
-    if place.rank != 0:
+    board = Board(place) if place.world_size > 1 else None
+    if board is not None and place.rank != 0:
         _follow(place, board, task)
-    code = _lead(argv, config_dir, check, task, place=place, board=board)
+
+    def on_job(order: Order) -> Ended:
+        check(order.config)
+        return _run(order, task, place, board)
+
+    code = hydra_once.run(argv, config_dir, on_job, objective, summarise)
+    if board is None:
+        return code
     if code:
         write_error_file(f"exit code {code}", "the error message stands above")
+    if code > 128:  # the others may be at work on a job, and not look for orders
+        board.claim(code, patience_s=0.0)
     board.end(code)
     return leave(code)
 
 
-def _lead(argv: list[str], config_dir: Path, check: Check, task: Task, *, place: Place, board: Board | None) -> int:
-    """Rank 0: run Hydra and each of its jobs; the exit code."""
+def _run(order: Order, task: Task, place: Place, board: Board | None) -> Ended:
+    """Rank 0: one job on all its ranks."""
+    count = ranks_here(order.config, place)
+    if board is not None:
+        store = board.publish(order)
+        if order.sweep is None:
+            run_on_rank(place.job(order, store), board, task)
+            return Ended(0, None)
+        try:
+            return run_in_child(order, place, board, task)
+        except PeerFailedError as error:
+            raise SystemExit(error.code) from None  # the sweep has lost a rank
+    if order.sweep is not None or count > 1:
+        return own_ranks.start(order, count, task)
+    task(place.job(order, None))
+    return Ended(0, None)
 
-    def on_job(order: Order) -> int:
-        check(order.config)
-        count = ranks_here(order.config, place)
-        if board is not None:
-            run_on_rank(place.job(order, board.publish(order)), board, task)
-        elif count > 1:
-            return own_ranks.start(order, count, task)
-        else:
-            task(place.job(order, None))
-        return 0
 
-    return hydra_once.run(argv, config_dir, on_job)
-
-
-def _follow(place: Place, board: Board, task: Task) -> None:
-    """The other ranks: do what rank 0 publishes until it says that it was the last. Does not return."""
+def _follow(place: Place, board: Board, task: Task) -> NoReturn:
+    """The other ranks: do what rank 0 publishes until it says that it was the last."""
     try:
         while not isinstance(received := board.receive(), int):
             order, store = received
-            run_on_rank(place.job(order, store), board, task)
+            if order.sweep is None:
+                run_on_rank(place.job(order, store), board, task)
+                continue
+            with signals_raise():
+                run_in_child(order, place, board, task)
+        if received:
+            time.sleep(0.5)  # let the launcher see rank 0's exit first: it names the first one
+        code = received
     except PeerFailedError as error:
-        leave(error.code)
+        code = error.code
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
         say(f"[rank {place.rank}] leaves, because the store of the job is gone ({shorten(error)})")
         leave(1)
-    except KeyboardInterrupt:
-        leave(130)
-    if received:
-        time.sleep(0.5)  # let the launcher see rank 0's exit first: it names the first one
-    leave(received)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = exit_code(error)
+        board.claim(code, patience_s=0.0)
+    board.bye()
+    leave(code)

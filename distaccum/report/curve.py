@@ -88,7 +88,7 @@ def _draw_losses(axis: Any, train: Points, heldout: Points, baseline: float | No
         _plot(axis, heldout, color=HELDOUT, linewidth=1.8, marker="o", markersize=6, label=label)
     if baseline is not None:
         axis.axhline(
-            baseline, color=BASELINE, linestyle="--", linewidth=1.6, label=f"unigram baseline ({baseline:.3f})"
+            baseline, color=BASELINE, linestyle="--", linewidth=1.6, label=f"by frequency alone ({baseline:.3f})"
         )
     marks = [value for _, value in heldout] + ([baseline] if baseline is not None else [])
     low, high, num_above = loss_limits([value for _, value in train], marks)

@@ -15,6 +15,8 @@ from distaccum.report.human import Field, duration, step_texts
 from distaccum.report.metrics import MetricsFile
 from distaccum.report.wandb_run import WandbMode, WandbRun
 
+_AXES = ("step", "loss", "samples", "tokens")
+
 
 class LoggerName(Enum):
     """Which logger runs beside `metrics.jsonl`, which is always written."""
@@ -86,7 +88,8 @@ class Report:
             self._wandb.log("heldout", fields)
         loss = fields.get("loss")
         text = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
-        self._console.line(f"held-out loss {text} at step {_whole(fields, 'step')}")
+        others = [f", {name} {value:.4f}" for name, value in fields.items() if name not in _AXES and value is not None]
+        self._console.line(f"held-out loss {text}{''.join(others)} at step {_whole(fields, 'step')}")
 
     def note(self, text: str) -> None:
         """Say one line, and record it as a record "note"."""
@@ -107,7 +110,7 @@ class Report:
             reason: in words: "all 400 steps done", "stopped by SIGTERM after step 120".
             fields: final figures, shown as they are called.
             exit_code: of the process, for W&B: 0 is shown as finished, others as failed.
-            baseline: the loss of the unigram baseline, for the picture.
+            baseline: the loss by frequency alone, for the picture.
             loss_unit: what the loss is measured in, for the picture.
         """
         if self._ended:

@@ -11,13 +11,16 @@ import torch
 import torch.distributed as dist
 
 from distaccum.errors import ConfigError
-from distaccum.launch import Job, launch
+from distaccum.launch import Job, launch, write_result
+from distaccum.report.sweep import tell_sweep
 
 
 def check(config):
     unknown = set(config) - {"launch", "model", "device", "value", "fault"}
     if unknown:
         raise ConfigError(f"unknown key: {sorted(unknown)}. The keys are launch, model, device, value, fault.")
+    if config["value"] < 0:
+        raise ConfigError(f"value ({config['value']}) must be 0 or more.")
 
 
 def task(job: Job) -> None:
@@ -26,6 +29,7 @@ def task(job: Job) -> None:
         "run_dir": str(job.run_dir),
         "overrides": job.overrides,
         "number": job.number,
+        "sweep": job.sweep,
         "rank": job.rank,
         "world_size": job.world_size,
         "local": [job.local_rank, job.local_world_size],
@@ -47,19 +51,22 @@ def task(job: Job) -> None:
         raise ConfigError("the task refuses this configuration")
     if fault["kind"] != "none":
         misbehave(fault["kind"], job.rank == fault["rank"])
+    if job.rank == 0:
+        write_result(job.run_dir, {"heldout_loss": (job.config["value"] - 2.0) ** 2, "samples_per_s": 10.0, "steps": 1})
     if job.store is not None:
         dist.destroy_process_group()
 
 
 def misbehave(kind: str, is_culprit: bool) -> None:
-    if is_culprit and kind == "raise":
+    if is_culprit and kind in ("raise", "desert"):
         raise ArithmeticError("the culprit's own error")
     if is_culprit and kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "sleep":
-        time.sleep(60)
+    if kind in ("sleep", "desert"):  # without a collective, that would notice the culprit's end
+        time.sleep(600)
     dist.all_reduce(torch.zeros(1))  # never completes: the culprit is gone
 
 
 if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1:], config_dir=Path(__file__).parent / "conf", check=check, task=task))
+    conf = Path(__file__).parent / "conf"
+    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=tell_sweep))

@@ -1,12 +1,9 @@
 """How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,113 +12,7 @@ from distaccum.errors import ConfigError
 from distaccum.launch import launch
 from distaccum.launch.ranks import Place, ranks_here, recognise
 
-HERE = Path(__file__).parent
-PROGRAM = str(HERE / "program.py")
-OF_A_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-)
-
-
-class Program:
-    """One start of program.py; its output goes to a file."""
-
-    def __init__(self, folder, *args, torchrun=0, environment=None):
-        starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
-        clean = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
-        if torchrun:
-            clean["OMP_NUM_THREADS"] = "1"  # or torchrun prints its advice
-        self.folder = folder
-        self.output_file = folder / f"output{time.monotonic_ns()}"
-        with self.output_file.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *starter, PROGRAM, *args],
-                cwd=folder,
-                env=clean | (environment or {}),
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # a signal to pytest's group does not reach it
-            )
-
-    def wait(self, timeout_s=40):
-        self.process.wait(timeout_s)
-        return self
-
-    @property
-    def code(self):
-        return self.process.returncode
-
-    @property
-    def output(self):
-        return self.output_file.read_text()
-
-    def own_output(self):
-        """The output up to torchrun's summary, without its warnings."""
-        own = self.output.split("Traceback (most recent call last):\n  File")[0]
-        return [line for line in own.splitlines() if line and line[0] not in "WE"]
-
-
-@pytest.fixture
-def start(tmp_path):
-    programs = []
-
-    def begin(*args, **kwargs):
-        programs.append(Program(tmp_path, *args, **kwargs))
-        return programs[-1]
-
-    yield begin
-    for program in programs:
-        if program.process.poll() is None:
-            program.process.kill()
-            program.process.wait()
-    for rank in seen(tmp_path):
-        if alive(rank["pid"]) and rank["pid"] != os.getpid():
-            os.kill(rank["pid"], signal.SIGKILL)
-
-
-def seen(folder):
-    """What the ranks of all jobs wrote."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*/*/*/**/rank*.json"))]
-
-
-def wait_for_ranks(folder, count, timeout_s=30):
-    end = time.monotonic() + timeout_s
-    while len(ranks := seen(folder)) < count:
-        assert time.monotonic() < end, f"{len(ranks)} of {count} ranks wrote something"
-        time.sleep(0.05)
-    return ranks
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pids, timeout_s=10):
-    end = time.monotonic() + timeout_s
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < end, f"orphans: {left}"
-        time.sleep(0.05)
-
-
-def assert_one_job(ranks, world_size):
-    assert sorted(rank["rank"] for rank in ranks) == list(range(world_size))
-    assert {rank["world_size"] for rank in ranks} == {world_size}
-    first = ranks[0]
-    for rank in ranks:
-        assert rank["local"] == [rank["rank"], world_size]
-        for key in ("config", "run_dir", "overrides", "number"):
-            assert rank[key] == first[key]
-        value = first["config"]["value"]
-        assert rank.get("total") == (None if world_size == 1 else sum(value + other for other in range(world_size)))
-
+from .programs import HERE, OF_A_LAUNCHER, alive, assert_one_job, seen, wait_for_ranks, wait_until_gone
 
 # Ways of starting
 
@@ -142,27 +33,9 @@ def test_one_process(start, tmp_path):
     assert ranks[0]["number"] == 0
 
 
-def test_own_ranks_in_a_sweep_whose_first_job_fails(start, tmp_path):
-    program = start("--multirun", "fault.kind=raise,none", "fault.rank=1", "launch.nproc_per_node=2").wait()
-    assert program.code == 1
-    ranks = seen(tmp_path)
-    for number, kind in enumerate(("raise", "none")):
-        job = [rank for rank in ranks if rank["number"] == number]
-        assert_one_job(job, 2)
-        assert job[0]["config"]["fault"]["kind"] == kind
-        assert {rank["threads"] for rank in job} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
-    lines = program.output.splitlines()
-    assert lines[0] == "[rank 1] Traceback (most recent call last):"
-    assert "[rank 1] ArithmeticError: the culprit's own error" in lines
-    assert len([line for line in lines if not line.startswith("[rank 1] ")]) <= 2  # of rank 0, and Hydra's
-    assert "ChildFailedError" not in program.output
-
-
 def test_torchrun_makes_one_folder_for_each_job(start, tmp_path):
-    """Three launches, in the same folder at the same time (harder than one after the other); one is a sweep of two."""
-    programs = [start("value=1", torchrun=count) for count in (2, 3)]
-    programs.append(start("--multirun", "value=4,5", "launch.nproc_per_node=2", torchrun=2))
-    for program in programs:
+    """Two launches, in the same folder at the same time (harder than one after the other)."""
+    for program in [start("value=1", torchrun=count) for count in (2, 3)]:
         assert program.wait().code == 0, program.output
         assert program.own_output() == []
     jobs = {}
@@ -170,13 +43,9 @@ def test_torchrun_makes_one_folder_for_each_job(start, tmp_path):
         jobs.setdefault(rank["run_dir"], []).append(rank)
     for ranks in jobs.values():
         assert_one_job(ranks, len(ranks))
+        assert {(rank["number"], rank["sweep"]) for rank in ranks} == {(0, None)}
     assert len(list(tmp_path.glob("runs/*/*"))) == 2
-    assert len(list(tmp_path.glob("sweeps/*/*"))) == 1
-    assert sorted(len(ranks) for ranks in jobs.values()) == [2, 2, 2, 3]
-    of_sweep = [
-        (ranks[0]["number"], ranks[0]["config"]["value"]) for folder, ranks in jobs.items() if "sweeps" in folder
-    ]
-    assert sorted(of_sweep) == [(0, 4), (1, 5)]
+    assert sorted(len(ranks) for ranks in jobs.values()) == [2, 3]
 
 
 def test_ranks_started_by_hand(start, tmp_path):
@@ -212,7 +81,10 @@ def test_showing_under_torchrun_prints_once(start, tmp_path):
         ("value=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("value=???", "Missing mandatory value: value"),
         ("launch.nproc_per_node=two", "must be a whole number of ranks"),
+        ("value=1,2", "To sweep over it, add --multirun"),
         ("--multirun value=1,2 nope=1", "Could not override 'nope'"),
+        ("--multirun value=interval(1,2)", "interval(a,b) needs hydra/sweeper=optuna"),
+        ("device=cpu --multirun value=range(2,1)", "the sweep has no jobs"),
         ("--run --multirun", "Only one of --run, --multirun"),
     ],
 )
@@ -316,16 +188,3 @@ def test_killed_launcher_leaves_no_orphan(start, tmp_path):
     for program in programs:
         program.process.kill()
     wait_until_gone([rank["pid"] for rank in ranks], timeout_s=5)
-
-
-def test_signal_ends_a_sweep_of_own_ranks(start, tmp_path):
-    sweep = ("--multirun", "value=1,2", "fault.kind=sleep", "launch.nproc_per_node=2")
-    programs = {number: start(*sweep) for number in (signal.SIGTERM, signal.SIGINT)}
-    ranks = wait_for_ranks(tmp_path, 4)
-    for number, program in programs.items():
-        program.process.send_signal(number)
-    for number, program in programs.items():
-        assert program.wait(10).code == 128 + number
-        assert "Traceback" not in program.output
-    wait_until_gone([rank["pid"] for rank in ranks])
-    assert {rank["number"] for rank in seen(tmp_path)} == {0}

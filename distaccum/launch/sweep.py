@@ -1,0 +1,111 @@
+"""What became of the jobs of a sweep, noted on the rank that runs Hydra."""
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, NoReturn
+
+from .failure import exit_code, first_line, one_line, report
+from .job import Ended
+from .result import read_result, remove_result
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """What became of one job of a sweep."""
+
+    number: int
+    overrides: tuple[str, ...]  # "key=value", what was swept and what was the same for all jobs
+    run_dir: Path
+    status: Literal["done", "failed", "interrupted"]
+    exit_code: int
+    error: str | None  # one line: the first error of the first rank that failed
+    result: dict[str, float | int | str | None]  # what the job gave to `write_result`; empty when it gave nothing
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has ended. Jobs that were not started are not in it."""
+
+    folder: Path  # absolute
+    jobs: tuple[JobOutcome, ...]
+
+
+Summarise = Callable[[Sweep], None]
+
+
+class Outcomes:
+    """Runs the jobs of a sweep, one after the other, and notes what became of each.
+
+    Args:
+        objective: the name of the number in a job's result that the sweeper gets.
+    """
+
+    def __init__(self, objective: str) -> None:
+        self.objective = objective
+        self.folder = Path()
+        self.jobs: list[JobOutcome] = []
+
+    def run(self, number: int, overrides: list[str], folder: Path, run_dir: Path, do: Callable[[], Ended]) -> None:
+        """Run one job. What `do` raises is shown and noted; only what ends the whole sweep (a signal) is raised on."""
+        self.folder = folder
+        remove_result(run_dir)
+        print(f"sweep job {number}: {' '.join(overrides) or 'nothing overridden'}", flush=True)
+        status: Literal["done", "failed", "interrupted"] = "interrupted"
+        ended = Ended(1, None)
+        try:
+            ended = do()
+            status = "failed" if ended.code else "done"
+        except Exception as error:
+            ended, status = Ended(report(error), first_line(error)), "failed"
+        except BaseException as error:
+            ended = Ended(exit_code(error), None)
+            raise
+        finally:
+            result = read_result(run_dir) or {}
+            error_line = None if ended.error is None else one_line(ended.error)
+            self.jobs.append(
+                JobOutcome(number, tuple(overrides), run_dir, status, ended.code, error_line, result),
+            )
+
+    def last_objective(self) -> float | None:
+        """What the last job gives to the sweeper: None after a failure, and for what is no finite number.
+
+        None makes Optuna mark the trial as failed and go on; a number, however bad, would be taken for a measurement.
+        """
+        last = self.jobs[-1]
+        value = last.result.get(self.objective)
+        if last.status != "done" or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
+
+    def exit_code(self, code: int) -> int:
+        """The exit code of the sweep, where Hydra itself ended with `code`."""
+        if self.jobs[-1].status == "interrupted":
+            return self.jobs[-1].exit_code
+        return code if code > 128 else int(code != 0 or any(job.status != "done" for job in self.jobs))
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Meanwhile the first SIGINT or SIGTERM raises SystemExit(128 + signal) in the main thread; more are ignored.
+
+    More do come: a terminal signals all processes, and then torchrun its ranks once more.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def leave_sweep(number: int, _: FrameType | None) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave_sweep) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

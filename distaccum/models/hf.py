@@ -1,0 +1,204 @@
+"""Models of transformers, built from a configuration. Nothing is fetched, and nothing is loaded that could run code."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distaccum.errors import ConfigError
+
+# What `model.head` says, and the Auto class that knows the architectures with such a head.
+HEADS = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "question_answering": "AutoModelForQuestionAnswering",
+    "image_classification": "AutoModelForImageClassification",
+}
+
+
+@dataclass
+class HFConfig:
+    """A model of transformers. conf/model owns the values, therefore nothing has a default here.
+
+    Attributes:
+        name: "hf", by which the composition root finds this class.
+        config: a configuration class of transformers (GPT2Config), or a local folder with a config.json.
+        head: what the model is for, one of `HEADS`; the command line trains causal_lm.
+        weights: a local folder with *.safetensors to begin from; None: drawn at random.
+        options: fields of the configuration class, in place of its own (or the folder's) values.
+    """
+
+    name: str
+    config: str | None
+    head: str
+    weights: str | None
+    options: dict[str, Any]
+
+
+def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> nn.Module:
+    """The model in float32 on the CPU, in training mode, without a cache for generation.
+
+    Random weights are drawn from torch's global CPU generator, which the caller seeds: equal on every rank. Dropout is
+    the configuration's; set it by options.
+
+    Args:
+        config: what to build.
+        vocab_size: token ids of the data. The model has as many if neither a folder nor the options say otherwise.
+        seq_len: tokens in the longest sample of the data.
+
+    Raises:
+        ConfigError: where transformers is missing, for unknown names, and for a model that the data do not fit in.
+    """
+    hf_config = configuration(config, vocab_size, seq_len)
+    auto = getattr(_transformers(), HEADS[config.head])
+    folder = None if config.weights is None else _folder(config.weights, "model.weights", "*.safetensors")
+    try:
+        if folder is None or torch.get_default_device().type == "meta":  # which holds no values to be loaded
+            model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
+        else:
+            model = auto.from_pretrained(
+                folder,
+                config=hf_config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.config={config.config} cannot be built with model.head={config.head}: {str(error).splitlines()[0]}"
+        ) from error
+    built: nn.Module = model.train()
+    return built
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer in the order of its modules: what FSDP2 gathers and checkpointing recomputes as one.
+
+    They are the members of the outermost ModuleLists whose members are of one class and have parameters; of encoder and
+    decoder alike, and of a model inside PEFT's. Embeddings, norms and head are left to the root, tied ones together.
+    """
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():  # parents come before their children
+        if id(module) in inside or not isinstance(module, nn.ModuleList) or not len(module):
+            continue
+        inside.update(id(part) for part in module.modules())
+        if len({type(block) for block in module}) == 1 and any(True for _ in module.parameters()):
+            found += module
+    return found
+
+
+def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> Any:
+    """The transformers configuration that `build_hf` builds: same arguments, same errors, no weights."""
+    transformers = _transformers()
+    if config.head not in HEADS:
+        raise ConfigError(f"model.head={config.head} is unknown.{_near(config.head, HEADS)}")
+    hf_config = _configuration(transformers, config, vocab_size)
+    _check_data(hf_config, vocab_size, seq_len)
+    return hf_config
+
+
+def _configuration(transformers: Any, config: HFConfig, vocab_size: int | None) -> Any:
+    if not config.config:
+        raise ConfigError(
+            "model.config is null: give a configuration class (GPT2Config), or a folder with config.json."
+        )
+    _refuse_kernels("model.options", config.options)
+    if "/" in config.config or Path(config.config).is_dir():
+        folder = _folder(config.config, "model.config", "config.json")
+        _refuse_kernels(str(folder / "config.json"), json.loads((folder / "config.json").read_text()))
+        try:
+            hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ValueError as error:
+            raise ConfigError(f"model.config={config.config}: {str(error).splitlines()[0]}") from error
+        _check_options(hf_config, config.options)
+        for name, value in config.options.items():
+            setattr(hf_config, name, value)
+    else:
+        kind = getattr(transformers, config.config, None) if config.config.endswith("Config") else None
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedConfig):
+            names = [name for name in dir(transformers) if name.endswith("Config")]
+            raise ConfigError(
+                f"model.config={config.config} is neither a configuration class of transformers "
+                f"{transformers.__version__} nor a folder.{_near(config.config, names)}"
+            )
+        _check_options(kind(), config.options)
+        options = dict(config.options)
+        if vocab_size is not None:
+            options.setdefault("vocab_size", vocab_size)
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a class's own belong to its own vocabulary
+            options.setdefault(token, None)
+        hf_config = kind(**options)
+    hf_config.use_cache = False
+    return hf_config
+
+
+def _check_options(hf_config: Any, options: dict[str, Any]) -> None:
+    """The configuration classes take any keyword, and would train with their defaults after a misspelt one."""
+    known = {*hf_config.to_dict(), *type(hf_config).attribute_map}
+    for name in options:
+        if name not in known:
+            raise ConfigError(
+                f"model.options.{name}: {type(hf_config).__name__} has no such field.{_near(name, known)}"
+            )
+
+
+def _refuse_kernels(where: str, node: Any) -> None:
+    """An implementation of the form owner/name would be code from a hub, whatever trust_remote_code says."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if name.endswith("_implementation") and "/" in str(value):
+            raise ConfigError(
+                f"{where} has {name}={value!r}, which stands for code on a hub. Use one that transformers brings "
+                "itself, such as sdpa or eager."
+            )
+        _refuse_kernels(where, value)
+
+
+def _check_data(hf_config: Any, vocab_size: int | None, seq_len: int | None) -> None:
+    text = hf_config.get_text_config()
+    token_ids = getattr(text, "vocab_size", None)
+    if vocab_size is not None and token_ids is not None and token_ids < vocab_size:
+        raise ConfigError(
+            f"The model has {token_ids} token ids, and the data {vocab_size}. Leave model.options.vocab_size out, or "
+            f"give at least {vocab_size}; a folder's model needs data of its own tokenizer."
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if seq_len is not None and positions is not None and 0 < positions < seq_len:
+        raise ConfigError(
+            f"The model has {positions} positions, and samples have {seq_len} tokens. Use data.seq_len={positions}, or "
+            f"model.options.max_position_embeddings={seq_len} for a model that begins at random."
+        )
+
+
+def _folder(path: str, key: str, pattern: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or not any(folder.glob(pattern)):
+        missing = f"there is no {pattern} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+        raise ConfigError(
+            f"{key}={path}: {missing}. Models come from local folders with config.json and *.safetensors, as "
+            "save_pretrained() writes them; names of a hub and pickled weights are not read."
+        )
+    return folder
+
+
+def _near(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else f" Known: {', '.join(sorted(known)[:12])}."
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError("model=hf needs transformers: pip install distaccum[hf].") from error
+    return transformers

@@ -1,0 +1,1 @@
+"""The proof of a configuration, by one window. Reading order: prove, observed, reference, judge, result."""

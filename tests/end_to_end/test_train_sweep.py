@@ -1,0 +1,39 @@
+"""A sweep of the real training: a folder for each job, a table, and the files at its end."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from test_house import SMALL
+
+
+def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distaccum", "train", *SMALL, "device=cpu", "--multirun", "accum.num_micros=1,2,0"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr  # because of the refusal
+    (folder,) = tmp_path.glob("sweeps/*/*")
+    with (folder / "sweep.csv").open() as file:
+        one, two, none = csv.DictReader(file)
+    assert [row["status"] for row in (one, two, none)] == ["done", "done", "failed"]
+    assert [row["accum.num_micros"] for row in (one, two, none)] == ["1", "2", "0"]
+    assert "num_micros" in none["error"]
+    for row in (one, two):
+        assert 0 < float(row["heldout_loss"]) < 10
+        assert float(row["samples_per_s"]) > 0
+        assert row["steps"] == "2"
+        assert (Path(row["run_dir"]) / "metrics.jsonl").exists()
+    assert one["heldout_loss"] != two["heldout_loss"]  # of 2 x 2 and of 2 x 4 samples
+    assert (folder / "sweep.png").exists()
+    assert "sweep: 3 jobs, 2 done, 1 failed" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
