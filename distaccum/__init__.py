@@ -1,5 +1,7 @@
 """Distributed training with gradient accumulation: K micro-batches on R ranks make exactly one big batch."""
 
+from .arguments import CarriedOver as CarriedOver
+from .arguments import from_training_arguments as from_training_arguments
 from .data.window import MicroBatches as MicroBatches
 from .data.window import windows as windows
 from .errors import ConfigError as ConfigError
@@ -9,6 +11,7 @@ from .errors import LedgerError as LedgerError
 from .errors import ProofError as ProofError
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
+from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM
 from .loss import Objective as Objective
 from .nn.batchnorm import BatchNormMode as BatchNormMode
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm

@@ -18,7 +18,7 @@ from distaccum.errors import ConfigError
 from distaccum.huggingface import HuggingFaceCausalLM
 from distaccum.loss import SupportsObjective
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.models.hf import HFConfig, blocks_of, build_hf
+from distaccum.models.hf import HFConfig, allow_float64, blocks_of, build_hf, configuration
 from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.batchnorm import convert_batchnorm
 from distaccum.objectives import CausalLM, Classification, ClassificationAccuracy
@@ -54,7 +54,8 @@ def make_problem(config: Config) -> Problem:
 def make_model(config: Config, problem: Problem, device: torch.device) -> nn.Module:
     """The model on its device, with the same weights on every rank: they are drawn on the CPU from the seed alone."""
     torch.manual_seed(config.train.seed)
-    model = problem.make_model().to(device=device, dtype=config.precision.name.parameter_dtype)
+    model, dtype = problem.make_model(), config.precision.name.parameter_dtype
+    model = (allow_float64(model) if dtype is torch.float64 else model).to(device=device, dtype=dtype)
     return convert_batchnorm(model, config.nn.batchnorm)
 
 
@@ -67,17 +68,17 @@ def meta_model(config: Config, problem: Problem) -> nn.Module:
 
 def plain_model(config: Config, problem: Problem, device: torch.device) -> nn.Module:
     """The same architecture as torch has it, with any weights: what `verify` compares with."""
-    return problem.make_model().to(device)
+    return allow_float64(problem.make_model()).to(device)
 
 
 def _text(config: Config, data: TextConfig) -> Problem:
     train, heldout = load_text(data)
     make, objective = _language_model(config, train)
     return Problem(
-        train=train,
+        train=_Weighed(train, objective) if isinstance(objective, HuggingFaceCausalLM) else train,
         heldout=heldout,
         objective=objective,
-        evaluated=objective,
+        evaluated=HuggingFaceCausalLM() if isinstance(objective, HuggingFaceCausalLM) else objective,
         unit="token",
         tokens_per_sample=train.tokens_per_sample,
         make_model=make,
@@ -121,6 +122,23 @@ def _images(config: Config, data: ImagesConfig) -> Problem:
     )
 
 
+@dataclass(frozen=True)
+class _Weighed:
+    """Text that tells its weights as the objective has them, with a term for the auxiliary loss."""
+
+    dataset: TextDataset
+    objective: HuggingFaceCausalLM
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+        return self.dataset.batch(indices, generator)
+
+    def counted(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
+        return self.objective.weighed(self.dataset.counted(indices))
+
+
 def _language_model(config: Config, text: TextDataset) -> tuple[Callable[[], nn.Module], SupportsObjective]:
     model = config.model
     if isinstance(model, GPTConfig):
@@ -128,8 +146,7 @@ def _language_model(config: Config, text: TextDataset) -> tuple[Callable[[], nn.
         return lambda: GPT(gpt), CausalLM(shift=False)
     if isinstance(model, HFConfig):
         make = partial(build_hf, model, text.vocab_size, text.seq_len)
-        with torch.device("meta"):
-            return make, HuggingFaceCausalLM.of(make())
+        return make, HuggingFaceCausalLM.of(configuration(model, text.vocab_size, text.seq_len))
     raise ConfigError(f"model={model.name} does not read text. Use model=gpt or model=hf, or data=digits.")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +136,16 @@ def reset_ddp(model: DistributedDataParallel) -> None:
     del model.reducer  # its hooks on the parameters go with it
     model.__setstate__(state)
     model.process_group, model.device_ids = group, device_ids
+
+
+def weightless() -> AbstractContextManager[Any]:
+    """Tensors made inside have no memory and behave like their device's.
+
+    Public meta tensors do not: they ignore autocast and fused attention.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 def _state(model: Any) -> Any:

@@ -96,11 +96,11 @@ def _setup(config: Config, world_size: int) -> Setup:
         sync=sync,
         world_size=world_size,
         replicas=mesh[0] if len(mesh) == 2 else 1,
-        compute=precision.compute_dtype if sharded else None,
+        compute=precision.compute_dtype if precision.compute_dtype is not precision.parameter_dtype else None,
         accumulate=None if accum.dtype is None else accum.dtype.torch,
         reduce=None if parallel.reduce_dtype is None else parallel.reduce_dtype.torch,
         reshard_after_forward=parallel.reshard_after_forward,
-        find_unused_parameters=parallel.find_unused_parameters,
+        find_unused_parameters=parallel.find_unused_parameters and not parallel.static_graph,
         bucket_mb=parallel.bucket_mb,
     )
 

@@ -81,6 +81,14 @@ def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | Non
     return built
 
 
+def allow_float64(model: nn.Module) -> nn.Module:
+    """Experts one after the other, in place: transformers' grouped matrix product knows no float64. Others stay."""
+    set_experts = getattr(model, "set_experts_implementation", None)
+    if set_experts is not None:
+        set_experts("eager")
+    return model
+
+
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformer in the order of its modules: what FSDP2 gathers and checkpointing recomputes as one.
 

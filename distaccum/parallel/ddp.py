@@ -37,6 +37,7 @@ class DDP(Strategy):
                 "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
         self._windows_begun = 0
+        self._first_buckets = torch_private.ddp_buckets(model)
         if not dtypes.are_own(model.parameters()):
             self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
             self.sums = GradientSums(
@@ -54,15 +55,17 @@ class DDP(Strategy):
         torch_private.reset_ddp(self.model)
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Buckets as DDP has them now; it arranges them anew once, in the window after the first."""
+        """Buckets as DDP has them now; it arranges them anew once, after its first synchronised backward."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         if self.sums is not None:
             reductions = num_rounds if self.sync is Sync.every else 1
             return Traffic.of([("all_reduce", size) for size in self.sums.messages()] * reductions)
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
-        num_buckets = torch_private.ddp_buckets(self.model)
         num_bytes = sum(p.numel() * p.element_size() for p in trained)
-        entries = ([("all_reduce", 0)] * (num_buckets - 1) + [("all_reduce", num_bytes)]) * synced
+        layouts = [torch_private.ddp_buckets(self.model)] * synced
+        if self._windows_begun <= 1:
+            layouts[:1] = [self._first_buckets]
+        entries = [e for n in layouts for e in [("all_reduce", 0)] * (n - 1) + [("all_reduce", num_bytes)]]
         if self.model.static_graph:
             told = 1 if self._windows_begun <= 1 else 0
         else:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from distaccum.torch_private import weightless
 
 
 def saved_bytes(
@@ -33,7 +34,7 @@ def saved_bytes(
             to be there to be asked.
     """
     twin = copy.deepcopy(model)
-    with FakeTensorMode():
+    with weightless():
 
         def fake(tensor: Tensor) -> Tensor:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
@@ -61,14 +62,14 @@ class _Storages(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: set[int] = set()
+        self._given: dict[int, StorageWeakRef] = {}  # a weak reference keeps the key from being used again
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor):
-                key = StorageWeakRef(leaf.untyped_storage()).cdata
-                if key not in self.made:
-                    self._given.add(key)  # was there before: a parameter, a buffer, the micro
+                reference = StorageWeakRef(leaf.untyped_storage())
+                if reference.cdata not in self.made:
+                    self._given[reference.cdata] = reference  # was there before: a parameter, a buffer, the micro
         results = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(results):
             if isinstance(leaf, Tensor):

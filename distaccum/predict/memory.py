@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from distaccum.predict.shapes import ROOT, ModelShape, Setup
@@ -40,21 +40,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them: at least what they take together, since not all of them live at once."""
-        return (
-            self.weights
-            + self.gradients
-            + self.accumulation
-            + self.optimizer
-            + self.gathered
-            + self.buckets
-            + self.messages
-            + self.activations
-        )
-
-    def with_activations(self, num_bytes: int) -> Memory:
-        """The same with another micro."""
-        return replace(self, activations=num_bytes)
+        """The sum: no less than these parts take at any moment, since not all of them live at once."""
+        return sum(asdict(self).values())
 
 
 def memory(model: ModelShape, setup: Setup, states: OptimizerStates, num_micros: int, activations: int = 0) -> Memory:
@@ -100,7 +87,8 @@ def _messages(model: ModelShape, setup: Setup, own_sums: bool) -> int:
     if setup.sharded:  # the input of one reduce-scatter
         shards = setup.shards
         groups = (parameters for _, parameters in model.groups())
-        return max(sum(p.padded(shards) * setup.reduced(p).itemsize for p in group if p.trained) for group in groups)
+        sizes = (sum(p.padded(shards) * setup.reduced(p).itemsize for p in group if p.trained) for group in groups)
+        return max(sizes, default=0)
     if setup.strategy == "single" or not own_sums:
         return 0
     # All are under way together, and were copied once before where their dtype is not that of the sums.

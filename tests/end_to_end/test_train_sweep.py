@@ -22,7 +22,7 @@ def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr  # because of the refusal
-    (folder,) = tmp_path.glob("sweeps/*/*")
+    (folder,) = tmp_path.glob("sweeps/*")
     with (folder / "sweep.csv").open() as file:
         one, two, none = csv.DictReader(file)
     assert [row["status"] for row in (one, two, none)] == ["done", "done", "failed"]

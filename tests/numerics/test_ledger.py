@@ -63,6 +63,23 @@ def test_collectives_per_window(four_ranks: World, strategy: str, mesh: tuple[in
     assert four_ranks.run(count, strategy, mesh, policy) == [EXPECTED[strategy, mesh, policy]] * 4
 
 
+def many_buckets(policy: str) -> list[int]:
+    """All-reduces in each of three windows of a model whose gradients fill several buckets."""
+    model = wrap(make_model(), "ddp", (), bucket_cap_mb=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always")
+    records = [accumulator.step([make_micro(i) for i in range(3)]) for _ in range(3)]
+    return [record.verdict.counted.counts["all_reduce"] for record in records if record.verdict is not None]
+
+
+def test_buckets_that_ddp_arranges_anew_after_its_first_reduction(two_ranks: World) -> None:
+    for counts in two_ranks.run(many_buckets, "every"):
+        assert len(counts) == 3  # the ledger agreed with each, also with the first, whose layouts differ
+        assert counts[1] == counts[2] > 3 * 2
+    for counts in two_ranks.run(many_buckets, "boundary"):
+        assert len(counts) == 3
+
+
 def gradient_bytes() -> tuple[int, int]:
     model = wrap(make_model(), "ddp", ())
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), masked_objective(), audit="always")

@@ -114,6 +114,5 @@ def test_hugging_face() -> None:
         shapes = transformers.GPT2LMHeadModel(config)
     real = transformers.GPT2LMHeadModel(config)
     objective = da.CausalLM()
-    found = saved_bytes(shapes.train(), objective.loss_sum, meta_micro(3))
     expected = counted(real.train(), objective.loss_sum, make_micro(3))
-    assert abs(found - expected) <= 0.02 * expected
+    assert saved_bytes(shapes.train(), objective.loss_sum, meta_micro(3)) == expected

@@ -1,0 +1,284 @@
+"""What each precision costs: `python benchmarks/precisions.py` prints the table of docs/precisions.md (two minutes).
+
+Error: the whole gradient of a small GPT over a window of K micros of one sample of real text, on each rank, against one
+float64 process over the same samples and the same weights. Constant gradient: y = w * x, the loss is -y, SGD with a
+learning rate of 1, and each micro has x = 1, so that the update must be 1. Bytes: predicted from shapes, and compared
+with what the tensors of these runs hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from why import on_ranks
+
+import distaccum as da
+from distaccum.data.text import Layout, Source, TextConfig, load_text
+from distaccum.models.gpt import GPT, GPTConfig
+from distaccum.nn.precision import Precision
+from distaccum.predict import Setup, by_kind, describe, gradient_sends, memory, states_of
+from distaccum.proof import reference
+
+RESULTS = Path(__file__).parent / "results" / "precisions.json"
+NUMS_MICROS = (1, 16, 256, 1024)
+SEQ_LEN = 32
+MODEL = GPTConfig("gpt", 257, SEQ_LEN, num_layers=2, num_heads=4, width=64, dropout=0.0, bias=True)
+OBJECTIVE = da.CausalLM(shift=False)
+CPU = torch.device("cpu")
+SAMPLES_AT_ONCE = 64  # in the float64 process, for its memory only
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row."""
+
+    overrides: str  # on the command line
+    precision: Precision = Precision.fp32
+    accumulate: torch.dtype | None = None
+    reduce: torch.dtype | None = None
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A window of the GPT."""
+
+    gradient: np.ndarray[Any, np.dtype[np.float64]]  # [parameters], as the optimizer receives it
+    held: dict[str, int]  # bytes
+
+
+CASES = (
+    Case("precision=fp32"),
+    Case("precision=bf16", Precision.bf16),
+    Case("precision=fp16", Precision.fp16),
+    Case("precision=bf16-pure", Precision.bf16_pure),
+    Case("precision=fp32 accum.dtype=bf16", accumulate=torch.bfloat16),
+    Case(
+        "precision=bf16-pure accum.dtype=bf16 parallel.reduce_dtype=bf16",
+        Precision.bf16_pure, torch.bfloat16, torch.bfloat16,
+    ),
+    Case("precision=fp32 parallel.reduce_dtype=bf16", reduce=torch.bfloat16, ranks=2),
+)  # fmt: skip
+
+
+# ---- one window -----------------------------------------------------------------------------------------------------
+
+
+def read_samples(count: int, cache_dir: str | None = None) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Samples [1, T] from all over the standard library, and what text that was."""
+    config = TextConfig("text", Source.stdlib, None, SEQ_LEN, Layout.packed, 0.05, cache_dir, "bytes")
+    train, _ = load_text(config)
+    stride = len(train) // count
+    batches = [train.batch([index * stride], torch.Generator()) for index in range(count)]
+    return batches, {key: train.facts[key] for key in ("source", "digest")}
+
+
+def make_model(dtype: torch.dtype) -> GPT:
+    """The same weights in each dtype: rounded to bfloat16 first, so that all hold them exactly."""
+    torch.manual_seed(0)
+    return GPT(MODEL).bfloat16().to(dtype)
+
+
+def exact(samples: Sequence[dict[str, Tensor]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The gradient [parameters] of their mean on one process in float64, by plain autograd."""
+    batches = [samples[begin : begin + SAMPLES_AT_ONCE] for begin in range(0, len(samples), SAMPLES_AT_ONCE)]
+    groups = [{key: torch.cat([one[key] for one in batch]) for key in batch[0]} for batch in batches]
+    weights = {"loss": float(sum(OBJECTIVE.weight(group) for group in groups))}
+    return flat(reference.compute(make_model(torch.float64), OBJECTIVE, groups, weights, 1.0).gradients.values())
+
+
+def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micros: int) -> Measured:
+    """The same by distaccum, in micros of one sample; on each of the case's ranks."""
+    rank = dist.get_rank() if case.ranks > 1 else 0
+    model: nn.Module = make_model(case.precision.parameter_dtype)
+    parameters = list(model.parameters())
+    if case.ranks > 1:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+    found: list[np.ndarray[Any, np.dtype[np.float64]]] = []
+    held: dict[str, int] = {}
+
+    def look(*_: Any) -> None:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        found.append(flat(gradients))
+        held["gradients"] = nbytes(gradients)
+
+    def loss_sum(module: nn.Module, micro: Any) -> Tensor:
+        sums = accumulator.strategy.sums
+        held["sums"] = 0 if sums is None else nbytes(sums._sums.values())  # of the micros before
+        return OBJECTIVE.loss_sum(module, micro)
+
+    optimizer.register_step_pre_hook(look)
+    accumulator = make_accumulator(case, model, optimizer, da.Objective(loss_sum, OBJECTIVE.weight))
+    step(accumulator, samples[rank : case.ranks * num_micros : case.ranks])
+    held["weights"] = nbytes(parameters)
+    held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
+    held["sent"] = accumulator.strategy.gradient_traffic(num_micros).bytes.get("all_reduce", 0)  # as the ledger counted
+    return Measured(found[-1], held)
+
+
+def constant_gradient(case: Case, num_micros: int) -> float:
+    """The update of w; on each of the case's ranks."""
+    model: nn.Module = nn.Linear(1, 1, bias=False, dtype=case.precision.parameter_dtype)
+    (weight,) = model.parameters()
+    nn.init.zeros_(weight)
+    if case.ranks > 1:
+        model = DistributedDataParallel(model)
+    objective = da.Objective(lambda m, micro: -m(micro["x"]).float().sum(), lambda micro: len(micro["x"]))
+    accumulator = make_accumulator(case, model, torch.optim.SGD([weight], lr=1.0), objective)
+    step(accumulator, [{"x": torch.ones(1, 1)}] * num_micros)
+    return float(weight.detach())
+
+
+def make_accumulator(
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, objective: da.Objective
+) -> da.Accumulator:
+    forward = case.precision.forward(objective.loss_sum, CPU, autocast=True)
+    return da.Accumulator(
+        model,
+        optimizer,
+        da.Objective(forward, objective.weight),
+        audit="first",
+        accum_dtype=case.accumulate,
+        reduce_dtype=case.reduce,
+        loss_scale=da.LossScale() if case.precision is Precision.fp16 else None,
+    )
+
+
+def step(accumulator: da.Accumulator, micros: Sequence[Any]) -> None:
+    """One update. float16 overflows at first and is given the window again, with half the loss scale."""
+    while accumulator.step(micros).skipped is not None:
+        pass
+
+
+def flat(tensors: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors]).numpy()
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# ---- the rows -------------------------------------------------------------------------------------------------------
+
+
+def predicted(case: Case) -> dict[str, int]:
+    """Bytes on one rank from shapes alone, the same for every K."""
+    with torch.device("meta"):
+        shape = describe(GPT(MODEL).to(case.precision.parameter_dtype), [])
+    strategy = "ddp" if case.ranks > 1 else "single"
+    setup = Setup(strategy, "boundary", case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25)
+    one, *others = [memory(shape, setup, states_of("adamw", 0.0), num_micros) for num_micros in NUMS_MICROS]
+    assert all(other == one for other in others), (one, others)
+    sent = by_kind(gradient_sends(shape, setup, 1)).get("all_reduce", (0, 0))[1]
+    return {
+        "weights": one.weights,
+        "gradients": one.gradients,
+        "sums": one.accumulation,
+        "optimizer": one.optimizer,
+        "reduction": one.buckets + one.messages,
+        "sent": sent,
+    }
+
+
+def num_parameters() -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(MODEL).parameters())
+
+
+def run(case: Case, samples: Sequence[dict[str, Tensor]], nums_micros: Sequence[int]) -> dict[str, Any]:
+    """All windows of a case, on each of its ranks."""
+    return {
+        "windows": {num_micros: measure(case, samples, num_micros) for num_micros in nums_micros},
+        "constant": {num_micros: constant_gradient(case, num_micros) for num_micros in nums_micros},
+    }
+
+
+def row(case: Case, ran: dict[str, Any], samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """A row of the results, from what one rank ran."""
+    errors = {}
+    for num_micros, measured in ran["windows"].items():
+        right = exact(samples[: case.ranks * num_micros])
+        errors[str(num_micros)] = float(np.linalg.norm(measured.gradient - right) / np.linalg.norm(right))
+    held = next(measured.held for num_micros, measured in ran["windows"].items() if num_micros > 1)
+    return {
+        "case": case.overrides,
+        "ranks": case.ranks,
+        "errors": errors,
+        "constant gradient": {str(num_micros): update for num_micros, update in ran["constant"].items()},
+        "bytes": predicted(case),
+        "bytes held": held,
+    }
+
+
+def is_held(found: dict[str, Any]) -> bool:
+    """Whether real tensors take what is predicted. A reduction's own copies live too short to be looked at here."""
+    return all(num_bytes == found["bytes"][part] for part, num_bytes in found["bytes held"].items())
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    nums_micros = list(results["rows"][0]["errors"])
+    parts = list(results["rows"][0]["bytes"])
+    head = [
+        "#", "on the command line", *(f"error, K = {int(n):,}" for n in nums_micros),
+        "constant gradient, the same K", *parts,
+    ]  # fmt: skip
+    lines = [head]
+    for number, found in enumerate(results["rows"], 1):
+        name = f"`{found['case']}`" + (f", {found['ranks']} ranks" if found["ranks"] > 1 else "")
+        errors = [f"{found['errors'][n]:.1e}" for n in nums_micros]
+        updates = ", ".join(f"{found['constant gradient'][n]:g}" for n in nums_micros)
+        per_parameter = [f"{found['bytes'][part] / results['parameters']:.3g}" for part in parts]
+        lines.append([str(number), name, *errors, updates, *per_parameter])
+    lines.insert(1, ["---"] * len(head))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """As far as the errors depend on it."""
+    return {
+        "device": "CPU, one thread per rank",
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def main() -> int:
+    """Print the table and write the results; 1 if tensors take other bytes than predicted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
+    out = parser.parse_args().out
+    samples, text = read_samples(max(case.ranks for case in CASES) * max(NUMS_MICROS))
+    distributed = [case for case in CASES if case.ranks > 1]
+    on_first_rank = on_ranks(*(partial(run, case, samples, NUMS_MICROS) for case in distributed))[0]  # first: it forks
+    torch.set_num_threads(1)
+    ran = dict(zip(distributed, on_first_rank, strict=True))
+    rows = [row(case, ran.get(case) or run(case, samples, NUMS_MICROS), samples) for case in CASES]
+    results = {"machine": machine(), "text": text, "parameters": num_parameters(), "rows": rows}
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(table(results), end="")
+    return 0 if all(map(is_held, rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""`verify` for every combination of model, precision, strategy and policy that conf/ offers, on two ranks of the CPU.
+
+    python benchmarks/verify_all.py [--model NAME ...] [--out benchmarks/results/verify_all.json]
+
+Prints a row for each combination and exits with 1 if any is not proven. Models beyond 20 million parameters keep their
+width and are cut to two layers, so that 45 combinations of each pass in minutes; `--whole` leaves them as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from distaccum.commands.check import check
+from distaccum.commands.verify import prove_configuration
+from distaccum.config import config_dir, typed
+from distaccum.parallel.world import World
+
+RANKS = 2
+POLICIES = [
+    ("ddp", "boundary"), ("ddp", "every"),
+    ("fsdp", "boundary"), ("fsdp", "keep"), ("fsdp", "every"),
+    ("hsdp", "boundary"), ("hsdp", "keep"), ("hsdp", "shard"), ("hsdp", "every"),
+]  # fmt: skip
+DATA = {
+    "gpt": ["data.seq_len=32"],
+    "gpt_10m": ["data.seq_len=32"],
+    "gpt2_124m": ["data.seq_len=32"],
+    "gpt2_350m": ["data.seq_len=32"],
+    "hf": ["data.seq_len=32"],
+    "resnet": ["data=digits"],
+    # Digits have 8x8 pixels, of which the last stage leaves one: BatchNorm needs more samples than two.
+    "resnet18": ["data=digits", "model.large_stem=false", "accum.micro=16"],
+}
+CUT = {"gpt2_124m": ["model.num_layers=2"], "gpt2_350m": ["model.num_layers=2"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="*", default=list(DATA), choices=list(DATA))
+    parser.add_argument("--policy", nargs="*", default=[sync for _, sync in POLICIES])
+    parser.add_argument("--strategy", nargs="*", default=["ddp", "fsdp", "hsdp"])
+    parser.add_argument(
+        "--precision", nargs="*", default=[p.stem for p in sorted((config_dir() / "precision").glob("*"))]
+    )
+    parser.add_argument("--whole", action="store_true", help="no model is cut")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    combinations = [
+        (model, precision, strategy, sync)
+        for model, precision, (strategy, sync) in product(args.model, args.precision, POLICIES)
+        if sync in args.policy and strategy in args.strategy
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (folder, combinations, args.whole), nprocs=RANKS)
+        rows = json.loads((Path(folder) / "rows.json").read_text())
+    failed = [row for row in rows if not row["holds"]]
+    print(f"{len(rows) - len(failed)} of {len(rows)} combinations proven on {RANKS} ranks")
+    if args.out:
+        machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, gloo, {RANKS} ranks"
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine, "whole": args.whole, "rows": rows}, indent=1) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+def work(rank: int, folder: str, combinations: list[tuple[str, str, str, str]], whole: bool) -> None:
+    """What each rank does: all combinations, one after the other."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=20))
+    rows = []
+    for model, precision, strategy, sync in combinations:
+        began = time.perf_counter()
+        row: dict[str, Any] = {"model": model, "precision": precision, "strategy": strategy, "sync": sync}
+        sizes = DATA[model] + ([] if whole else CUT.get(model, []))
+        choice = [f"model={model}", f"precision={precision}", f"parallel={strategy}", f"accum.sync={sync}"]
+        config = composed([*choice, *sizes])
+        proof = prove_configuration(config, World.of(torch.device("cpu")))
+        row |= {"holds": proof.holds, "network_agrees": proof.network_agrees}
+        row |= {"lines": [[line.name, line.error, line.tolerance] for line in proof.lines]}
+        rows.append(row)
+        if rank == 0:
+            worst = "  ".join(f"{line.name} {line.error:.1e}" for line in proof.lines if line.tolerance is not None)
+            verdict = "proven" if proof.holds else "NOT PROVEN"
+            seconds = time.perf_counter() - began
+            print(f"{model:10} {precision:9} {strategy:4} {sync:8} {verdict}  {worst}  ({seconds:.1f} s)", flush=True)
+    if rank == 0:
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+    dist.barrier()
+
+
+def composed(overrides: list[str]) -> Any:
+    """A configuration as the command line composes it, with windows of 2 micros of 2 samples."""
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = compose("config", ["accum.micro=2", "accum.num_micros=2", *overrides])
+    plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    check(plain)
+    return typed(plain)
+
+
+if __name__ == "__main__":
+    main()
