@@ -164,19 +164,18 @@ def _against_float32(place: Place, found: Found) -> None:
         for key in ("input_ids", "labels")
     }
 
-    def one_big_batch(precision: Precision) -> Tensor:
+    def one_big_batch(objective: da.Objective | da.CausalLM) -> Tensor:
         model = small_gpt(place.tiny).to(place.device)
-        (precision.autocast(objective.loss_sum, place.device)(model, batch) / objective.weight(batch)).backward()
+        (objective.loss_sum(model, batch) / objective.weight(batch)).backward()
         return _flat(p.grad for p in model.parameters())
 
-    right = one_big_batch(Precision.fp32)
-    found.figures["gradient error of one big bf16 batch"] = relative(one_big_batch(Precision.bf16), right)
+    right, in_bf16 = one_big_batch(objective), da.autocast(objective, torch.bfloat16)
+    found.figures["gradient error of one big bf16 batch"] = relative(one_big_batch(in_bf16), right)
     for strategy, mesh, policies in cases(place.ranks):
         sharded = mesh != ()
-        model = spread(small_gpt(place.tiny), strategy, mesh, place, Precision.bf16.sharded_policy)
-        loss_sum = objective.loss_sum if sharded else Precision.bf16.autocast(objective.loss_sum, place.device)
+        model = spread(small_gpt(place.tiny), strategy, mesh, place, Precision.bf16.sharded_policy(None))
         optimizer = RecordingSGD(model.parameters(), lr=0.0)
-        accumulator = da.Accumulator(model, optimizer, da.Objective(loss_sum, objective.weight), sync=policies[0])
+        accumulator = da.Accumulator(model, optimizer, objective if sharded else in_bf16, sync=policies[0])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             accumulator.step(dealt[place.rank])
@@ -204,14 +203,14 @@ def host_syncs(place: Place) -> Found:
 
 def _syncs_by_window(strategy: str, mesh: tuple[int, ...], policy: str, place: Place) -> list[int]:
     warm_up, num_windows, num_micros = 3, 4, 4
-    objective, dtype = da.CausalLM(shift=False), Precision.bf16
+    objective = da.CausalLM(shift=False)
     sharded = mesh != ()
-    model = spread(small_gpt(place.tiny, dropout=0.1), strategy, mesh, place, dtype.sharded_policy)
-    loss_sum = objective.loss_sum if sharded else dtype.autocast(objective.loss_sum, place.device)
+    model = spread(small_gpt(place.tiny, dropout=0.1), strategy, mesh, place, Precision.bf16.sharded_policy(None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    in_bf16 = objective if sharded else da.autocast(objective, torch.bfloat16)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
     accumulator = da.Accumulator(
-        model, optimizer, da.Objective(loss_sum, objective.weight), sync=policy, clip_norm=0.1, seed=3,
-        scheduler=torch.optim.lr_scheduler.LinearLR(optimizer),
+        model, optimizer, in_bf16, sync=policy, clip_norm=0.1, scheduler=scheduler, seed=3
     )  # fmt: skip
     micros = [
         {key: value.pin_memory() for key, value in micro.items()}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.nn.precision import Precision
 
 NUM_MICROS = 8
 CLIP_NORM = 1.0
@@ -56,8 +55,7 @@ def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
 def ours(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[Loop, list[float]]:
     """The same work through an accumulator."""
     norms: list[float] = []
-    objective = da.CausalLM(shift=False)
-    in_bf16 = da.Objective(Precision.bf16.autocast(objective.loss_sum, device), objective.weight)
+    in_bf16 = da.autocast(da.CausalLM(shift=False), torch.bfloat16)
     accumulator = da.Accumulator(model, optimizer, in_bf16, clip_norm=CLIP_NORM)
 
     def loop(micros: list[Micro]) -> list[float]:

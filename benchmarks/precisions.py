@@ -30,6 +30,7 @@ import distaccum as da
 from distaccum.data.text import Layout, Source, TextConfig, load_text
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.precision import Precision
+from distaccum.objectives import cast_inputs
 from distaccum.predict import Setup, by_kind, describe, gradient_sends, memory, states_of
 from distaccum.proof import reference
 
@@ -147,11 +148,15 @@ def constant_gradient(case: Case, num_micros: int) -> float:
 def make_accumulator(
     case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, objective: da.Objective
 ) -> da.Accumulator:
-    forward = case.precision.forward(objective.loss_sum, CPU, autocast=True)
+    precision = case.precision
+    if precision.compute_dtype is not precision.parameter_dtype:
+        objective = da.autocast(objective, precision.compute_dtype)
+    elif precision is Precision.bf16_pure:
+        objective = cast_inputs(objective, precision.parameter_dtype)
     return da.Accumulator(
         model,
         optimizer,
-        da.Objective(forward, objective.weight),
+        objective,
         audit="first",
         accum_dtype=case.accumulate,
         reduce_dtype=case.reduce,

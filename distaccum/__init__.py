@@ -18,6 +18,7 @@ from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .objectives import CausalLM as CausalLM
 from .objectives import Classification as Classification
 from .objectives import Regression as Regression
+from .objectives import autocast as autocast
 from .parallel.base import Sync as Sync
 from .plan import Micro as Micro
 from .plan import Plan as Plan

@@ -21,9 +21,10 @@ from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import SumDtype
 from distaccum.grads.scale import LossScale
 from distaccum.launch import Job
-from distaccum.loss import Objective, SupportsObjective
+from distaccum.loss import SupportsObjective
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 from distaccum.nn.precision import Precision
+from distaccum.objectives import autocast, cast_inputs
 from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
 from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
@@ -73,7 +74,7 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
         accumulator,
         schedule,
         config.optim.schedule.unit,
-        Heldout(problem.heldout, heldout_plan, in_precision(config, problem.evaluated, world.device)),
+        Heldout(problem.heldout, heldout_plan, in_precision(config, problem.evaluated)),
         Rhythm(steps, config.train.log_every_steps, config.train.evaluate_every_steps),
         report,
         counts_tokens=problem.unit == "token",
@@ -96,7 +97,7 @@ def make_accumulator(config: Config, problem: Problem, world: World) -> Accumula
     return Accumulator(
         wrapped,
         make_optimizer(wrapped, config.optim),
-        in_precision(config, problem.objective, world.device),
+        in_precision(config, problem.objective),
         sync=accum.sync,
         clip_norm=config.optim.clip_norm,
         seed=config.train.seed,
@@ -108,11 +109,14 @@ def make_accumulator(config: Config, problem: Problem, world: World) -> Accumula
     )
 
 
-def in_precision(config: Config, objective: SupportsObjective, device: torch.device) -> SupportsObjective:
+def in_precision(config: Config, objective: SupportsObjective) -> SupportsObjective:
     """An objective whose forward is in the configured precision."""
-    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
-    forward = config.precision.name.forward(objective.loss_sum, device, autocast=not sharded)
-    return Objective(forward, objective.weight)
+    precision = config.precision.name
+    if precision.parameter_dtype is not torch.float32:
+        return cast_inputs(objective, precision.parameter_dtype)
+    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)  # FSDP2 casts by its own policy
+    narrower = precision.compute_dtype is not precision.parameter_dtype and not sharded
+    return autocast(objective, precision.compute_dtype) if narrower else objective
 
 
 def batch_schedule(config: Config, problem: Problem) -> BatchSchedule | None:

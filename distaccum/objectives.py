@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
+from distaccum.loss import LossSum, Objective, SupportsObjective
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,29 @@ class Regression:
     def weight(self, micro: Any) -> int:
         """The number of numbers."""
         return int(_inputs_and_labels(micro, "inputs")[1].numel())
+
+
+def autocast(objective: SupportsObjective, dtype: torch.dtype) -> Objective:
+    """An objective whose forward computes matrix products in bfloat16 or float16, for parameters in float32.
+
+    Float16 also needs `Accumulator(..., loss_scale=LossScale())`. FSDP2 casts by its own MixedPrecisionPolicy instead.
+    """
+
+    def loss_sum(model: nn.Module, micro: Any) -> LossSum:
+        with torch.autocast(next(model.parameters()).device.type, dtype):
+            return objective.loss_sum(model, micro)
+
+    return Objective(loss_sum, objective.weight)
+
+
+def cast_inputs(objective: SupportsObjective, dtype: torch.dtype) -> Objective:
+    """An objective that gives the model its floating-point inputs in a dtype; micros are mappings of tensors."""
+
+    def loss_sum(model: nn.Module, micro: Mapping[str, Tensor]) -> LossSum:
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in micro.items()}
+        return objective.loss_sum(model, cast)
+
+    return Objective(loss_sum, objective.weight)
 
 
 def _inputs_and_labels(micro: Any, inputs: str) -> tuple[Tensor, Tensor]:

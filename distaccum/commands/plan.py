@@ -150,7 +150,7 @@ def _activations(config: Config, problem: Problem, samples: int) -> int:
         checkpoint_blocks(problem.blocks_of(model))
     indices = [index % len(problem.train) for index in range(samples)]
     micro = problem.train.batch(indices, torch.Generator().manual_seed(0))
-    return saved_bytes(model, in_precision(config, problem.objective, device).loss_sum, micro, device)
+    return saved_bytes(model, in_precision(config, problem.objective).loss_sum, micro, device)
 
 
 def _network(setup: Setup, model: ModelShape, arithmetic: BatchArithmetic, world_size: int) -> str:

@@ -107,6 +107,9 @@ def _run_hydra(
         except Exception as error:
             if outcomes.jobs and all(job.result.get(outcomes.objective) is None for job in outcomes.jobs):
                 say(f"error: no job has a {outcomes.objective} for the sweeper to choose by ({first_line(error)})")
+            elif outcomes.jobs and "`Study.stop` is supposed to be invoked" in str(error):
+                # Optuna's sweeper cannot end a grid whose last job has no number; all jobs are done.
+                say("the last job of the grid failed, so that Optuna wrote no optimization_results.yaml")
             elif wants_traceback:
                 traceback.print_exc()
             elif isinstance(error, ValueError) and not began and not is_users(error):

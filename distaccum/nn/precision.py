@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from enum import Enum
-from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
@@ -46,27 +42,3 @@ class Precision(Enum):
         return MixedPrecisionPolicy(
             param_dtype=compute if compute is not stored else None, reduce_dtype=reduce_dtype
         )  # fmt: skip
-
-    def forward(
-        self, loss_sum: Callable[[nn.Module, Any], Any], device: torch.device, *, autocast: bool
-    ) -> Callable[[nn.Module, Any], Any]:
-        """An objective's forward in this precision.
-
-        Args:
-            loss_sum: the objective's.
-            device: of the model.
-            autocast: for parameters that stay in float32; FSDP2 casts by its policy instead.
-        """
-        narrower = autocast and self.compute_dtype is not self.parameter_dtype
-
-        def cast(model: nn.Module, micro: Any) -> Any:
-            if self.parameter_dtype is not torch.float32:
-                micro = {key: _floating(value, self.parameter_dtype) for key, value in micro.items()}
-            with torch.autocast(device.type, self.compute_dtype) if narrower else nullcontext():
-                return loss_sum(model, micro)
-
-        return cast
-
-
-def _floating(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.to(dtype) if value.is_floating_point() else value

@@ -110,8 +110,8 @@ class Judge:
             return reference.compute(copy.deepcopy(self.model), self.objective, cast, weights, 1.0)
         except RuntimeError as error:
             raise ConfigError(
-                f"verify() compares with float64, and this model cannot compute in it: {error}. Give plain= with layers "
-                "that can (experts of transformers: model.set_experts_implementation('eager'))."
+                f"verify() compares with float64, and this model cannot compute in it: {error}. Give plain= with "
+                "layers that can (experts of transformers: model.set_experts_implementation('eager'))."
             ) from error
 
     def _rounded(self, groups: Sequence[Any], weights: Mapping[str, float], scale: float) -> reference.Computed:

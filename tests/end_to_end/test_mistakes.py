@@ -10,7 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distaccum.build import build, check
+from distaccum.build import build
+from distaccum.commands.check import check
 from distaccum.config import config_dir, typed
 from distaccum.errors import ConfigError
 from distaccum.parallel.world import World

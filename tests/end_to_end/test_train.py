@@ -61,7 +61,7 @@ def test_torchrun_tells_what_it_does(torchrun_fsdp: tuple[Path, subprocess.Compl
     assert "each gradient crossed the network once" in out
     assert "step 2/6" in out
     assert out.count("held-out loss") >= 2
-    assert "unigram baseline" in out
+    assert "by frequency alone" in out
     assert "all 6 steps done" in out
     (run_folder,) = folder.glob("runs/*/*")
     assert f"run folder: {run_folder}" in out

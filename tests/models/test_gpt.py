@@ -244,7 +244,7 @@ def test_a_shard_is_its_part_of_the_whole(shape: tuple[int, int]) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from distaccum.models.gpt import _write
+    from distaccum.models.weights import write
 
     full = torch.arange(shape[0] * shape[1], dtype=torch.float32).reshape(shape)
     parts = []
@@ -253,7 +253,7 @@ def test_a_shard_is_its_part_of_the_whole(shape: tuple[int, int]) -> None:
         try:
             mesh = init_device_mesh("cpu", (3,))
             parameter = distribute_tensor(torch.zeros(shape), mesh, [Shard(0)], src_data_rank=None)
-            _write(parameter, full)
+            write(parameter, full)
             parts.append(parameter.to_local().clone())
         finally:
             dist.destroy_process_group()

@@ -21,7 +21,7 @@ from worlds import World
 from distaccum.data.images import ImagesConfig, ImageSource, frequency_loss, load_images
 from distaccum.errors import ConfigError
 from distaccum.models.resnet import ResNet, ResNetConfig
-from distaccum.nn.batchnorm import BatchNormMode, convert, pooled_statistics
+from distaccum.nn.batchnorm import BatchNormMode, convert_batchnorm, pooled_statistics
 
 CONF = Path(__file__).parents[2] / "conf"
 SMALL = ResNetConfig("resnet", num_classes=5, in_channels=2, widths=[4, 6], blocks_per_stage=2, large_stem=False)

@@ -1,0 +1,79 @@
+"""`verify` and `plan` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro=2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+
+# A user's mistake: the mean over a micro's tokens in place of their sum, with the count of tokens as the weight.
+WRONG = """
+import torch.nn.functional as F
+from distaccum import objectives
+from distaccum.cli import main
+
+right = objectives.CausalLM.loss_sum
+objectives.CausalLM.loss_sum = lambda self, model, micro: right(self, model, micro) / self.weight(micro)
+main()
+"""
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )  # fmt: skip
+
+
+def test_verify_under_torchrun(tmp_path: Path) -> None:
+    done = run([*TORCHRUN, "-m", "distaccum", "verify", *SMALL, "parallel=fsdp", "accum.effective_batch=7"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 micro-batch(es) on 2 rank(s) against one big batch on one process in float64" in done.stdout
+    assert done.stdout.count("holds") == 4
+    assert "exactly the forecast" in done.stdout
+    assert "\nproven\n" in done.stdout
+    (written,) = tmp_path.glob("runs/*/*/verify.json")
+    proof = json.loads(written.read_text())
+    assert proof["holds"]
+    assert max(error for error, _ in proof["parameters"].values()) < 1e-5
+    assert len(proof["parameters"]) == 16
+
+
+def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    done = run([sys.executable, "wrong.py", "verify", *SMALL, "accum.num_micros=4"], tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILS" in done.stdout
+    assert "NOT PROVEN" in done.stdout
+    assert "error: This configuration is not proven: gradient, loss, gradient norm" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_runs_nothing(tmp_path: Path) -> None:
+    schedule = "accum.schedule=[{from: 0, effective_batch: 100}, {from: 50, effective_batch: 300}]"
+    command = [sys.executable, "-m", "distaccum", "plan", "world_size=64", "model=gpt2_124m", "parallel=hsdp"]
+    done = run([*command, schedule, "accum.micro=1", "optim.scale.lr=sqrt"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = " ".join(done.stdout.split())
+    assert "100 samples in uneven micros: up to 1 x 2 micros x 64 rank(s)" in out
+    assert "does not divide; the nearest that do: 64 or 128" in out
+    assert "effective batch 100 from 0, 300 from 50 steps on (jump)" in out
+    assert "124,439,808 parameters" in out
+    assert "optimizer state" in out
+    for policy in ("boundary (chosen)", "keep", "shard", "every"):
+        assert f"{policy}: gradients, between replicas" in out
+    assert "effective batch (samples)" in out
+    assert "learning rate" in out
+    assert list(tmp_path.iterdir()) == []  # no run folder
+
+
+def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distaccum", "plan", "world_size=6", "parallel=hsdp", "parallel.replicas=4"]
+    done = run(command, tmp_path)
+    assert done.returncode == 2
+    assert "parallel.replicas=4 does not divide 6 ranks" in done.stderr
