@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -18,6 +19,11 @@ class CarriedOver:
     overrides: list[str] = field(default_factory=list)  # for the command line, such as accum.micro=8
     # By argument, why: for each that is not at its default and has no counterpart, or not quite the same meaning.
     not_carried: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """The training as a line for the shell."""
+        return shlex.join(["python", "-m", "distaccum", "train", *self.overrides])
 
 
 # The arguments that are carried over, with their defaults in transformers: a mapping need not name them all.

@@ -82,8 +82,9 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
     if len(left) > 1 and not (labels.numel() == len(labels) and set(left) == _PER_SAMPLE):
         raise ConfigError(
             f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples have almost the same "
-            "loss, or one length, or the model computes in too few digits. Give HuggingFace(denominator=...), or call "
-            "it with other samples or on a float32 model."
+            "loss (as with a model that has just been initialised), or one length, or the model computes in too few "
+            "digits. Give HuggingFace(denominator=...), 'shifted_tokens' for a causal language model, or call it with "
+            "other samples or on a float32 model."
         )
     reason = f"measured with ignored labels: {_named(left)}, nothing else, fits the samples"
     return HuggingFace(_preferred(left, labels), aux_coef, reason)

@@ -13,9 +13,19 @@ from test_house import SMALL
 
 def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "distaccum", "train", *SMALL, "device=cpu", "--multirun", "accum.num_micros=1,2,0"],
+        [
+            sys.executable,
+            "-m",
+            "distaccum",
+            "train",
+            *SMALL,
+            "device=cpu",
+            "logger=wandb",
+            "--multirun",
+            "accum.num_micros=1,2,0",
+        ],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
         capture_output=True,
         text=True,
         timeout=100,
@@ -33,6 +43,8 @@ def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
         assert float(row["samples_per_s"]) > 0
         assert row["steps"] == "2"
         assert (Path(row["run_dir"]) / "metrics.jsonl").exists()
+        (run,) = Path(row["run_dir"]).glob("wandb/offline-run-*/run-*.wandb")
+        assert folder.name.encode() in run.read_bytes()  # W&B's group; a Record keeps text as it is
     assert one["heldout_loss"] != two["heldout_loss"]  # of 2 x 2 and of 2 x 4 samples
     assert (folder / "sweep.png").exists()
     assert "sweep: 3 jobs, 2 done, 1 failed" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,7 @@ def test_a_real_object() -> None:
         "torch_compile", "warmup_steps", "weight_decay",
     ]  # fmt: skip
     assert carried.not_carried["save_steps"] == "there is no counterpart here"
+    assert shlex.split(carried.command) == ["python", "-m", "distaccum", "train", *carried.overrides]
 
 
 def test_a_mapping_says_what_it_sets() -> None:
