@@ -119,16 +119,6 @@ def ddp_buckets(model: DistributedDataParallel) -> int:
     return len([size for size in str(sizes).split(",") if size.strip()])
 
 
-def ddp_buffers_synced(model: DistributedDataParallel) -> bool:
-    """Whether a forward after a synchronised backward broadcasts the buffers of rank 0."""
-    return bool(model.broadcast_buffers and getattr(model, "modules_buffers", None))
-
-
-def ddp_has_hook(model: DistributedDataParallel) -> bool:
-    """Whether a communication hook was registered, so that the bytes on the wire are the hook's."""
-    return bool(getattr(model, "_comm_hooks", None))
-
-
 def reset_ddp(model: DistributedDataParallel) -> None:
     """Give a DDP module a new reducer. One whose backward was interrupted refuses the next forward for good."""
     group, device_ids = model.process_group, model.device_ids

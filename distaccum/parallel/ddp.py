@@ -39,6 +39,11 @@ class DDP(Strategy):
         self._windows_begun = 0
         self._first_buckets = torch_private.ddp_buckets(model)
         if not dtypes.are_own(model.parameters()):
+            if model.static_graph:
+                raise ConfigError(
+                    "static_graph=True needs DDP's own reduction, and here gradients are summed in another dtype than "
+                    "the parameters'. Wrap the model without static_graph."
+                )
             self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every

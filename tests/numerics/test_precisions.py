@@ -126,6 +126,20 @@ def test_trap_14_bf16_parameters_k_1024(two_ranks: World, strategy: str, sync: s
     assert two_ranks.run(constant_gradient, strategy, sync, 1024) == [1.0, 1.0]
 
 
+def static_graph() -> str:
+    model = DistributedDataParallel(Scalar(torch.bfloat16), static_graph=True)
+    try:
+        da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(halves, len))
+    except da.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_static_graph_with_sums_in_another_dtype_is_refused(two_ranks: World) -> None:
+    for message in two_ranks.run(static_graph):
+        assert message.startswith("static_graph=True needs DDP's own reduction")
+
+
 def sums_in(strategy: str, sync: str, accum: str | None, reduce: str | None) -> dict[str, Any]:
     """One window of 3 micros with sums in other dtypes: relative error of the update, and what travelled."""
     dtypes = [None if name is None else getattr(torch, name) for name in (accum, reduce)]
