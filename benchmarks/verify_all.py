@@ -38,9 +38,9 @@ POLICIES = [
 ]  # fmt: skip
 DATA = {
     "gpt": ["data.seq_len=32"],
-    "gpt_10m": ["data.seq_len=32"],
-    "gpt2_124m": ["data.seq_len=32"],
-    "gpt2_350m": ["data.seq_len=32"],
+    "gpt_10m": ["data.seq_len=8"],
+    "gpt2_124m": ["data.seq_len=8"],
+    "gpt2_350m": ["data.seq_len=8"],
     "hf": ["data.seq_len=32"],
     "resnet": ["data=digits"],
     # Digits have 8x8 pixels, of which the last stage leaves one: BatchNorm needs more samples than two.

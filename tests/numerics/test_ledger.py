@@ -23,7 +23,7 @@ def count(strategy: str, mesh: tuple[int, ...], policy: str) -> list[dict[str, i
     loader = [make_micro(i + 100 * dist.get_rank()) for i in range(WINDOWS * MICROS)]
     found = []
     for window in da.windows(loader, num_micros=MICROS):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
             record = accumulator.step(window)
         assert record.verdict is not None
         assert record.verdict.agrees
