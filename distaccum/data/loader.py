@@ -92,6 +92,8 @@ class Loader:
             sampler=_Order(self._plan, step, start, num_windows, self._rank, self._world_size),
             batch_size=None,  # an item of the source is a whole micro
             num_workers=self._workers,
+            # Whoever started the ranks: forked workers are there at once, and leave no named semaphores behind.
+            multiprocessing_context="fork" if self._workers else None,
             prefetch_factor=-(-per_window // self._workers) + 1 if self._workers else None,
             pin_memory=self._pin_memory,
         )
