@@ -114,6 +114,8 @@ def ddp_obstacle(model: DistributedDataParallel) -> str | None:
 
 def ddp_buckets(model: DistributedDataParallel) -> int:
     """How many all-reduces one synchronised backward makes; only the logging data tell."""
+    if model.logger is not None:
+        model.logger.set_runtime_stats_and_log()  # otherwise what is told is from before the newest forward
     data = model._get_ddp_logging_data()
     sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
     return len([size for size in str(sizes).split(",") if size.strip()])

@@ -8,10 +8,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The squared L2 norm [] float64 of plain local gradients; summed in float32 within a gradient, or wider."""
+    """The squared L2 norm [] float64 of plain local gradients; on a GPU summed in float32 within a gradient.
+
+    A GPU adds in a tree; a CPU one after the other, and in float32 would be off by 1e-5 for a large matrix.
+    """
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
+    exact = device.type == "cpu" or any(gradient.dtype is torch.float64 for gradient in gradients)
+    wide = torch.float64 if exact else torch.float32
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()
 
 

@@ -64,12 +64,12 @@ def test_collectives_per_window(four_ranks: World, strategy: str, mesh: tuple[in
     assert four_ranks.run(count, strategy, mesh, policy) == [EXPECTED[strategy, mesh, policy]] * 4
 
 
-def many_buckets(policy: str) -> list[int]:
+def many_buckets(policy: str, num_micros: int = 3) -> list[int]:
     """All-reduces in each of three windows of a model whose gradients fill several buckets."""
     model = wrap(make_model(), "ddp", (), bucket_cap_mb=1e-4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always")
-    records = [accumulator.step([make_micro(i) for i in range(3)]) for _ in range(3)]
+    records = [accumulator.step([make_micro(i) for i in range(num_micros)]) for _ in range(3)]
     return [record.verdict.counted.counts["all_reduce"] for record in records if record.verdict is not None]
 
 
@@ -77,8 +77,10 @@ def test_buckets_that_ddp_arranges_anew_after_its_first_reduction(two_ranks: Wor
     for counts in two_ranks.run(many_buckets, "every"):
         assert len(counts) == 3  # the ledger agreed with each, also with the first, whose layouts differ
         assert counts[1] == counts[2] > 3 * 2
-    for counts in two_ranks.run(many_buckets, "boundary"):
-        assert len(counts) == 3
+    for num_micros in (1, 2, 4):
+        for policy in ("boundary", "every"):
+            for counts in two_ranks.run(many_buckets, policy, num_micros):
+                assert len(counts) == 3
 
 
 def gradient_bytes() -> tuple[int, int]:
