@@ -3,7 +3,7 @@
     python benchmarks/verify_all.py [--model NAME ...] [--out benchmarks/results/verify_all.json]
 
 Prints a row for each combination and exits with 1 if any is not proven. Large models are cut (GPTs to two layers and
-2,000 tokens, ResNet-18 to a quarter of its channels), so that all 315 combinations pass in a quarter of an hour;
+2,000 tokens, ResNet-18 to a quarter of its channels), to be through sooner;
 `--whole` leaves them as they are.
 """
 

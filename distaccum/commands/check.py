@@ -8,7 +8,6 @@ from distaccum.batch_arithmetic import Ragged
 from distaccum.batch_schedule import Ramp
 from distaccum.config import AccumConfig, typed
 from distaccum.errors import ConfigError
-from distaccum.nn.precision import Precision
 
 
 def check(composed: dict[str, Any]) -> None:
@@ -26,8 +25,6 @@ def check(composed: dict[str, Any]) -> None:
         )
     if accum.schedule is not None:
         _check_schedule(accum)
-    if config.precision.name is Precision.fp16 and config.device.value == "cpu" and config.nn.compile:
-        raise ConfigError("precision=fp16 with nn.compile on the CPU is not supported by torch. Use precision=bf16.")
 
 
 def _check_schedule(accum: AccumConfig) -> None:

@@ -9,9 +9,11 @@ import torch
 from distaccum.batch_arithmetic import BatchArithmetic, nearest_batches
 from distaccum.build import batch_arithmetic, in_precision, make_plan, num_steps, schedule_of
 from distaccum.config import Config, typed
+from distaccum.errors import ConfigError
 from distaccum.launch import Job
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
+from distaccum.parallel.base import Sync
 from distaccum.plan import Plan
 from distaccum.predict import (
     Sends,
@@ -90,7 +92,10 @@ def _setup(config: Config, world_size: int) -> Setup:
         StrategyName.hsdp: "hsdp",
     }
     strategy = strategies[name]
-    sync: Policy = next((policy for policy in POLICIES[strategy] if policy == accum.sync.value), "boundary")
+    asked = "boundary" if accum.sync is Sync.auto or strategy == "single" else accum.sync.value
+    sync = next((policy for policy in POLICIES[strategy] if policy == asked), None)
+    if sync is None:
+        raise ConfigError(f"accum.sync={asked} cannot be kept by {strategy}. Use one of {list(POLICIES[strategy])}.")
     return Setup(
         strategy=strategy,
         sync=sync,

@@ -26,7 +26,7 @@ from distaccum.step import Accumulator
 TIMES_ROUNDING = 8.0
 # ... and so many unit roundoffs of the dtype in which gradients are summed further, as the order of a sum is another,
 ROUNDOFFS = 64.0
-# ... and as many of the parameters' dtype, in which gradients are handed to the optimizer.
+# ... and so many of the parameters' dtype, in which gradients are handed to the optimizer.
 PARAMETER_ROUNDOFFS = 2.0
 # A parameter whose gradient is smaller than this part of the whole gradient is judged by the whole: gradients that are
 # zero in exact arithmetic (biases before a softmax or a norm) are nothing but rounding.
@@ -71,7 +71,7 @@ class Judge:
         rounded = self._rounded(groups, weights, done.loss_scale)
         clipped = self._clipped(exact.gradients)
         parameters = self._parameters(done.gradients, clipped, self._clipped(rounded.gradients))
-        worst = max(parameters, key=lambda name: parameters[name][0] / parameters[name][1])
+        worst = _worst(parameters)
         # One number may be right by chance, so that its own error says little: the whole gradient's stands for it.
         rounding = _distance(rounded.gradients, exact.gradients)
         norm = done.record.grad_norm
@@ -155,7 +155,7 @@ class Judge:
             )
             for name, value in exact.running.items()
         }
-        worst = max(judged, key=lambda name: judged[name][0] / judged[name][1])
+        worst = _worst(judged)
         return Line("running statistics", *judged[worst], f"{worst}, the worst of {len(judged)} buffers")
 
     def _update(self, done: Observed) -> Line:
@@ -188,6 +188,12 @@ class Judge:
         weights = {name: done.before[name] for name in moved}
         stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / size
         return Line("update", error, 2 * stored + self._order, "optimizer on one process, same gradient")
+
+
+def _worst(judged: Mapping[str, tuple[float, float]]) -> str:
+    """The name whose error is the largest part of its tolerance; one that is no number before all others."""
+    shares = {name: error / tolerance for name, (error, tolerance) in judged.items()}
+    return max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
 
 
 def _roundoff(dtype: torch.dtype) -> float:

@@ -77,3 +77,6 @@ def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
     done = run(command, tmp_path)
     assert done.returncode == 2
     assert "parallel.replicas=4 does not divide 6 ranks" in done.stderr
+    done = run([*command[:4], "world_size=6", "accum.sync=shard"], tmp_path)
+    assert done.returncode == 2
+    assert "accum.sync=shard cannot be kept by ddp" in done.stderr
