@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from enum import Flag, auto
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +19,22 @@ from distaccum.errors import ConfigError
 from distaccum.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_weights, weights_of
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import Shared, World
+
+
+class Request(Flag):
+    """What a rank asks of all. Every rank learns it at the same boundary, whoever asked."""
+
+    none = 0
+    save = auto()
+    stop = auto()
+
+
+class Asking(Protocol):
+    """Knows what this rank asks of all."""
+
+    def request(self) -> Request:
+        """Read once per window, when its small collective begins."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,10 @@ class Agreement:
         """Nothing is sent yet."""
         self._world = world
         self._objective = objective
-        self._terms: list[str] | None = None
+        self.terms: list[str] | None = None  # the objective's, once they are agreed
         self._announced: tuple[MicroBatches, Announced] | None = None
+        self.asking: Asking | None = None
+        self.requested = Request.none  # by any rank, in the rows that were read last
         self.padding: Any = None  # a micro-batch to compute with weight 0 where this rank has none
         self.asked = 0  # rows that were shared so far
 
@@ -65,7 +84,7 @@ class Agreement:
         Raises:
             ConfigError: on all ranks, when their objectives have different terms.
         """
-        if self._terms is not None:
+        if self.terms is not None:
             return
         first = window.peek()
         own = None if first is None else list(weights_of(self._objective, first))
@@ -77,7 +96,7 @@ class Agreement:
             raise ConfigError(f"Ranks have objectives with different terms: {named}. Use one objective on all ranks.")
         rows = [[float(count), *(totals or [0.0] * len(terms))] for _, (count, totals) in told]
         if having:
-            self._terms = terms
+            self.terms = terms
             lent = self._world.lend(first, having[0]) if len(having) < self._world.size else None
             self.padding = lent if first is None else first
         self._announce(window, rows)
@@ -98,7 +117,7 @@ class Agreement:
             norm_share: [] float64, this rank's share of the squared gradient norm, where gradients are sharded.
         """
         self.asked += 1
-        terms = self._terms or []
+        terms = self.terms or []
         count, totals = self._totals(upcoming, terms)
         device = self._world.device
         known = torch.tensor([float(count), *totals], dtype=torch.float64, pin_memory=device.type == "cuda")
@@ -109,6 +128,8 @@ class Agreement:
             broken = ~torch.isfinite(sums).all(dim=1)
             first_broken = torch.where(broken.any(), broken.int().argmax() + 1, 0)  # from 1; 0: none
             row += [sums.sum(dim=0), first_broken.double()[None]]
+        request = self.asking.request() if self.asking is not None else Request.none
+        row.append(torch.full((1,), float(request.value), dtype=torch.float64, device=device))
         row.append(torch.zeros(1, dtype=torch.float64, device=device) if norm_share is None else norm_share[None])
         return Asked(self._world.share(torch.cat(row)), upcoming, norm_share is not None)
 
@@ -120,12 +141,12 @@ class Agreement:
             own_norm: [] float64, the squared norm of the gradients on this rank: all, or the share that rode along.
         """
         rows, own = self._read(asked, own_norm)
-        num_terms = len(self._terms or [])
+        num_terms = len(self.terms or [])
         sums = [sum(row[1 + num_terms + i] for row in rows) for i in range(num_terms)]
         squared = sum(row[-1] for row in rows) if asked.norm_rides else own[0]
         grad_norm = math.sqrt(squared) if squared >= 0 else math.nan
         trouble = None if math.isfinite(grad_norm) else f"gradient norm {grad_norm}, though every loss was finite"
-        broken = [(rank, int(row[-2]) - 1) for rank, row in enumerate(rows) if row[-2] > 0]
+        broken = [(rank, int(row[-3]) - 1) for rank, row in enumerate(rows) if row[-3] > 0]
         if broken:
             rank, micro = broken[0]
             trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
@@ -137,17 +158,20 @@ class Agreement:
 
     def traffic(self, rows: int) -> Traffic:
         """What so many rows send."""
-        size = 8 * self._world.size * (3 + 2 * len(self._terms or [SINGLE_TERM]))
+        size = 8 * self._world.size * (4 + 2 * len(self.terms or [SINGLE_TERM]))
         return Traffic.of([] if self._world.group is None else [("all_reduce", size)] * rows)
 
     def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
         rows, own = asked.shared.read(*scalars)
+        self.requested = Request.none
+        for row in rows:
+            self.requested |= Request(int(row[-2]))
         if asked.upcoming is not None:
             self._announce(asked.upcoming, rows)
         return rows, own
 
     def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
-        weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self._terms or [])}
+        weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
         counts = [int(row[0]) for row in rows]
         window.rounds = max(counts)
         self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))

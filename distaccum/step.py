@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -14,17 +13,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distaccum.agreement import Agreement, Announced
+from distaccum.agreement import Agreement, Announced, Asking
 from distaccum.clock import exposed_s, mark
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
-from distaccum.loss import SupportsObjective
+from distaccum.loss import Denominator, SupportsObjective
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
+from distaccum.record import StepRecord
 from distaccum.schedules import microbatch
 
 # What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
@@ -38,29 +38,6 @@ class Scheduler(Protocol):
     def step(self) -> Any:
         """Called after each update: never after a micro-batch, never after a window that was skipped."""
         ...
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one window did. But for the time, the same on every rank."""
-
-    step: int  # optimizer updates so far, this one included
-    loss: float  # the global weighted mean that was optimised, its terms added; nan where nothing was counted
-    losses: Mapping[str, float]  # the same by term
-    weights: Mapping[str, float]  # what each term was averaged over: all micros, all ranks
-    grad_norm: float  # L2, before clipping; nan where there was no backward
-    lr: float  # of the first parameter group, in this update
-    num_micros: int  # over all ranks
-    skipped: str | None = None  # why there was no update
-    exposed_s: float | None = (
-        None  # seconds that this rank waited for communication, see clock.py; differs between ranks
-    )
-    verdict: Verdict | None = None  # the ledger's, where the window was audited
-
-    @property
-    def weight(self) -> float:
-        """The weight of the first term; of the only one, where there is one."""
-        return next(iter(self.weights.values()), 0.0)
 
 
 class Accumulator:
@@ -117,12 +94,14 @@ class Accumulator:
         self.num_windows = 0  # the skipped ones included
         self.verdict: Verdict | None = None  # the ledger's on the newest audited window
         self._agreement = Agreement(self.strategy.world, objective)
+        self._settled = True  # whether the strategy is as it is after a window
 
-    def step(self, window: MicroBatches | Sequence[Any]) -> StepRecord:
+    def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
         """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
 
         Args:
             window: this rank's micro-batches, from `windows()` or any sequence. It may be empty while others' are not.
+            asking: what this rank asks of all, such as to stop; told on the way, and `requested` in all ranks' records.
 
         Raises:
             DivergenceError: on all ranks, for a loss or gradient norm that is not finite; nothing was updated.
@@ -131,8 +110,10 @@ class Accumulator:
         """
         window = window if isinstance(window, MicroBatches) else MicroBatches(list(window), len(window))
         agreement, strategy = self._agreement, self.strategy
+        agreement.asking = asking
         with self._nothing_left_behind():
             agreement.meet(window)
+            self._settle()
             asked_before = agreement.asked
             with self._ledger() as ledger:
                 announced = agreement.on(window)
@@ -192,7 +173,20 @@ class Accumulator:
             skipped=outcome.trouble,
             exposed_s=exposed_s(marks),
             verdict=self.verdict if ledger is not None else None,
+            requested=agreement.requested,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the steps stand at a boundary, in plain numbers; model and optimizer have state dicts of their own."""
+        scale = None if self.loss_scale is None else self.loss_scale.state_dict()
+        return {"steps": self.steps, "num_windows": self.num_windows, "loss_scale": scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there, before the first window. Call it on every rank."""
+        self.steps, self.num_windows = int(state["steps"]), int(state["num_windows"])
+        if self.loss_scale is not None and state["loss_scale"] is not None:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        self._settled = False
 
     def abort(self) -> None:
         """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
@@ -212,10 +206,22 @@ class Accumulator:
         self.num_windows += 1
         weights = announced.denominator.weights
         lr = float(self.optimizer.param_groups[0]["lr"])
-        nothing = dict.fromkeys(weights, math.nan)
         return StepRecord(
-            self.steps, math.nan, nothing, weights, math.nan, lr, announced.num_micros, skipped="weight 0"
-        )
+            self.steps, math.nan, dict.fromkeys(weights, math.nan), weights, math.nan, lr, announced.num_micros,
+            skipped="weight 0", requested=self._agreement.requested,
+        )  # fmt: skip
+
+    def _settle(self) -> None:
+        """A resumed run goes on in the order of addition that DDP takes up after its first synchronised backward."""
+        agreement, strategy = self._agreement, self.strategy
+        if self._settled or agreement.padding is None or not strategy.first_window_differs:
+            return
+        nothing = Announced(Denominator(dict.fromkeys(agreement.terms or [], 1.0)), rounds=1, num_micros=0)
+        empty = MicroBatches([], 0)  # a padding micro is computed in its place, and adds nothing
+        microbatch.run(
+            strategy, self.objective, empty, nothing, agreement.padding, seed=None, num_windows=0, loss_scale=1.0
+        ).last_backward()
+        self._settled = True
 
     @property
     def _may_skip(self) -> bool:

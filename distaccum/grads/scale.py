@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,14 @@ class LossScale:
         self.growth_windows = growth_windows
         self.smallest = smallest
         self._good = 0  # windows since the last change
+
+    def state_dict(self) -> dict[str, float]:
+        """In plain numbers."""
+        return {"value": self.value, "good": self._good}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self.value, self._good = float(state["value"]), int(state["good"])
 
     @property
     def can_shrink(self) -> bool:

@@ -35,6 +35,7 @@ class Strategy(ABC):
 
     sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
     replicas = 1  # how many ranks hold the same shard
+    first_window_differs = False  # whether later windows add the same numbers in another order than the first one
 
     def __init__(
         self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""

@@ -27,9 +27,7 @@ class DDP(Strategy):
     def __init__(self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
         """Refuse what torch's DDP cannot accumulate."""
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
-        self.refuse(
-            (Sync.boundary, Sync.every), "its parameters are whole on every rank, nothing is gathered or sharded"
-        )
+        self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank")
         obstacle = torch_private.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
@@ -37,6 +35,7 @@ class DDP(Strategy):
                 "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
         self._windows_begun = 0
+        self.first_window_differs = dtypes.are_own(model.parameters())  # it arranges its buckets anew
         self._first_buckets = torch_private.ddp_buckets(model)
         if not dtypes.are_own(model.parameters()):
             if model.static_graph:

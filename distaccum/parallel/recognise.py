@@ -31,6 +31,7 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDt
     if isinstance(model, DistributedDataParallel):
         return DDP(model, World.of(device, model.process_group), policy, dtypes)
     world = World.of(device)
+    wrapped_part = False
     # Who has an FSDP2 module has imported FSDP2; everybody else need not wait for that import.
     if "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule
@@ -40,8 +41,6 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDt
         if isinstance(model, FSDPModule):
             return recognise_sharded(model, world, policy, dtypes)
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
-    else:
-        wrapped_part = False
     if wrapped_part or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError(
             "Only a part of this model is wrapped. Pass the wrapped module itself, or call fully_shard() on the whole "

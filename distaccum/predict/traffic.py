@@ -53,7 +53,7 @@ def control_sends(world_size: int, num_terms: int, rows: int = 1) -> tuple[Sends
 
     `rows` is 2 where the window after it is not known ahead.
     """
-    num_bytes = 8 * world_size * (3 + 2 * num_terms)
+    num_bytes = 8 * world_size * (4 + 2 * num_terms)
     return (Sends("agreement of the ranks", "all_reduce", rows, rows * num_bytes, world_size),)
 
 

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, LedgerError
 from distaccum.parallel.ledger import Audit
-from distaccum.step import Accumulator, StepRecord
+from distaccum.record import StepRecord
+from distaccum.step import Accumulator
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from worlds import World
 
 import distaccum as da
-from distaccum.data.images import ImagesConfig, ImageSource, load_images
+from distaccum.data.images import ImageDataset, ImagesConfig, ImageSource, load_images
 from distaccum.data.loader import Loader
 from distaccum.models.resnet import ResNet, ResNetConfig
 
@@ -20,12 +20,13 @@ SMALL = ResNetConfig("resnet", num_classes=10, in_channels=1, widths=[4, 8], blo
 State = dict[str, Tensor]
 
 
-def continue_training(state: State | None, optimizer_state: Any, step: int, start: int, windows: int) -> Any:
+def continue_training(
+    images: ImageDataset, state: State | None, optimizer_state: Any, step: int, start: int, windows: int
+) -> Any:
     """Three more windows of 26 digits in micros of 4, on however many ranks there are, in float64."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
-    images, _ = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
     torch.manual_seed(1)
     model = da.convert_batchnorm(ResNet(SMALL).double(), da.BatchNormMode.pooled)
     wrapped = DistributedDataParallel(model)
@@ -51,11 +52,12 @@ def test_two_then_one_then_four_ranks(two_ranks: World, four_ranks: World) -> No
     # 7 micros a window: on 2 and 4 ranks some rank has one less, and pads.
     from worlds import world
 
+    images, _ = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
     with world(1) as one_rank:
-        state, optimizer, start = two_ranks.run(continue_training, None, None, 0, 0, WINDOWS)[0]
-        state, optimizer, start = one_rank.run(continue_training, state, optimizer, WINDOWS, start, WINDOWS)[0]
-        moved = four_ranks.run(continue_training, state, optimizer, 2 * WINDOWS, start, WINDOWS)
-        stayed, _, _ = one_rank.run(continue_training, None, None, 0, 0, 3 * WINDOWS)[0]
+        state, optimizer, start = two_ranks.run(continue_training, images, None, None, 0, 0, WINDOWS)[0]
+        state, optimizer, start = one_rank.run(continue_training, images, state, optimizer, WINDOWS, start, WINDOWS)[0]
+        moved = four_ranks.run(continue_training, images, state, optimizer, 2 * WINDOWS, start, WINDOWS)
+        stayed, _, _ = one_rank.run(continue_training, images, None, None, 0, 0, 3 * WINDOWS)[0]
     running = [name for name in stayed if "running" in name]
     assert len(running) == 2 * 6  # six layers of BatchNorm
     for other, _, _ in moved:

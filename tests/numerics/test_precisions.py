@@ -181,7 +181,7 @@ def test_dtypes_of_sums(two_ranks: World) -> None:
     single, half, double = 6e-6, 2e-2, 1e-6  # some roundings of 2^-24 in weights of order one; of 2^-8 in sums of 6
     plain, narrow, wide = run("ddp", "boundary", None, None), run("ddp", "boundary", None, "bfloat16"), None
     assert plain["error"] < single < narrow["error"] < half
-    control = 8 * 2 * 5
+    control = 8 * 2 * 6
     assert (plain["sent"] - control) == 2 * (narrow["sent"] - control)  # half the bytes travel
     wide = run("ddp", "boundary", "float64", "float64")
     assert wide["error"] < double * 10

@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from setting import whole, wrap
+from setting import wrap
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from worlds import World, world
 
 import distaccum as da
@@ -78,16 +79,36 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
     )
     plan = da.Plan(num_samples=150, effective_batch=16, micro_size=2, seed=3)  # the last window of an epoch holds 6
     loader = Loader(Tokens(), plan, rank, size)
-    rows, losses, norms = [], [], []
+    parameters = list(model.parameters())
+    rows: list[list[Tensor]] = [[] for _ in parameters]
+    losses, norms = [], []
     for window, micros in loader.windows(0, 0, steps):
         rates.set(window.step)
         record = accumulator.step(micros)
-        rows.append(torch.cat([whole(p).flatten() for p in model.parameters()]))
+        for row, parameter in zip(rows, parameters, strict=True):
+            row.append(own_part(parameter))
         losses.append(record.loss)
         norms.append(record.grad_norm)
+    gathered = [gather_steps(row, parameter) for row, parameter in zip(rows, parameters, strict=True)]
     if rank:
         return {}
-    return {"parameters": torch.stack(rows), "losses": torch.tensor(losses), "norms": torch.tensor(norms)}
+    return {"parameters": torch.cat(gathered, dim=1), "losses": torch.tensor(losses), "norms": torch.tensor(norms)}
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def gather_steps(parts: list[Tensor], parameter: Tensor) -> Tensor:
+    """What ranks kept of a parameter after each step, as [steps, numbers]: gathered once, not at each step."""
+    stacked = torch.stack(parts, dim=1)  # shards are cut along dimension 0, which stays the first
+    if isinstance(parameter, DTensor):
+        shape = torch.Size([parameter.shape[0], len(parts), *parameter.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
+        stacked = DTensor.from_local(
+            stacked, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+        ).full_tensor()
+    return stacked.transpose(0, 1).flatten(1)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from worlds import World
 
 import distaccum as da
+from distaccum.commands.check import check
+from distaccum.commands.verify import prove_configuration
+from distaccum.config import Config, typed
+from distaccum.parallel.world import World as Ranks
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 PRECISIONS = sorted(path.stem for path in (CONF / "precision").glob("*.yaml"))
@@ -29,46 +35,51 @@ SIZES = {
 }  # fmt: skip
 
 
-def sizes_of(model: str) -> list[str]:
-    return SIZES[model]
-
-
-def prove(overrides: list[str]) -> da.Proof:
-    """On each rank: compose the configuration as the command line does, and prove it."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    from distaccum.commands.check import check
-    from distaccum.commands.verify import prove_configuration
-    from distaccum.config import typed
-    from distaccum.parallel.world import World as Ranks
-
+def composed(overrides: list[str]) -> dict[str, Any]:
+    """The configuration as the command line composes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, enum_to_str=True)
-    check(composed)
-    return prove_configuration(typed(composed), Ranks.of(torch.device("cpu")))
+        made: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, enum_to_str=True)
+    return made
 
 
-def proven(world: World, overrides: list[str]) -> da.Proof:
-    first, *others = world.run(prove, ["accum.micro=2", "accum.num_micros=2", *overrides])
-    assert all(other.facts() == first.facts() for other in others)
-    return first
+def prove(config: Config) -> da.Proof:
+    """On each rank."""
+    return prove_configuration(config, Ranks.of(torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def parallel() -> dict[str, Any]:
+    """What each choice of conf/parallel makes of its node; it touches no other, see the next test."""
+    return {strategy: composed([f"parallel={strategy}"])["parallel"] for strategy in ("ddp", "fsdp", "hsdp")}
+
+
+def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> None:
+    for strategy, node in parallel.items():
+        assert composed([f"parallel={strategy}", "accum.sync=every", "model=resnet", "data=digits"]) == {
+            **(whole := composed(["model=resnet", "data=digits"])),
+            "parallel": node,
+            "accum": {**whole["accum"], "sync": "every"},
+        }
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", SIZES)
-def test_every_combination_is_proven(two_ranks: World, model: str, precision: str) -> None:
+def test_every_combination_is_proven(two_ranks: World, parallel: dict[str, Any], model: str, precision: str) -> None:
+    small = ["accum.micro=2", "accum.num_micros=2", *SIZES[model]]
+    whole = composed([f"model={model}", f"precision={precision}", *small])
+    check(whole)
     for strategy, sync in POLICIES:
-        choice = [f"model={model}", f"precision={precision}", f"parallel={strategy}", f"accum.sync={sync}"]
-        proof = proven(two_ranks, [*choice, *sizes_of(model)])
-        assert proof.holds, (choice, proof)
+        choice = {"parallel": parallel[strategy], "accum": {**whole["accum"], "sync": sync}}
+        proof, other = two_ranks.run(prove, typed({**whole, **choice}))
+        assert proof.facts() == other.facts()
+        assert proof.holds, (strategy, sync, proof)
         assert proof.network_agrees
         assert {line.name for line in proof.lines} >= {"gradient", "loss", "gradient norm", "update"}
         if precision == "fp64":
             assert max(line.error for line in proof.lines if line.tolerance is not None) < 1e-12
 
 
-def prove_compiled(overrides: list[str]) -> tuple[da.Proof, int]:
+def prove_compiled(config: Config) -> tuple[da.Proof, int]:
     """The same, and how many frames torch has compiled meanwhile."""
     import warnings
 
@@ -78,7 +89,7 @@ def prove_compiled(overrides: list[str]) -> tuple[da.Proof, int]:
     from torch._dynamo.utils import counters
 
     counters.clear()
-    return prove(overrides), counters["stats"]["unique_graphs"]
+    return prove(config), counters["stats"]["unique_graphs"]
 
 
 @pytest.mark.parametrize("choice", [
@@ -88,6 +99,7 @@ def prove_compiled(overrides: list[str]) -> tuple[da.Proof, int]:
 ])  # fmt: skip
 def test_compiled_blocks_are_exact(two_ranks: World, choice: list[str]) -> None:
     overrides = ["accum.micro=2", "accum.num_micros=3", "nn.compile=true", "precision=fp64", *choice]
-    for proof, graphs in two_ranks.run(prove_compiled, [*overrides, *sizes_of(choice[0].split("=")[1])]):
+    config = typed(composed([*overrides, *SIZES[choice[0].split("=")[1]]]))
+    for proof, graphs in two_ranks.run(prove_compiled, config):
         assert proof.holds, proof
         assert graphs > 0  # compiled, also under the ledger

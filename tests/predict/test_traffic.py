@@ -106,4 +106,4 @@ def test_what_a_network_card_sends() -> None:
 
 def test_control_row() -> None:
     """64 ranks with one term: 64 rows of 5 float64."""
-    assert by_kind(control_sends(64, num_terms=1)) == {"all_reduce": (1, 64 * 5 * 8)}
+    assert by_kind(control_sends(64, num_terms=1)) == {"all_reduce": (1, 64 * 6 * 8)}
