@@ -1,9 +1,11 @@
 """Distributed training with gradient accumulation: K micro-batches on R ranks make exactly one big batch."""
 
+from .agreement import Request as Request
 from .arguments import CarriedOver as CarriedOver
 from .arguments import from_training_arguments as from_training_arguments
 from .data.window import MicroBatches as MicroBatches
 from .data.window import windows as windows
+from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DistaccumError as DistaccumError
 from .errors import DivergenceError as DivergenceError
@@ -25,7 +27,7 @@ from .plan import Plan as Plan
 from .plan import Window as Window
 from .proof.prove import verify as verify
 from .proof.result import Proof as Proof
+from .record import StepRecord as StepRecord
 from .step import Accumulator as Accumulator
-from .step import StepRecord as StepRecord
 
 __version__ = "0.1.0"

@@ -9,6 +9,10 @@ class ConfigError(DistaccumError, ValueError):
     """What the user asked for cannot be done. On the command line: printed without a traceback, exit code 2."""
 
 
+class CheckpointError(DistaccumError, RuntimeError):
+    """A checkpoint could not be written or read. All ranks raise it; earlier checkpoints are as they were."""
+
+
 class DivergenceError(DistaccumError, ArithmeticError):
     """A loss or a gradient norm is not finite and the policy says to stop. All ranks raise it at the same boundary."""
 
