@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from dataclasses import asdict
+from datetime import timedelta
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -17,6 +18,7 @@ from .ranks import Place
 _LONGEST_PAUSE_S = 0.2  # between two questions to the store
 _GRACE_S = 10.0  # how long rank 0 looks for the others before it leaves with an error
 _CULPRIT_S = 3.0  # how long a rank that failed because of another one leaves the word to that one
+_FOR_EVER = timedelta(days=20)  # milliseconds that still fit into an int
 
 
 class PeerFailedError(Exception):
@@ -31,8 +33,8 @@ class Board:
     """The store, as the ranks of one start use it. Every rank makes one.
 
     An agent of torchelastic keeps the same store over restarts, so keys of earlier starts may stand in it, and the
-    restart count does not tell starts apart (each node counts for itself). Therefore all keys carry a word which
-    rank 0 has made up and gives to whoever is there now.
+    restart count does not tell starts apart (each node counts for itself, and not when nodes join). Therefore all keys
+    carry a word which rank 0 has made up and gives to whoever is there now. Only `remember` writes for later starts.
 
     Args:
         place: this rank.
@@ -46,11 +48,12 @@ class Board:
         connect = _connect if word is None else _connect_as_client
         self._control = connect()
         self._jobs = connect()
+        self._root = f"distaccum/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
         self._serial = 0
         self._gathered = word is not None
         self._word = word or uuid.uuid4().hex
 
-    def publish(self, order: Order) -> Store:
+    def publish(self, order: Order) -> Store | None:
         """Rank 0: hand out an order. The store for its job."""
         self._gather(limit_s=None)
         self._control.set(self._key(f"order/{self._serial}"), order.to_json())
@@ -60,12 +63,12 @@ class Board:
         """Rank 0: there are no more orders, and `code` is the exit code of all."""
         self._gather(limit_s=None if code == 0 else _GRACE_S)
         self._control.set(self._key(f"order/{self._serial}"), json.dumps({"end": code}))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):  # the store lives in this process
+        if not agent_holds_store():  # the store lives in this process
             end = time.monotonic() + _GRACE_S
             while self._control.add(self._key("bye"), 0) < self._place.world_size - 1 and time.monotonic() < end:
                 time.sleep(0.02)
 
-    def receive(self) -> tuple[Order, Store] | int:
+    def receive(self) -> tuple[Order, Store | None] | int:
         """The other ranks: the next order and the store for its job, or the exit code when there are no more.
 
         Waits for as long as rank 0 needs. RuntimeError when the store is gone, PeerFailedError as `meet`.
@@ -84,8 +87,10 @@ class Board:
         with contextlib.suppress(RuntimeError):  # it has gone already
             self._control.add(self._key("bye"), 1)
 
-    def job_store(self) -> Store:
-        """The store for the current job, empty at its start."""
+    def job_store(self) -> Store | None:
+        """The store for the current job, empty at its start; None for one rank."""
+        if self._place.world_size == 1:
+            return None
         return PrefixStore(self._key(f"job/{self._serial}"), self._jobs)
 
     def meet(self) -> None:
@@ -95,6 +100,7 @@ class Board:
         """
         count, all_done = self._key(f"done/{self._serial}"), self._key(f"all-done/{self._serial}")
         if self._control.add(count, 1) == self._place.world_size:
+            self._control.set(self._key("over"), "")
             self._control.set(all_done, "")
         self._wait(all_done)
         self._serial += 1
@@ -108,21 +114,21 @@ class Board:
 
         Where the processes have agreed that another rank failed first, that one gets some time to be noted first.
         """
-        claim = f"distaccum/{job}/failed"  # as `claim` of the job's own board makes it
+        claim = f"{self._root}/{job}/failed"  # as `claim` of the job's own board makes it
         if self._control.check([claim]) and int(self._control.get(claim).split()[0]) != self._place.rank:
             end = time.monotonic() + _CULPRIT_S
             while self.failed_job(job) is None and time.monotonic() < end:
                 time.sleep(0.05)
-        self._control.compare_set(_ended(job), "", json.dumps(asdict(ended)))
+        self._control.compare_set(self._ended(job), "", json.dumps(asdict(ended)))
 
     def failed_job(self, job: str) -> Ended | None:
         """The first note of `fail_job`, if there is one. PeerFailedError when a rank leaves the whole sweep."""
         first = self._first()
         if first is not None:
             raise PeerFailedError(*first)
-        if not self._control.check([_ended(job)]):
+        if not self._control.check([self._ended(job)]):
             return None
-        return Ended(**json.loads(self._control.get(_ended(job))))
+        return Ended(**json.loads(self._control.get(self._ended(job))))
 
     def claim(self, code: int, patience_s: float) -> tuple[int, int]:
         """Claim to be the first rank that failed; rank and exit code of the one that is.
@@ -137,14 +143,64 @@ class Board:
             while self._first() is None and time.monotonic() < end:
                 time.sleep(0.05)
             rank, first_code = self._control.compare_set(self._key("failed"), "", mine).decode().split()
+            self._control.set(self._key("over"), "")
             return int(rank), int(first_code)
         except RuntimeError:  # the store has gone with its host: nobody is there to be asked
             return self._place.rank, code
 
-    def _first(self) -> tuple[int, int] | None:
-        if not self._control.check([self._key("failed")]):
+    def wait_until_over(self) -> tuple[int, int] | None:
+        """Block until the job is over: rank and exit code of the first that failed, None when all have done it.
+
+        For a thread of its own: it has a connection of its own. RuntimeError when the store has gone with its host.
+        """
+        store = _connect_as_client()
+        store.wait([self._key("over")], _FOR_EVER)
+        return self._first(store)
+
+    def note_in_collective(self) -> None:
+        """Note that this rank was in a collective that failed."""
+        with contextlib.suppress(RuntimeError):
+            self._control.set(self._key(f"came/{self._place.rank}"), "")
+            self._control.add(self._key("came"), 1)
+
+    def missing_in_collective(self, patience_s: float) -> list[int]:
+        """The ranks that have not noted that they were in it, once all but one have or after `patience_s`."""
+        end = time.monotonic() + patience_s
+        while self._control.add(self._key("came"), 0) < self._place.world_size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+        ranks = range(self._place.world_size)
+        return [rank for rank in ranks if not self._control.check([self._key(f"came/{rank}")])]
+
+    def note_stack(self) -> None:
+        """Note that this rank, which is not the first that failed, has written its stack."""
+        with contextlib.suppress(RuntimeError):
+            self._control.add(self._key("stacks"), 1)
+
+    def wait_for_stacks(self, patience_s: float) -> None:
+        """The first rank that failed: give the others the time to write their stacks before a launcher ends them."""
+        end = time.monotonic() + patience_s
+        with contextlib.suppress(RuntimeError):
+            while self._control.add(self._key("stacks"), 0) < self._place.world_size - 1 and time.monotonic() < end:
+                time.sleep(0.02)
+
+    def remember(self, name: str, text: str) -> None:
+        """Rank 0: keep a text for later starts of the same launcher, where the launcher holds the store."""
+        self._control.set(f"{self._root}/kept/{name}", text)
+
+    def recall(self, name: str) -> str | None:
+        """Rank 0: what an earlier start has remembered."""
+        key = f"{self._root}/kept/{name}"
+        return self._control.get(key).decode() if self._control.check([key]) else None
+
+    def count_start(self) -> int:
+        """Rank 0, once: how many starts of the same launcher came before this one."""
+        return int(self._control.add(f"{self._root}/kept/starts", 1)) - 1
+
+    def _first(self, store: Store | None = None) -> tuple[int, int] | None:
+        store = store or self._control
+        if not store.check([self._key("failed")]):
             return None
-        rank, code = self._control.get(self._key("failed")).decode().split()
+        rank, code = store.get(self._key("failed")).decode().split()
         return int(rank), int(code)
 
     def _wait(self, key: str) -> None:
@@ -163,9 +219,9 @@ class Board:
         if self._gathered:
             return
         token = uuid.uuid4().hex
-        self._control.set(f"distaccum/hello/{self._place.rank}", token)
-        self._wait(f"distaccum/answer/{token}")
-        self._word = self._control.get(f"distaccum/answer/{token}").decode()
+        self._control.set(f"{self._root}/hello/{self._place.rank}", token)
+        self._wait(f"{self._root}/answer/{token}")
+        self._word = self._control.get(f"{self._root}/answer/{token}").decode()
         self._control.set(self._key(f"here/{self._place.rank}"), "")
         self._gathered = True
 
@@ -176,23 +232,27 @@ class Board:
         end = None if limit_s is None else time.monotonic() + limit_s
         while missing and (end is None or time.monotonic() < end):
             for rank in sorted(missing):
-                if not self._control.check([f"distaccum/hello/{rank}"]):
+                if not self._control.check([f"{self._root}/hello/{rank}"]):
                     continue
-                token = self._control.get(f"distaccum/hello/{rank}")
+                token = self._control.get(f"{self._root}/hello/{rank}")
                 if answered.get(rank) != token:
                     answered[rank] = token
-                    self._control.set(f"distaccum/answer/{token.decode()}", self._word)
+                    self._control.set(f"{self._root}/answer/{token.decode()}", self._word)
                 elif self._control.check([self._key(f"here/{rank}")]):
                     missing.discard(rank)
             time.sleep(0.01)
         self._gathered = True
 
     def _key(self, name: str) -> str:
-        return f"distaccum/{self._word}/{name}"
+        return f"{self._root}/{self._word}/{name}"
+
+    def _ended(self, job: str) -> str:
+        return f"{self._root}/{job}/ended"
 
 
-def _ended(job: str) -> str:
-    return f"distaccum/{job}/ended"
+def agent_holds_store() -> bool:
+    """Whether the store lives in torchelastic's agent, and so outlives this start."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
 
 
 def _connect_as_client() -> Store:
@@ -200,5 +260,7 @@ def _connect_as_client() -> Store:
 
 
 def _connect() -> Store:
+    if agent_holds_store():
+        return _connect_as_client()
     store: Store = next(rendezvous("env://"))[0]
     return store

@@ -39,6 +39,14 @@ _LOST = (
     "sendbytes failed",
 )
 
+# What gloo, NCCL and the store say when another rank has not come in time.
+_TIMED_OUT = (
+    "timed out waiting",
+    "timed out connecting",
+    "waiting for clients",
+    "wait timeout after",
+    "collective operation timeout",
+)
 
 # What Hydra leaves unsaid: by what it says, what to write instead.
 _ADVICE = {
@@ -95,6 +103,12 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _LOST)
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective, or the meeting of ranks before the first one, has waited too long for another rank."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _TIMED_OUT)
+
+
 def first_line(error: BaseException) -> str:
     """What a table shows of an error."""
     return one_line(letter(error) if is_foreseen(error) else f"{type(error).__name__}: {error}")
@@ -111,7 +125,7 @@ def shorten(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line[:160]}"
 
 
-def fail(error: BaseException, rank: int, first: tuple[int, int]) -> NoReturn:
+def fail(error: BaseException, rank: int, first: tuple[int, int], text: str | None) -> NoReturn:
     """Leave after `error` on this rank. Call it where the error is being handled.
 
     Args:
@@ -119,16 +133,16 @@ def fail(error: BaseException, rank: int, first: tuple[int, int]) -> NoReturn:
         rank: this rank.
         first: rank and exit code of whoever failed first. Only that rank shows its error and writes torchelastic's
             error file. The others give the launcher time to see the first one's exit, and say one line if they live.
+        text: what says all there is to say, in place of the traceback; None to show the error itself.
     """
     if first[0] != rank:
-        time.sleep(1.0)
+        time.sleep(2.0)
         if not is_users(error):
             say(f"[rank {rank}] leaves, because rank {first[0]} failed first ({shorten(error)})")
         leave(first[1])
     if isinstance(error, SystemExit | KeyboardInterrupt):
         leave(exit_code(error))
-    if is_lost_peer(error):
-        text = f"another rank has gone away (killed, or its machine is lost): {shorten(error)}"
+    if text is not None:
         say(f"[rank {rank}] {text}")
         write_error_file(text, text)
         leave(1)
@@ -179,7 +193,7 @@ def leave(code: int) -> NoReturn:
     """
     for child in multiprocessing.active_children():
         if child.daemon:  # as the interpreter would: the workers of data loaders
-            child.terminate()
+            child.kill()  # at once: nothing in them is to be saved
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe: nobody reads any more

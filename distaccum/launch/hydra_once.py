@@ -50,6 +50,12 @@ def run(
         the exit code. One job: 0, or that of the job. A sweep: 0; 1 when any job failed, also when it was refused;
         128 + signal. Either: 2 when nothing was started, as Hydra could not compose or had no job. Never raises.
     """
+    if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=basic" for word in argv):
+        say(
+            "error: hydra/launcher starts jobs elsewhere, so that nothing would be known of how they end, and none of "
+            "them would get several ranks. Use launch=slurm, or leave it out: jobs then run one after the other."
+        )
+        return 2
     outcomes = Outcomes(objective)
     with contextlib.ExitStack() as until_end:
         code = _run_hydra(argv, config_dir, on_job, outcomes, until_end)
@@ -60,8 +66,33 @@ def run(
             try:
                 summarise(Sweep(outcomes.folder, tuple(outcomes.jobs)))
             except Exception as error:
-                code = code or report(error)
+                refused = report(error)
+                code = code or refused
         return code
+
+
+def composed_with(overrides: list[str]) -> dict[str, Any]:
+    """While a job is handled: what the same files give for other overrides, as plain containers."""
+    config = hydra.compose(HydraConfig.get().job.config_name, overrides)
+    plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return dict(plain)
+
+
+def flags() -> list[str]:
+    """While a job is handled: the flags that another start of the program needs in order to compose the same."""
+    settings = HydraConfig.get()
+    found: list[str] = []
+    for source in settings.runtime.config_sources:
+        if source.provider == "command-line":
+            found += ["--config-dir", str(Path(source.path).absolute())]
+    if settings.job.config_name != "config":
+        found += ["--config-name", str(settings.job.config_name)]
+    return found
+
+
+def sweeper_needs_results() -> bool:
+    """While a job is handled: whether the sweeper chooses jobs by the results of those before."""
+    return not str(HydraConfig.get().sweeper["_target_"]).startswith("hydra._internal.core_plugins.")
 
 
 def _run_hydra(

@@ -9,16 +9,9 @@ from typing import Any
 from torch.distributed.distributed_c10d import Store
 
 
-@dataclass
-class LaunchSettings:
-    """The `launch` group of the configuration."""
-
-    nproc_per_node: int | None  # ranks that we start on this machine; null: one process, or what torchrun started
-
-
 @dataclass(frozen=True)
 class Job:
-    """What a task gets on each rank. All but the four numbers of the rank is identical on every rank.
+    """What a task gets on each rank. All but the five numbers of the rank is identical on every rank.
 
     `config` holds plain containers, resolved. Its keys are text, because it has travelled as JSON.
     """
@@ -32,6 +25,7 @@ class Job:
     world_size: int
     local_rank: int
     local_world_size: int
+    gpu_index: int  # this rank's GPU, among those that it sees
     store: Store | None  # None for one rank; otherwise for `dist.init_process_group(store=...)`, empty for each job
 
 

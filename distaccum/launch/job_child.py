@@ -13,18 +13,22 @@ from .board import Board
 from .failure import leave, read_error_file, say
 from .job import Ended, Order, Task
 from .ranks import Place, recognise, tie_to_parent
+from .signals import signals_forwarded
 from .work import run_on_rank
 
 _POLL_S = 0.1
 _PEER_FAILED_GRACE_S = 3.0  # what waits for a rank that is gone has nothing to save
-_SIGNAL_GRACE_S = 20.0  # less than the 30 s after which torchrun kills
 
 
 def run_in_child(order: Order, place: Place, board: Board, task: Task) -> Ended:
     """Run the task on this rank in a new process; every rank calls this. How the job ended, the same on every rank.
 
     Returns when all ranks are done with the job. When the process of one rank fails, those of the others are ended.
-    A signal that raises here ends the process on the way out. PeerFailedError when another rank leaves the sweep.
+    PeerFailedError when another rank leaves the sweep.
+
+    Signals to this process go to the job's, which may save and end; then they are SystemExit with 128 + signal, on
+    which the sweep ends. torchrun kills its ranks, and with them their jobs, 30 s after it got SIGTERM or SIGINT: what
+    may need longer to reach the end of its window should get the signal itself (srun, launch.nproc_per_node).
     """
     job = board.job_name()
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
@@ -32,19 +36,21 @@ def run_in_child(order: Order, place: Place, board: Board, task: Task) -> Ended:
         child = multiprocessing.get_context("spawn").Process(
             target=_child, args=(order, job, os.getpid(), task, str(error_file))
         )
-        grace_s = _SIGNAL_GRACE_S
-        with _sigint_held_back():
-            child.start()
-        try:
-            while child.exitcode is None and board.failed_job(job) is None:
-                child.join(_POLL_S)
-            if child.exitcode is None:
-                grace_s = _PEER_FAILED_GRACE_S
-            elif child.exitcode != 0:
-                board.fail_job(job, _how_it_ended(child.exitcode, place.rank, error_file))
-        finally:
-            _end(child, grace_s)
+        with signals_forwarded() as came:
+            with _sigint_held_back():
+                child.start()
+            try:
+                while child.exitcode is None and board.failed_job(job) is None:
+                    child.join(_POLL_S)
+                if child.exitcode and -child.exitcode in came:
+                    raise SystemExit(128 - child.exitcode)
+                if child.exitcode:
+                    board.fail_job(job, _how_it_ended(child.exitcode, place.rank, error_file))
+            finally:
+                _end(child)
     board.meet()
+    if came:
+        raise SystemExit(128 + came[0])
     return board.failed_job(job) or Ended(0, None)
 
 
@@ -67,9 +73,9 @@ def _how_it_ended(code: int, rank: int, error_file: Path) -> Ended:
     return Ended(code, read_error_file(error_file) or f"exit code {code}")
 
 
-def _end(child: BaseProcess, grace_s: float) -> None:
+def _end(child: BaseProcess) -> None:
     child.terminate()
-    child.join(grace_s)
+    child.join(_PEER_FAILED_GRACE_S)
     if child.exitcode is None:
         child.kill()
         child.join()

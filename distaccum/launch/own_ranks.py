@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,17 +19,36 @@ from .board import Board
 from .failure import error_message, leave, say
 from .job import Ended, Order, Task
 from .ranks import recognise, tie_to_parent
+from .signals import signals_forwarded
+from .watch import clear_stacks
 from .work import run_on_rank
 
 
 def start(order: Order, num_ranks: int, task: Task) -> Ended:
     """Start `num_ranks` processes, run `task` on each, wait for all; how it ended. `task` must be picklable.
 
-    A rank that fails has shown its error itself. A signal to this process ends the ranks, and then is SystemExit with
-    128 + signal, which also ends a sweep.
+    A rank that fails has shown its error itself. After a failure that is not the user's mistake, all are started again
+    in the same run folder, `launch.max_restarts` times.
+
+    A signal to this process goes to the ranks, which may take the time they need. Ranks that end by it make it
+    SystemExit with 128 + signal; ranks that save and end with 0 have done their job. A sweep ends either way.
     """
+    restarts = (order.config.get("launch") or {}).get("max_restarts") or 0
+    with signals_forwarded() as came, _surroundings(num_ranks):
+        for restart in range(1, restarts + 2):
+            clear_stacks(Path(order.run_dir))
+            ended = _start_once(order, num_ranks, task, came)
+            if came and order.sweep is not None:
+                raise SystemExit(128 + came[0])
+            if ended.code in (0, 2) or came or restart > restarts:
+                break
+            say(f"restart {restart}: continues in {order.run_dir}")
+    return ended
+
+
+def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> Ended:
     word = uuid.uuid4().hex
-    with tempfile.TemporaryDirectory(prefix="distaccum-") as folder, _surroundings(num_ranks):
+    with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
         launch = elastic_launch(
             ElasticConfig(
                 min_nodes=1,
@@ -38,9 +58,10 @@ def start(order: Order, num_ranks: int, task: Task) -> Ended:
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
-                max_restarts=0,
+                max_restarts=0,  # torch's would also repeat what the user must put right
                 monitor_interval=0.1,
                 start_method="spawn",
+                signals_to_handle="SIGHUP,SIGQUIT",  # it kills the ranks 30 s after a signal
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             ),
             _rank,
@@ -49,8 +70,14 @@ def start(order: Order, num_ranks: int, task: Task) -> Ended:
             launch(order, word, os.getpid(), task)
         except SignalException as error:
             raise SystemExit(128 + int(error.sigval)) from None
+        except BrokenPipeError:  # a rank was ended while it was being started
+            if came:
+                raise SystemExit(128 + came[0]) from None
+            raise
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if -failure.exitcode in came:
+                raise SystemExit(128 - failure.exitcode) from None
             if failure.exitcode < 0:
                 text = f"was ended by {failure.signal_name()} (by hand, or for lack of memory)"
                 say(f"[rank {rank}] {text}")
@@ -65,15 +92,14 @@ def _rank(order: Order, word: str, parent: int, task: Task) -> None:
     tie_to_parent(parent)
     place = recognise(os.environ)
     board = Board(place, word)
-    run_on_rank(place.job(order, board.job_store() if place.world_size > 1 else None), board, task)
+    run_on_rank(place.job(order, board.job_store()), board, task)
     atexit.register(leave, 0)  # after torch has told the parent that this rank is done
 
 
 @contextmanager
 def _surroundings(num_ranks: int) -> Iterator[None]:
     """What torch's launcher needs or changes in this process, put back afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    handlers[signal.SIGQUIT] = signal.getsignal(signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
     threads_given = "OMP_NUM_THREADS" in os.environ
     if not threads_given:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))

@@ -13,19 +13,22 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from ..errors import ConfigError
-from .failure import leave
+from .failure import leave, say
 from .job import Job, Order
+from .slurm_names import hosts, port, tasks_per_node
 
 
 @dataclass(frozen=True)
 class Place:
     """Where this process stands among the processes of its start."""
 
-    started_by: str  # "alone" | "torchrun" | "environment"
+    started_by: str  # "alone" | "torchrun" | "srun" | "environment"
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    store_at: tuple[str, int] | None = None  # host and port of rank 0, where the environment does not tell torch
+    gpus_are_bound: bool = False  # each rank may see its own GPU only
 
     def job(self, order: Order, store: Store | None) -> Job:
         """The job of `order` as this rank sees it. `order.run_dir` must be absolute."""
@@ -39,16 +42,32 @@ class Place:
             world_size=self.world_size,
             local_rank=self.local_rank,
             local_world_size=self.local_world_size,
+            gpu_index=0 if self.sees_one_gpu() else self.local_rank,
             store=store,
         )
+
+    def sees_one_gpu(self) -> bool:
+        """Whether the GPU of this rank is the only one that it sees, whatever its neighbours have."""
+        return self.gpus_are_bound and torch.cuda.device_count() == 1
+
+    def rendezvous(self) -> dict[str, str]:
+        """The variables from which torch learns where the ranks meet, where nobody else has set them."""
+        if self.store_at is None:
+            return {}
+        host, port = self.store_at
+        numbers = {"MASTER_PORT": port, "RANK": self.rank, "WORLD_SIZE": self.world_size}
+        return {"MASTER_ADDR": host, **{name: str(number) for name, number in numbers.items()}}
 
 
 def recognise(environment: Mapping[str, str]) -> Place:
     """Who started this process, from the environment alone. The only place that knows the kinds of launchers.
 
-    torchrun (and torch's elastic launch in general) names itself; RANK and WORLD_SIZE without that name were set by
-    hand or by a scheduler, with MASTER_ADDR and MASTER_PORT beside them, and rank 0 hosts the store.
+    torchrun (and torch's elastic launch in general) names itself, also inside a task of srun. A task of srun, one of
+    several, is a rank; the first host of the step hosts the store. RANK and WORLD_SIZE without such names were set by
+    hand, with MASTER_ADDR and MASTER_PORT beside them, and rank 0 hosts the store.
     """
+    if "TORCHELASTIC_RUN_ID" not in environment and _is_one_of_several_tasks(environment):
+        return _task(environment)
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return Place("alone", rank=0, world_size=1, local_rank=0, local_world_size=1)
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -59,6 +78,39 @@ def recognise(environment: Mapping[str, str]) -> Place:
         int(environment.get("LOCAL_RANK", rank)),
         int(environment.get("LOCAL_WORLD_SIZE", world_size)),
     )
+
+
+def _is_one_of_several_tasks(environment: Mapping[str, str]) -> bool:
+    # The shell of a batch job has a SLURM_PROCID as well, but is in no step.
+    has_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
+    return has_step and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def _task(environment: Mapping[str, str]) -> Place:
+    tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+    # SLURM_LAUNCH_NODE_IPADDR would be the host on which srun was written.
+    host = hosts(environment["SLURM_STEP_NODELIST"])[0]
+    bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+    return Place(
+        "srun",
+        int(environment["SLURM_PROCID"]),
+        int(environment["SLURM_STEP_NUM_TASKS"]),
+        int(environment["SLURM_LOCALID"]),
+        tasks[int(environment["SLURM_NODEID"])],
+        store_at=(host, port(int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))),
+        gpus_are_bound=bound or "SLURM_GPU_BIND" in environment,
+    )
+
+
+def warn_without_srun(environment: Mapping[str, str], count: int) -> None:
+    """Say so where SLURM has given room for more ranks than the `count` that this start makes of it."""
+    place = recognise(environment)
+    tasks = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_JOB_ID" in environment else 1
+    if place.started_by == "alone" and tasks > count:
+        say(
+            f"warning: the allocation has {tasks} tasks, started without srun: this is {count} rank"
+            f"{'s' if count > 1 else ''} on one machine. Write srun python -m distaccum ..."
+        )
 
 
 def ranks_here(config: dict[str, Any], place: Place) -> int:
@@ -79,7 +131,7 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
     count = given or 1
     if config.get("device", "auto") != "cpu" and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if count > gpus:
+        if count > gpus and not place.sees_one_gpu():
             raise ConfigError(
                 f"{count} ranks on this machine, but it has {gpus} GPU{'s' if gpus != 1 else ''}: each rank needs "
                 f"its own. Start {gpus} or fewer per machine, or write device=cpu."

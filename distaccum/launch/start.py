@@ -1,6 +1,6 @@
 """`launch`: one entry for the three ways of starting (one process, our own ranks, ranks that others started).
 
-Whatever the way, Hydra runs once, and every rank gets what it composed.
+Whatever the way, Hydra runs once, and every rank gets what it composed. With launch=slurm nothing is started here.
 """
 
 import os
@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import hydra_once, own_ranks
-from .board import Board, PeerFailedError
+from .board import Board, PeerFailedError, agent_holds_store
 from .failure import exit_code, is_lost_peer, leave, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
-from .ranks import Place, ranks_here, recognise, tie_to_parent
-from .sweep import Summarise, signals_raise
+from .ranks import Place, ranks_here, recognise, tie_to_parent, warn_without_srun
+from .restarts import Restarts
+from .slurm_submit import Program, Submission
+from .sweep import Summarise, Sweep, signals_raise
+from .watch import clear_stacks
 from .work import run_on_rank
 
 
@@ -26,6 +29,7 @@ def launch(
     task: Task,
     objective: str = "heldout_loss",
     summarise: Summarise | None = None,
+    program: Program | None = None,
 ) -> int:
     """Run what the command line asks for; the exit code with which the process must end.
 
@@ -40,6 +44,7 @@ def launch(
         objective: the name of the number in a job's result (see `write_result`) that the sweeper gets. A job that
             failed, or whose number is not finite, gives it nothing: Optuna marks that trial as failed.
         summarise: called once, on rank 0, at the end of a sweep of which a job was started, also after a signal.
+        program: what a batch job starts for a configuration with launch=slurm; None to run it here all the same.
 
     Returns:
         0; for one job 2 when the configuration was refused (a letter on rank 0) and 1 for other errors; for a sweep 1
@@ -50,15 +55,34 @@ def launch(
     place = recognise(os.environ)
     if place.started_by == "torchrun":
         tie_to_parent()
-    board = Board(place) if place.world_size > 1 else None
+    os.environ.update(place.rendezvous())
+    # One rank under torchrun has a board as well: at a restart there may be more or fewer.
+    board = Board(place) if place.world_size > 1 or agent_holds_store() else None
     if board is not None and place.rank != 0:
         _follow(place, board, task)
 
+    restarts = Restarts(board) if board is not None and agent_holds_store() else None
+    if restarts is not None:
+        argv = restarts.begin(argv)
+    submission = None if program is None else Submission(program, check, place, os.environ)
+
     def on_job(order: Order) -> Ended:
         check(order.config)
+        if submission is not None and submission.wants(order):
+            return submission.add(order)
+        if program is not None:
+            warn_without_srun(os.environ, ranks_here(order.config, place))
+        if restarts is not None:
+            restarts.remember(order)
         return _run(order, task, place, board)
 
-    code = hydra_once.run(argv, config_dir, on_job, objective, summarise)
+    def at_end(sweep: Sweep) -> None:
+        if submission is not None and submission.has_sweep:
+            submission.submit_sweep(sweep)
+        elif summarise is not None:
+            summarise(sweep)
+
+    code = hydra_once.run(argv, config_dir, on_job, objective, at_end)
     if board is None:
         return code
     if code:
@@ -73,6 +97,7 @@ def _run(order: Order, task: Task, place: Place, board: Board | None) -> Ended:
     """Rank 0: one job on all its ranks."""
     count = ranks_here(order.config, place)
     if board is not None:
+        clear_stacks(Path(order.run_dir))
         store = board.publish(order)
         if order.sweep is None:
             run_on_rank(place.job(order, store), board, task)

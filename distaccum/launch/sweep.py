@@ -12,6 +12,7 @@ from typing import Literal, NoReturn
 from .failure import exit_code, first_line, one_line, report
 from .job import Ended
 from .result import read_result, remove_result
+from .signals import FORWARDED
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,18 @@ class Outcomes:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Meanwhile the first SIGINT or SIGTERM raises SystemExit(128 + signal) in the main thread; more are ignored.
+    """Meanwhile the first signal raises SystemExit(128 + signal) in the main thread; more are ignored.
 
-    More do come: a terminal signals all processes, and then torchrun its ranks once more.
+    More do come: a terminal signals all processes, and then torchrun its ranks once more. While a job runs, signals
+    are the job's (see `signals_forwarded`).
     """
-    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def leave_sweep(number: int, _: FrameType | None) -> NoReturn:
-        for each in numbers:
+        for each in FORWARDED:
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave_sweep) for number in numbers}
+    before = {number: signal.signal(number, leave_sweep) for number in FORWARDED}
     try:
         yield
     finally:

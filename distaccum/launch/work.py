@@ -1,10 +1,19 @@
 """One rank of several, at work: the task, then the meeting of all ranks, or the way out."""
 
+import re
 import signal
+import threading
+from typing import NoReturn
 
 from .board import Board, PeerFailedError
-from .failure import exit_code, fail, is_lost_peer, leave
+from .failure import exit_code, fail, is_lost_peer, is_timeout, is_users, leave, report, say, shorten
 from .job import Job, Task
+from .watch import Watch, stack_file
+
+_TIMEOUT_PATIENCE_S = 1.5  # how long a rank that timed out waits for the others to time out
+_LOST_PEER_PATIENCE_S = 3.0  # longer, as a rank that times out breaks the connections of the others
+_STACKS_PATIENCE_S = 1.0
+_STORE_PATIENCE_S = 9.0  # more than all of these together
 
 
 def run_on_rank(job: Job, board: Board, task: Task) -> None:
@@ -13,6 +22,7 @@ def run_on_rank(job: Job, board: Board, task: Task) -> None:
     Meanwhile SIGINT ends the process at once (unless the task handles it): Python's own handling would wait for the
     collective that just runs, and then print a traceback on every rank.
     """
+    watch = Watch(board, job.run_dir, job.rank)
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         try:
@@ -22,9 +32,56 @@ def run_on_rank(job: Job, board: Board, task: Task) -> None:
                 raise
         board.meet()
     except PeerFailedError as error:
+        watch.write_own(error)
         leave(error.code)
     except BaseException as error:
-        # Who lost a connection waits for the word of the rank whose failure broke it.
-        first = board.claim(exit_code(error), patience_s=2.0 if is_lost_peer(error) else 0.0)
-        fail(error, job.rank, first)
+        _fail(error, job, board, watch)
+    watch.end()
     signal.signal(signal.SIGINT, before)
+
+
+def _fail(error: BaseException, job: Job, board: Board, watch: Watch) -> NoReturn:
+    """The way out of a rank whose task failed. Call it where the error is being handled."""
+    if not is_users(error):  # what the user wrote is the same on all ranks
+        watch.write_own(error)
+    no_answer = threading.Timer(_STORE_PATIENCE_S, _leave_without_store, (error, job.rank))
+    no_answer.start()
+    text = None
+    patience_s = 0.0
+    if is_timeout(error):
+        board.note_in_collective()
+        text = _who_is_missing(error, job, board)
+    elif is_lost_peer(error):  # waits for the word of the rank whose failure broke the connection
+        board.note_in_collective()
+        text = f"another rank has gone away (killed, or its machine is lost): {shorten(error)}"
+        patience_s = _LOST_PEER_PATIENCE_S
+    first = board.claim(exit_code(error), patience_s)
+    if first[0] == job.rank and not is_users(error):
+        board.wait_for_stacks(_STACKS_PATIENCE_S)
+    no_answer.cancel()
+    fail(error, job.rank, first, text)
+
+
+def _leave_without_store(error: BaseException, rank: int) -> NoReturn:
+    """With the network cut the store's host neither answers nor is gone, and no other rank can be asked."""
+    report(error, f"[rank {rank}] ")
+    say(f"[rank {rank}] leaves without a word of the others: the host of the job's store does not answer")
+    leave(exit_code(error))
+
+
+def _who_is_missing(error: BaseException, job: Job, board: Board) -> str:
+    """What to say after a collective that took too long."""
+    found = re.search(r"(\d+) ?ms|\(ms\)=(\d+)", str(error))
+    limit = f"={int(found[1] or found[2]) / 1000:g}" if found else ""
+    text = f"a collective took longer than train.timeout_s{limit}"
+    try:
+        missing = board.missing_in_collective(_TIMEOUT_PATIENCE_S)
+    except RuntimeError as lost:
+        return f"{text}, and the store of the job is gone ({shorten(lost)})"
+    if not missing:
+        return f"{text}: all ranks are in one, but not in the same; their stacks are in {job.run_dir / 'stacks'}"
+    ranks = ", ".join(map(str, missing))
+    files = ", ".join(str(stack_file(job.run_dir, rank)) for rank in missing)
+    if len(missing) == 1:
+        return f"{text}: rank {ranks} has not come; its stack is in {files}"
+    return f"{text}: ranks {ranks} have not come; their stacks are in {files}"

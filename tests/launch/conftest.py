@@ -6,6 +6,13 @@ import signal
 import pytest
 
 from .programs import Program, alive, seen
+from .warm import Warm
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _warm_server():
+    yield
+    Warm.end()
 
 
 @pytest.fixture
@@ -19,8 +26,7 @@ def start(tmp_path):
     yield begin
     for program in programs:
         if program.process.poll() is None:
-            program.process.kill()
-            program.process.wait()
+            program.kill()
     for rank in [rank for program in programs for rank in seen(program.folder)]:
         if alive(rank["pid"]) and rank["pid"] != os.getpid():
             os.kill(rank["pid"], signal.SIGKILL)

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-PROGRAM = str(HERE / "program.py")
+from .warm import HERE, PROGRAM, Warm
+
+__all__ = ["HERE", "PROGRAM"]
+
 OF_A_LAUNCHER = (
     "RANK",
     "WORLD_SIZE",
@@ -21,28 +25,60 @@ OF_A_LAUNCHER = (
 
 
 class Program:
-    """One start of program.py; its output goes to a file."""
+    """One start of program.py; its output goes to a file.
 
-    def __init__(self, folder, *args, torchrun=0, environment=None):
-        starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    Args:
+        folder: where it runs.
+        args: Hydra's.
+        torchrun: ranks of torchrun, or torchrun's arguments; 0: no torchrun.
+        environment: added to the environment.
+        cold: with a new interpreter, as a user does; otherwise see warm.py.
+        host: where it runs, as `warm._enter` takes it; None: on this host. Not for a cold one.
+    """
+
+    def __init__(self, folder, *args, torchrun=0, environment=None, cold=False, host=None):
+        starter = ["--standalone", f"--nproc-per-node={torchrun}"] if isinstance(torchrun, int) else list(torchrun)
+        starter = starter if torchrun else []
         clean = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         if torchrun:
             clean["OMP_NUM_THREADS"] = "1"  # or torchrun prints its advice
+        clean |= environment or {}
         self.folder = folder
         self.output_file = folder / f"output{time.monotonic_ns()}"
-        with self.output_file.open("w") as output:
+        self.output_file.touch()
+        if not cold:
+            request = {"starter": starter, "args": args, "folder": str(folder), "environment": clean}
+            self.process = Warm(request | {"output": str(self.output_file), "host": host})
+            return
+        if torchrun:
+            starter = ["-m", "torch.distributed.run", *starter]
+        with self.output_file.open("a") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *starter, PROGRAM, *args],
                 cwd=folder,
-                env=clean | (environment or {}),
+                env=clean,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # a signal to pytest's group does not reach it
             )
 
     def wait(self, timeout_s=90):
-        self.process.wait(timeout_s)
+        end = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"still at work after {timeout_s} s:\n{self.output}"
+            time.sleep(0.02)
         return self
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        return self.wait(10)
+
+    @property
+    def pid(self):
+        return self.process.pid
 
     @property
     def code(self):
@@ -58,17 +94,38 @@ class Program:
         return [line for line in own.splitlines() if line and line[0] not in "WE"]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def by_hand(start, num_ranks, *args, **kwargs):
+    """Ranks without an agent: RANK and so on in the environment; rank 0 hosts the store."""
+    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [start(*args, environment=place | {"RANK": str(rank)}, **kwargs) for rank in range(num_ranks)]
+
+
 def seen(folder):
     """What the ranks of all jobs wrote."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*/*/*/**/rank*.json"))]
+    return [json.loads(file.read_text()) for file in sorted(folder.rglob("rank*.json"))]
+
+
+def starts(folder):
+    """What the ranks of all starts wrote, first to last."""
+    return [json.loads(line) for file in sorted(folder.rglob("starts.jsonl")) for line in file.read_text().splitlines()]
+
+
+def wait_until(done, timeout_s=30, what=""):
+    end = time.monotonic() + timeout_s
+    while not (found := done()):
+        assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
+        time.sleep(0.02)
+    return found
 
 
 def wait_for_ranks(folder, count, timeout_s=30):
-    end = time.monotonic() + timeout_s
-    while len(ranks := seen(folder)) < count:
-        assert time.monotonic() < end, f"{len(ranks)} of {count} ranks wrote something"
-        time.sleep(0.05)
-    return ranks
+    return wait_until(lambda: len(found := seen(folder)) >= count and found, timeout_s, f"{count} ranks at work")
 
 
 def alive(pid):
@@ -79,10 +136,13 @@ def alive(pid):
 
 
 def wait_until_gone(pids, timeout_s=10):
-    end = time.monotonic() + timeout_s
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < end, f"orphans: {left}"
-        time.sleep(0.05)
+    wait_until(lambda: not any(alive(pid) for pid in pids), timeout_s, "all processes gone")
+
+
+def stacks(folder):
+    """The stack files of one job, by rank."""
+    (found,) = folder.rglob("stacks")
+    return {int(file.stem.removeprefix("rank-")): file.read_text() for file in found.iterdir()}
 
 
 def assert_one_job(ranks, world_size):

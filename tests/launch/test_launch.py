@@ -1,9 +1,8 @@
 """How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
 
 import os
-import signal
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from distaccum.errors import ConfigError
 from distaccum.launch import launch
 from distaccum.launch.ranks import Place, ranks_here, recognise
 
-from .programs import HERE, OF_A_LAUNCHER, alive, assert_one_job, seen, wait_for_ranks, wait_until_gone
+from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen
 
 # Ways of starting
 
@@ -23,19 +22,26 @@ def test_one_process(start, tmp_path):
     ranks = seen(tmp_path)
     assert_one_job(ranks, 1)
     assert ranks[0]["config"] == {
-        "launch": {"nproc_per_node": None},
+        "launch": {"nproc_per_node": None, "max_restarts": 0},
         "model": {"width": 8},
+        "run_dir": str(Path(ranks[0]["run_dir"]).relative_to(tmp_path)),
         "device": "cpu",
         "value": 3,
-        "fault": {"kind": "none", "rank": 7},
+        "fault": {"kind": "none", "rank": 7, "times": 1000},
+        "timeout_s": 600,
     }
     assert ranks[0]["overrides"] == ["value=3", "fault.rank=7"]
     assert ranks[0]["number"] == 0
 
 
-def test_torchrun_makes_one_folder_for_each_job(start, tmp_path):
-    """Two launches, in the same folder at the same time (harder than one after the other)."""
-    for program in [start("value=1", torchrun=count) for count in (2, 3)]:
+def test_one_folder_for_each_job(start, tmp_path):
+    """Three launches, in the same folder at the same time (harder than one after the other), by new interpreters."""
+    programs = [
+        start("value=1", torchrun=2, cold=True),
+        start("value=1", torchrun=3),
+        start("value=1", "launch.nproc_per_node=2", cold=True),
+    ]
+    for program in programs:
         assert program.wait().code == 0, program.output
         assert program.own_output() == []
     jobs = {}
@@ -44,15 +50,14 @@ def test_torchrun_makes_one_folder_for_each_job(start, tmp_path):
     for ranks in jobs.values():
         assert_one_job(ranks, len(ranks))
         assert {(rank["number"], rank["sweep"]) for rank in ranks} == {(0, None)}
-    assert len(list(tmp_path.glob("runs/*/*"))) == 2
-    assert sorted(len(ranks) for ranks in jobs.values()) == [2, 3]
+    assert len(list(tmp_path.glob("runs/*/*"))) == 3
+    assert sorted(len(ranks) for ranks in jobs.values()) == [2, 2, 3]
+    assert list(tmp_path.rglob("stacks")) == []
 
 
 def test_ranks_started_by_hand(start, tmp_path):
     """RANK and WORLD_SIZE without torchrun: rank 0 hosts the store and leaves last."""
-    port = str(20000 + os.getpid() % 10000)
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    programs = [start("value=2", environment=place | {"RANK": str(rank)}) for rank in range(2)]
+    programs = by_hand(start, 2, "value=2")
     assert [program.wait().code for program in programs] == [0, 0]
     assert [program.output for program in programs] == ["", ""]
     assert_one_job(seen(tmp_path), 2)
@@ -111,7 +116,10 @@ def test_refusal_ends_every_way_of_starting(start, tmp_path):
     own = start("+nope=1", "launch.nproc_per_node=2")
     torchrun = start("launch.nproc_per_node=3", torchrun=2)
     assert [program.wait().code for program in (own, torchrun)] == [2, 1]
-    assert own.output == "error: unknown key: ['nope']. The keys are launch, model, device, value, fault.\n"
+    assert (
+        own.output
+        == "error: unknown key: ['nope']. The keys are launch, model, run_dir, device, value, fault, timeout_s.\n"
+    )
     assert len(torchrun.own_output()) == 1
     assert torchrun.own_output()[0].startswith("error: launch.nproc_per_node (3) differs from the 2 ranks")
     assert seen(tmp_path) == []
@@ -136,55 +144,3 @@ def test_more_ranks_than_gpus(monkeypatch):
             ranks_here(config, alone)
     with pytest.raises(ConfigError, match="2 ranks on this machine"):
         ranks_here({"device": "cuda"}, Place("torchrun", rank=5, world_size=8, local_rank=1, local_world_size=2))
-
-
-# A rank fails or is killed (trap 22)
-
-
-def test_failing_rank_takes_the_others_down(start, tmp_path):
-    programs = {
-        "raise": start("fault.kind=raise", "fault.rank=1", torchrun=3),
-        "kill": start("fault.kind=kill", "fault.rank=1", torchrun=2),
-        "own": start("fault.kind=kill", "fault.rank=1", "launch.nproc_per_node=2"),
-    }
-    ranks = wait_for_ranks(tmp_path, 7)
-    began = time.monotonic()
-    assert [program.wait(10).code for program in programs.values()] == [1, 1, 1]
-    assert time.monotonic() - began < 10
-    wait_until_gone([rank["pid"] for rank in ranks])
-    lines = programs["raise"].own_output()
-    assert lines[0] == "[rank 1] Traceback (most recent call last):"
-    assert "[rank 1] ArithmeticError: the culprit's own error" in lines
-    assert len([line for line in lines if not line.startswith("[rank 1]")]) <= 2, lines
-    assert len(programs["kill"].own_output()) <= 1, programs["kill"].output
-    assert "[rank 1] was ended by SIGKILL" in programs["own"].output
-    assert "Traceback" not in programs["own"].output
-
-
-def test_failures_are_told_over_the_store_where_nobody_watches(start, tmp_path):
-    """Ranks without an agent: a raised error is shown by its rank only, a killed rank is noticed by the others."""
-    port = 30000 + os.getpid() % 10000
-    jobs = {}
-    for offset, kind in enumerate(("raise", "kill")):
-        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port + offset)}
-        arguments = (f"fault.kind={kind}", "fault.rank=1")
-        jobs[kind] = [start(*arguments, environment=place | {"RANK": str(rank)}) for rank in range(2)]
-    assert [program.wait().code for program in jobs["raise"]] == [1, 1]
-    assert [program.wait().code for program in jobs["kill"]] == [1, -signal.SIGKILL]
-    lines = jobs["raise"][0].output.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("[rank 0] leaves, because rank 1 failed first (")
-    assert "[rank 1] ArithmeticError: the culprit's own error" in jobs["raise"][1].output
-    lines = jobs["kill"][0].output.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("[rank 0] another rank has gone away")
-
-
-def test_killed_launcher_leaves_no_orphan(start, tmp_path):
-    programs = [start("fault.kind=sleep", torchrun=2), start("fault.kind=sleep", "launch.nproc_per_node=2")]
-    ranks = wait_for_ranks(tmp_path, 4)
-    assert {rank["parent"] for rank in ranks} == {program.process.pid for program in programs}
-    assert all(alive(rank["pid"]) for rank in ranks)
-    for program in programs:
-        program.process.kill()
-    wait_until_gone([rank["pid"] for rank in ranks], timeout_s=5)

@@ -1,0 +1,38 @@
+"""Restarts by torchrun (`--max-restarts`, or nodes that come and go): a later start continues in the same folder."""
+
+from pathlib import Path
+
+from .board import Board
+from .failure import say
+from .job import Order
+
+_FOLDER = "folder"
+
+
+class Restarts:
+    """What rank 0 keeps in the store of torchelastic's agent, which outlives a start."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._number = board.count_start()
+
+    def begin(self, argv: list[str]) -> list[str]:
+        """Hydra's arguments for this start: with the folder of the earlier one, unless the user has given one."""
+        remembered = self._board.recall(_FOLDER)
+        if remembered is None:
+            return argv
+        key, folder = remembered.split("=", 1)
+        if any(word.startswith(("run_dir=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in argv):
+            return argv
+        say(f"restart {self._number}: continues in {folder}")
+        quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+        return [*argv, f"{key}='{quoted}'"]
+
+    def remember(self, order: Order) -> None:
+        """Keep the folder of this job, or of its sweep."""
+        if order.sweep is None:
+            key, folder = "run_dir", order.run_dir
+        else:
+            key = "hydra.sweep.dir"
+            folder = str(next(parent for parent in Path(order.run_dir).parents if parent.name == order.sweep))
+        self._board.remember(_FOLDER, f"{key}={folder}")

@@ -1,0 +1,46 @@
+"""What SLURM writes into the environment of a task: lists of hosts, tasks per node. And a port from a job's id."""
+
+import itertools
+import re
+
+_LOWEST_PORT, _NUM_PORTS = 10000, 20000  # below 32768, where the kernel's own choices begin
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The hosts of a list such as "n[01-03,7],gpu-[a,b][1-2]-ib,login", in its order."""
+    found = []
+    for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        parts = re.split(r"\[([^\]]*)\]", group)  # text and the insides of brackets in turn
+        choices = [_members(part) if index % 2 else [part] for index, part in enumerate(parts)]
+        found += ["".join(chosen) for chosen in itertools.product(*choices)]
+    return found
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """The number of tasks on each node of a list such as "2(x2),1"."""
+    found = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        found += [int(count)] * int(times.rstrip(")") or 1)
+    return found
+
+
+def port(job_id: int, step_id: int) -> int:
+    """Where rank 0 listens.
+
+    Jobs that run at the same time on a host have ids close to each other, and so different ports; the elements of an
+    array have ids of their own. Steps of one job are far apart from each other.
+    """
+    return _LOWEST_PORT + (job_id + 1009 * step_id) % _NUM_PORTS
+
+
+def _members(inside: str) -> list[str]:
+    """What stands for one bracket: "01-03,7" is 01, 02, 03, 7."""
+    found = []
+    for part in inside.split(","):
+        first, dash, last = part.partition("-")
+        if dash:
+            found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        else:
+            found.append(part)
+    return found
