@@ -51,7 +51,7 @@ def plan(job: Job) -> None:
     if job.rank != 0:
         return
     config = typed(job.config)
-    world_size = config.world_size or config.launch.nproc_per_node or job.world_size
+    world_size = config.world_size or config.launch.world_size or job.world_size
     problem = make_problem(config)
     arithmetic = batch_arithmetic(config, problem, world_size)
     windows = make_plan(config, problem, arithmetic)
