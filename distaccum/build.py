@@ -13,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from distaccum import summary
+from distaccum import resume, summary
 from distaccum.batch_schedule import BatchSchedule, entries_of
+from distaccum.checkpoint.export import load_weights
+from distaccum.checkpoint.saver import Saver
+from distaccum.checkpoint.store import Checkpoints
 from distaccum.config import Config, Device
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
@@ -28,6 +31,7 @@ from distaccum.objectives import autocast, cast_inputs
 from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
 from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
+from distaccum.preempt import Preemption
 from distaccum.problem import Problem, make_model, make_problem
 from distaccum.report import Report, make_report
 from distaccum.step import Accumulator
@@ -46,17 +50,29 @@ class Training:
     baseline: float  # held-out loss by frequency alone
 
 
-def build(config: Config, world: World, run_dir: Path) -> Training:
-    """Make model, data, plan and all collaborators, and draw the start block on rank 0."""
+def build(config: Config, job: Job, world: World, preemption: Preemption) -> Training:
+    """Make model, data, plan and all collaborators, go on from a checkpoint, and draw the start block on rank 0."""
     torch.use_deterministic_algorithms(config.train.deterministic)
     problem = make_problem(config)
+    checkpoints = found = None
+    texts: list[str] = []  # of what was found in the run folder
+    if config.checkpoint.keep:
+        saving = config.checkpoint
+        folder = job.run_dir / "checkpoints"
+        checkpoints = Checkpoints(folder, world, keep=saving.keep, asynchronous=saving.asynchronous)
+        texts = checkpoints.clean()
+        found = resume.find(config, job.run_dir, checkpoints, world)
+        texts += checkpoints.passed_over
+        config = replace(config, accum=resume.keep_effective_batch(config.accum, found, world.size))
     arithmetic = batch_arithmetic(config, problem, world.size)
     plan = make_plan(config, problem, arithmetic)
     steps = num_steps(config, plan)
-    accumulator = make_accumulator(config, problem, world)
+    accumulator = make_accumulator(config, problem, world, config.init_weights if found is None else None)
     schedule = schedule_of(config, problem, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
+    facts = resume.facts_of(config, job.config, problem, plan, world)
+    progress = None if found is None else resume.load(found, accumulator, facts, steps)
     heldout_plan = Plan(
         num_samples=len(problem.heldout),
         effective_batch=min(len(problem.heldout), config.train.heldout_samples),
@@ -65,9 +81,16 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
     evaluated = [n for micro in heldout_plan.window().micros for n in heldout_plan.samples(micro)]
     report, baseline = None, problem.baseline(evaluated)
     if world.rank == 0:
-        sections, facts = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
-        report = make_report(run_dir, config.logger, {**asdict(config), **facts})
-        report.start(sections, facts)
+        begun = (job.run_dir / "metrics.jsonl").exists()
+        sections, told = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
+        report = make_report(job.run_dir, config.logger, {**asdict(config), **told})
+        report.start(sections, told)
+        for text in texts:
+            report.note(text)
+        if found is not None and progress is not None:
+            report.resume(progress.step, list(resume.told(found, facts, progress)))
+        elif begun:
+            report.resume(0, ["begins anew: an earlier start has left no checkpoint"])
     trainer = Trainer(
         plan,
         loader,
@@ -76,16 +99,22 @@ def build(config: Config, world: World, run_dir: Path) -> Training:
         config.optim.schedule.unit,
         Heldout(problem.heldout, heldout_plan, in_precision(config, problem.evaluated)),
         Rhythm(steps, config.train.log_every_steps, config.train.evaluate_every_steps),
+        preemption,
+        None if checkpoints is None else Saver(checkpoints, config.checkpoint, facts),
         report,
         counts_tokens=problem.unit == "token",
     )
+    if progress is not None:
+        trainer.resume(progress)
     return Training(problem, trainer, report, evaluated, baseline)
 
 
-def make_accumulator(config: Config, problem: Problem, world: World) -> Accumulator:
-    """The model, wrapped, with its optimizer and all that one step needs."""
+def make_accumulator(config: Config, problem: Problem, world: World, weights: str | None = None) -> Accumulator:
+    """The model, wrapped, with its optimizer and all that one step needs; its weights drawn, or from a file."""
     precision, accum = config.precision, config.accum
     model = make_model(config, problem, world.device)
+    if weights is not None:
+        load_weights(model, Path(weights))
     blocks = problem.blocks_of(model)
     if config.nn.checkpoint:
         checkpoint_blocks(blocks)
@@ -183,7 +212,7 @@ def _torch(dtype: SumDtype | None) -> torch.dtype | None:
 @contextmanager
 def ranks(config: Config, job: Job) -> Iterator[World]:
     """The ranks of a job, able to talk to each other."""
-    device = _device(config.device, job.local_rank)
+    device = _device(config.device, job.gpu_index)
     with _process_group(config, job, device):
         yield World.of(device)
 

@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distaccum.batch_schedule import Ramp, ScheduleUnit
+from distaccum.checkpoint.saver import CheckpointConfig
 from distaccum.data.images import ImagesConfig
 from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import SumDtype
-from distaccum.launch import LaunchSettings
+from distaccum.launch import LocalLaunch, SlurmLaunch
 from distaccum.models.gpt import GPTConfig
 from distaccum.models.hf import HFConfig
 from distaccum.models.resnet import ResNetConfig
@@ -95,31 +96,37 @@ class TrainConfig:
     evaluate_every_steps: int
     heldout_samples: int
     timeout_s: float
+    max_minutes: float | None
     deterministic: bool
 
 
 @dataclass
 class Config:
-    """One run. `model` and `data` are of the dataclass that their `name` says."""
+    """One run. `model`, `data` and `launch` are of the dataclass that their `name` says."""
 
     model: Any
     data: Any
+    launch: Any
     accum: AccumConfig
     parallel: ParallelConfig
     optim: OptimConfig
     precision: PrecisionConfig
     nn: NNConfig
     logger: LoggerConfig
-    launch: LaunchSettings
     loader: LoaderConfig
     train: TrainConfig
     device: Device
+    run_dir: str
+    resume: str
+    init_weights: str | None
+    checkpoint: CheckpointConfig
     world_size: int | None
     experiment: str | None = None
 
 
 MODELS: dict[str, type] = {"gpt": GPTConfig, "hf": HFConfig, "resnet": ResNetConfig}
 DATA: dict[str, type] = {"text": TextConfig, "images": ImagesConfig}
+LAUNCH: dict[str, type] = {"local": LocalLaunch, "slurm": SlurmLaunch}
 
 T = TypeVar("T")
 
@@ -133,11 +140,21 @@ def typed(composed: dict[str, Any]) -> Config:
     composed = dict(composed)
     model = _choose(composed.pop("model", None), MODELS, "model")
     data = _choose(composed.pop("data", None), DATA, "data")
+    launch = _choose(composed.pop("launch", None), LAUNCH, "launch")
     config = _convert(Config, composed, "")
-    config.model, config.data = model, data
+    config.model, config.data, config.launch = model, data, launch
     for name in ("log_every_steps", "evaluate_every_steps", "heldout_samples"):
         if getattr(config.train, name) < 1:
             raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
+    for name, value in (
+        ("train.max_minutes", config.train.max_minutes),
+        ("checkpoint.every.steps", config.checkpoint.every.steps),
+        ("checkpoint.every.minutes", config.checkpoint.every.minutes),
+    ):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} is {value}; give a positive number, or null.")
+    if config.checkpoint.keep < 0:
+        raise ConfigError(f"checkpoint.keep is {config.checkpoint.keep}; it is a number, and 0 saves nothing.")
     if (config.train.steps is None) == (config.train.epochs is None):
         raise ConfigError(
             f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the "
@@ -160,7 +177,7 @@ def _convert(kind: type[T], node: dict[str, Any], prefix: str) -> T:
     try:
         schema = OmegaConf.structured(kind)
         if kind is Config:
-            node = {"model": None, "data": None, **node}
+            node = {"model": None, "data": None, "launch": None, **node}
         result = OmegaConf.to_object(OmegaConf.merge(schema, node))
     except OmegaConfBaseException as error:
         key = prefix + str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")

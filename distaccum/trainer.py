@@ -1,14 +1,16 @@
-"""Many steps, in a fixed order: learning rate, step, report, evaluate. No callbacks; every collaborator has a name."""
+"""Many steps, in a fixed order: rate, step, report, evaluate, save, stop. No callbacks; all collaborators are named."""
 
 from __future__ import annotations
 
 import math
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from distaccum.agreement import Request
+from distaccum.checkpoint.saver import Saver
 from distaccum.data.base import Dataset
 from distaccum.data.loader import Loader
 from distaccum.data.window import to_device
@@ -16,8 +18,10 @@ from distaccum.loss import SupportsObjective, sums_of, weights_of
 from distaccum.optim import LRSchedule, ScheduleUnit
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.plan import Plan, Window
+from distaccum.preempt import Preemption
+from distaccum.record import StepRecord
 from distaccum.report import Report
-from distaccum.step import Accumulator, StepRecord
+from distaccum.step import Accumulator
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,9 @@ class Progress:
     position: int = 0  # where the next window starts in the plan's stream
     samples: int = 0
     tokens: float = 0.0  # or whatever the objective counts
+    evaluated_step: int = 0  # when held-out samples were evaluated last
+    heldout: dict[str, float] = field(default_factory=dict)  # what was measured then, the loss first
+    best_loss: float | None = None  # the least held-out loss so far
 
 
 class Trainer:
@@ -60,6 +67,8 @@ class Trainer:
         unit: ScheduleUnit,
         heldout: Heldout,
         rhythm: Rhythm,
+        preemption: Preemption,
+        saver: Saver | None,
         report: Report | None,
         *,
         counts_tokens: bool,
@@ -72,48 +81,101 @@ class Trainer:
         self.unit = unit
         self.heldout = heldout
         self.rhythm = rhythm
+        self.preemption = preemption
+        self.saver = saver
         self.report = report
         self.counts_tokens = counts_tokens
         self.progress = Progress()
-        self._seconds = 0.0  # of training so far, without evaluation
+        self._resumed = Progress()  # where this start began
+        self._seconds = 0.0  # of training in this start, without evaluating and saving
 
-    def run(self) -> dict[str, float]:
-        """Train to the end; what was measured on held-out samples there, the loss first. Call it on every rank."""
+    def resume(self, progress: Progress) -> None:
+        """Begin there, and not at the first step. Model, optimizer and accumulator are loaded by the caller."""
+        self.progress, self._resumed = progress, replace(progress)
+
+    def run(self) -> str | None:
+        """Train until the last step, or until a rank is asked to stop: then why. Call it on every rank.
+
+        Whichever it was, the run is saved there, if it is saved at all.
+        """
         try:
             return self._run()
         finally:
             self.loader.close()
 
-    def _run(self) -> dict[str, float]:
+    def request(self) -> Request:
+        """What this rank asks of all at the next boundary."""
+        request = Request.none if self.preemption.reason is None else Request.stop
+        if self.saver is not None and self.saver.minutes_are_over():
+            request |= Request.save
+        return request
+
+    def _run(self) -> str | None:
         progress, rhythm = self.progress, self.rhythm
-        heldout: dict[str, float] = {}
+        if self._evaluation_is_due():  # it was stopped before it could
+            self._evaluate()
         since, began = _Since(self.loader.waited_s), time.perf_counter()
         for window, micros in self.loader.windows(progress.step, progress.position, rhythm.steps):
             self.schedule.set(self._position(window), window.effective_batch)
-            record = self.accumulator.step(micros)
+            record = self.accumulator.step(micros, self)
             progress.step, progress.position = window.step + 1, window.next_start
             progress.samples += window.size
             progress.tokens += record.weight
             since.count(window.size, record)
+            last = progress.step == rhythm.steps
+            stop = Request.stop in record.requested and not last
             if self.report is not None:
-                shown = progress.step % rhythm.log_every_steps == 0 or progress.step == rhythm.steps
+                shown = progress.step % rhythm.log_every_steps == 0 or last or stop
                 self._tell(window, record, since, shown)
                 if shown:
                     since = _Since(self.loader.waited_s)
-            if progress.step % rhythm.evaluate_every_steps == 0 or progress.step == rhythm.steps:
-                self._seconds += time.perf_counter() - began
-                heldout = self._evaluate()
-                since, began = _Since(self.loader.waited_s), time.perf_counter()
-        return heldout
+            self._seconds += time.perf_counter() - began
+            best = False
+            if not stop and self._evaluation_is_due():
+                best = self._evaluate()
+                since = _Since(self.loader.waited_s)
+            if self._save_is_due(record.requested, best, last or stop):
+                self._save(best, stop)
+                since = _Since(self.loader.waited_s)
+            if stop:
+                return self.preemption.reason or "another rank was asked to stop"
+            began = time.perf_counter()
+        if self.saver is not None:
+            self._note(self.saver.wait())
+        return None
+
+    def _evaluation_is_due(self) -> bool:
+        step, rhythm = self.progress.step, self.rhythm
+        due = step % rhythm.evaluate_every_steps == 0 or step == rhythm.steps
+        return due and step > self.progress.evaluated_step
+
+    def _save_is_due(self, requested: Request, best: bool, ends: bool) -> bool:
+        if self.saver is None:
+            return False
+        due = Request.save in requested or self.saver.is_due(self.progress.step)
+        return ends or due or (best and self.saver.wants_best())
+
+    def _save(self, best: bool, stopping: bool) -> None:
+        assert self.saver is not None
+        accumulator = self.accumulator
+        facts = {"progress": asdict(self.progress), "accumulator": accumulator.state_dict()}
+        model = accumulator.strategy.evaluation_model
+        step, optimizer = self.progress.step, accumulator.optimizer
+        self._note(self.saver.save(step, model, optimizer, facts, best=best, stopping=stopping))
+
+    def _note(self, texts: list[str]) -> None:
+        if self.report is not None:
+            for text in texts:
+                self.report.note(text)
 
     def totals(self) -> dict[str, float]:
-        """What was done, and how fast, evaluation not counted."""
-        progress, seconds = self.progress, max(self._seconds, 1e-9)
+        """What was done, and how fast in this start, without evaluating and saving."""
+        progress, before, seconds = self.progress, self._resumed, max(self._seconds, 1e-9)
         return {
             "steps": progress.step,
             "samples": progress.samples,
-            "samples_per_s": progress.samples / seconds,
-            **self._tokens("tokens_per_s", progress.tokens / seconds),
+            "samples_per_s": (progress.samples - before.samples) / seconds,
+            **self._tokens("tokens_per_s", (progress.tokens - before.tokens) / seconds),
         }
 
     def _tokens(self, name: str, value: float) -> dict[str, float]:
@@ -153,13 +215,18 @@ class Trainer:
             shown,
         )
 
-    def _evaluate(self) -> dict[str, float]:
-        means = evaluate(self.accumulator.strategy, self.heldout)
+    def _evaluate(self) -> bool:
+        """Evaluate held-out samples; whether the loss is the least so far."""
+        means, progress = evaluate(self.accumulator.strategy, self.heldout), self.progress
+        progress.evaluated_step, progress.heldout = progress.step, means
         if self.report is not None:
-            progress = self.progress
             tokens = self._tokens("tokens", int(progress.tokens))
             self.report.heldout({"step": progress.step, **means, "samples": progress.samples, **tokens})
-        return means
+        loss = next(iter(means.values()), math.nan)
+        best = loss < (math.inf if progress.best_loss is None else progress.best_loss)
+        if best:
+            progress.best_loss = loss
+        return best
 
 
 def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:

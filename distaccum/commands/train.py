@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from distaccum.build import build, ranks
+import json
+import os
+from pathlib import Path
+
+from distaccum.build import Training, build, ranks
 from distaccum.config import typed
 from distaccum.launch import Job
 from distaccum.launch.result import write_result
+from distaccum.preempt import Preemption
 from distaccum.problem import told
+
+# In the run folder of a run that was stopped and can go on; whoever starts it again reads no more than its presence.
+PREEMPTED = "PREEMPTED"
 
 
 def train(job: Job) -> None:
@@ -18,20 +26,44 @@ def train(job: Job) -> None:
     config = typed(job.config)
     if config.logger.group is None:
         config.logger.group = job.sweep
-    with ranks(config, job) as world:
-        training = build(config, world, job.run_dir)
-        trainer, report, baseline = training.trainer, training.report, training.baseline
+    if job.rank == 0:
+        (job.run_dir / PREEMPTED).unlink(missing_ok=True)
+    with Preemption(config.train.max_minutes, tell=job.rank == 0) as preemption, ranks(config, job) as world:
+        training = build(config, job, world, preemption)
+        trainer, report = training.trainer, training.report
         try:
-            means = trainer.run()
+            stopped = trainer.run()
         except BaseException as error:
             if report is not None:
-                report.end(f"{type(error).__name__}: {error}", {"step": trainer.progress.step}, 1, baseline)
+                reason = f"{type(error).__name__}: {error}"
+                report.end(reason, {"step": trainer.progress.step}, 1, training.baseline)
             raise
-        if report is None:
-            return
-        report.note(told(training.problem, means, baseline, training.evaluated))
-        heldout = {f"heldout_{name}": value for name, value in means.items()}
-        report.end(
-            f"all {trainer.rhythm.steps} steps done", heldout, 0, baseline, f"nats per {training.problem.unit}"
-        )  # fmt: skip
-        write_result(job.run_dir, {**heldout, **trainer.totals()})
+        if report is not None and stopped is not None:
+            _end_stopped(job.run_dir, training, stopped)
+        elif report is not None:
+            _end(job.run_dir, training)
+
+
+def _end(run_dir: Path, training: Training) -> None:
+    trainer, report, baseline = training.trainer, training.report, training.baseline
+    assert report is not None
+    means = trainer.progress.heldout
+    report.note(told(training.problem, means, baseline, training.evaluated))
+    heldout = {f"heldout_{name}": value for name, value in means.items()}
+    unit = f"nats per {training.problem.unit}"
+    report.end(f"all {trainer.rhythm.steps} steps done", heldout, 0, baseline, unit)
+    write_result(run_dir, {**heldout, **trainer.totals()})
+
+
+def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
+    trainer, report = training.trainer, training.report
+    assert report is not None
+    step = trainer.progress.step
+    if trainer.saver is None:
+        told = f"stopped by {reason} after step {step}; nothing was saved (checkpoint.keep=0)"
+    else:
+        told = f"stopped by {reason} after step {step} and saved; start it again with run_dir={run_dir} to go on"
+        draft = run_dir / f"{PREEMPTED}.draft"
+        draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+        os.replace(draft, run_dir / PREEMPTED)
+    report.end(told, {"step": step}, 0, training.baseline)

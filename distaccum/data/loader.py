@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -94,6 +97,7 @@ class Loader:
             num_workers=self._workers,
             # Whoever started the ranks: forked workers are there at once, and leave no named semaphores behind.
             multiprocessing_context="fork" if self._workers else None,
+            worker_init_fn=_ended_by_its_rank_only if self._workers else None,
             prefetch_factor=-(-per_window // self._workers) + 1 if self._workers else None,
             pin_memory=self._pin_memory,
         )
@@ -105,6 +109,20 @@ class Loader:
             if micro is None:
                 return
             yield micro
+
+
+def _ended_by_its_rank_only(_: int) -> None:
+    """In a worker: launchers signal all processes of a rank, which needs its workers until it has saved."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_wait_for_its_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_its_rank(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 @dataclass(frozen=True)

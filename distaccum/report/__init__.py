@@ -11,6 +11,7 @@ from distaccum.report.human import rate as rate
 from distaccum.report.human import size as size
 from distaccum.report.metrics import MetricsFile as MetricsFile
 from distaccum.report.metrics import read_metrics as read_metrics
+from distaccum.report.metrics import standing as standing
 from distaccum.report.report import LoggerConfig as LoggerConfig
 from distaccum.report.report import LoggerName as LoggerName
 from distaccum.report.report import Report as Report

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distaccum.report.metrics import read_metrics
+from distaccum.report.metrics import read_metrics, standing
 
 Points = list[tuple[int, float]]  # (step, value), steps ascending, values finite
 
@@ -32,7 +32,7 @@ def draw_curve(metrics_path: Path, out: Path, baseline: float | None = None, uni
     Returns:
         False, and nothing is written, if there is no loss to draw.
     """
-    records = read_metrics(metrics_path) if metrics_path.exists() else []
+    records = standing(read_metrics(metrics_path)) if metrics_path.exists() else []
     train = _points(records, "step", "loss")
     heldout = _points(records, "heldout", "loss")
     rates = _points(records, "step", "lr")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from distaccum.report.plain import to_plain
@@ -17,6 +17,8 @@ from distaccum.report.plain import to_plain
 NON_FINITE = "non_finite"
 # The kind of the record that stands in for a line of which a killed run wrote only a part.
 TORN = "torn"
+# The kind of the record that a run writes when it goes on from an earlier step; see `standing`.
+RESUME = "resume"
 
 
 class MetricsFile:
@@ -74,6 +76,24 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
         OSError: the file cannot be read.
     """
     return list(_records(path))
+
+
+def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
+    """Without what a resumed run has done again: records of steps that came after the one it went on from.
+
+    A run that was killed has recorded steps which its newest checkpoint does not have.
+    """
+    left: list[dict[str, object]] = []
+    for record in records:
+        if record["kind"] == RESUME:
+            left = [kept for kept in left if not _is_later(kept, record)]
+        left.append(record)
+    return left
+
+
+def _is_later(record: dict[str, object], resumed: dict[str, object]) -> bool:
+    step, last = record.get("step"), resumed.get("step")
+    return isinstance(step, int) and isinstance(last, int) and step > last
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:

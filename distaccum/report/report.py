@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TextIO
 from distaccum.report.console import Console
 from distaccum.report.curve import draw_curve
 from distaccum.report.human import Field, duration, step_texts
-from distaccum.report.metrics import MetricsFile
+from distaccum.report.metrics import RESUME, MetricsFile
 from distaccum.report.wandb_run import WandbMode, WandbRun
 
 _AXES = ("step", "loss", "samples", "tokens")
@@ -95,6 +95,12 @@ class Report:
         """Say one line, and record it as a record "note"."""
         self._metrics.write("note", text=text)
         self._console.line(text)
+
+    def resume(self, step: int, texts: Sequence[str]) -> None:
+        """Say from where the run goes on; records of later steps, of an earlier start, stand no more."""
+        self._metrics.write(RESUME, step=step, text=" ".join(texts))
+        for text in texts:
+            self._console.line(text)
 
     def end(
         self,
