@@ -14,6 +14,22 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 60.0
+# What ranks and commands are forked with, imported once: torch and ourselves, and what torch imports when it is first
+# used. Nothing here has ever computed anything.
+PRELOADED = [
+    "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.profiler",
+    "torch.testing", "numpy", "hydra", "distaccum", "distaccum.launch", "distaccum.commands.plan",
+    "distaccum.commands.train", "distaccum.commands.verify", "distaccum.report.sweep",
+]  # fmt: skip
+
+
+def forked(function: Callable[..., None], *args: Any, daemon: bool = True) -> Any:
+    """Start a process that is forked from a server with all of `PRELOADED` imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=function, args=args, daemon=daemon)
+    process.start()
+    return process
 
 
 class RankFailed(AssertionError):
@@ -30,15 +46,11 @@ class World:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # Ranks are forked from a server that has imported torch once and has never computed anything.
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.testing", "distaccum"])
         self._folder = tempfile.TemporaryDirectory(prefix="world")
         self._pipes, self._processes = [], []
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, self._folder.name, theirs), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = forked(_serve, rank, self.size, self._folder.name, theirs)
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)

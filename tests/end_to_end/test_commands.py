@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import command_line
+
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -45,8 +47,7 @@ def test_verify_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
-    (tmp_path / "wrong.py").write_text(WRONG)
-    done = run([sys.executable, "wrong.py", "verify", *SMALL, "accum.num_micros=4"], tmp_path)
+    done = command_line(["verify", *SMALL, "accum.num_micros=4"], tmp_path, program=WRONG)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILS" in done.stdout
     assert "NOT PROVEN" in done.stdout
@@ -56,8 +57,8 @@ def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
 
 def test_plan_runs_nothing(tmp_path: Path) -> None:
     schedule = "accum.schedule=[{from: 0, effective_batch: 100}, {from: 50, effective_batch: 300}]"
-    command = [sys.executable, "-m", "distaccum", "plan", "world_size=64", "model=gpt2_124m", "parallel=hsdp"]
-    done = run([*command, schedule, "accum.micro=1", "optim.scale.lr=sqrt"], tmp_path)
+    command = ["plan", "world_size=64", "model=gpt2_124m", "parallel=hsdp"]
+    done = command_line([*command, schedule, "accum.micro=1", "optim.scale.lr=sqrt"], tmp_path)
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
     assert "100 samples in uneven micros: up to 1 x 2 micros x 64 rank(s)" in out
@@ -73,10 +74,9 @@ def test_plan_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distaccum", "plan", "world_size=6", "parallel=hsdp", "parallel.replicas=4"]
-    done = run(command, tmp_path)
+    done = command_line(["plan", "world_size=6", "parallel=hsdp", "parallel.replicas=4"], tmp_path)
     assert done.returncode == 2
     assert "parallel.replicas=4 does not divide 6 ranks" in done.stderr
-    done = run([*command[:4], "world_size=6", "accum.sync=shard"], tmp_path)
+    done = command_line(["plan", "world_size=6", "accum.sync=shard"], tmp_path)
     assert done.returncode == 2
     assert "accum.sync=shard cannot be kept by ddp" in done.stderr

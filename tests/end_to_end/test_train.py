@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import command_line
 
 SMALL = [
     "experiment=demo", "train.steps=6", "train.log_every_steps=2", "train.evaluate_every_steps=4",
@@ -101,7 +102,7 @@ def test_ddp_started_by_ourselves_trains_the_same(
 def test_one_process_trains_the_same(
     own_ranks_ddp: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = run([sys.executable, "-m", "distaccum", "train", *SMALL, "loader.workers=0"], tmp_path)
+    done = command_line(["train", *SMALL, "loader.workers=0"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "nothing: one process" in done.stdout
     for one, other in zip(records(tmp_path, "step"), records(own_ranks_ddp[0], "step"), strict=True):
@@ -109,8 +110,8 @@ def test_one_process_trains_the_same(
 
 
 def test_divergence_is_told_once_and_nothing_hangs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "distaccum", "train", *SMALL, "launch.nproc_per_node=2", "optim.lr=1e30"]
-    done = run([*command, "optim.clip_norm=null", "optim.schedule.warmup=0"], tmp_path)
+    command = ["train", *SMALL, "launch.nproc_per_node=2", "optim.lr=1e30", "optim.clip_norm=null"]
+    done = command_line([*command, "optim.schedule.warmup=0"], tmp_path)
     assert done.returncode == 1
     (letter,) = [line for line in done.stderr.splitlines() if not line.startswith("[rank")]
     assert letter.startswith("error: Step ")
@@ -127,7 +128,7 @@ def test_divergence_is_told_once_and_nothing_hangs(tmp_path: Path) -> None:
     ],
 )
 def test_a_users_mistake_is_one_letter_and_exit_code_2(tmp_path: Path, overrides: list[str], letter: str) -> None:
-    done = run([sys.executable, "-m", "distaccum", "train", *SMALL, *overrides], tmp_path)
+    done = command_line(["train", *SMALL, *overrides], tmp_path)
     assert done.returncode == 2
     assert letter in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -135,7 +136,7 @@ def test_a_users_mistake_is_one_letter_and_exit_code_2(tmp_path: Path, overrides
 
 
 def test_words_that_are_no_command(tmp_path: Path) -> None:
-    done = run([sys.executable, "-m", "distaccum", "trian"], tmp_path)
+    done = command_line(["trian"], tmp_path)
     assert (done.returncode, "usage: distaccum train" in done.stderr) == (2, True)
-    done = run([sys.executable, "-m", "distaccum", "--help"], tmp_path)
+    done = command_line(["--help"], tmp_path)
     assert (done.returncode, "usage: distaccum train" in done.stdout) == (0, True)

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+from commands import command_line
 from test_house import SMALL
 
 
 def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "distaccum",
-            "train",
-            *SMALL,
-            "device=cpu",
-            "logger=wandb",
-            "--multirun",
-            "accum.num_micros=1,2,0",
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    command = ["train", *SMALL, "device=cpu", "logger=wandb", "--multirun", "accum.num_micros=1,2,0"]
+    done = command_line(command, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr  # because of the refusal
     (folder,) = tmp_path.glob("sweeps/*")
     with (folder / "sweep.csv").open() as file:

@@ -54,12 +54,13 @@ def parallel() -> dict[str, Any]:
 
 
 def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> None:
+    chosen = ["model=resnet", "data=digits", "run_dir=runs/here"]  # by itself it is named after the clock
+    whole = composed(chosen)
     for strategy, node in parallel.items():
-        assert composed([f"parallel={strategy}", "accum.sync=every", "model=resnet", "data=digits"]) == {
-            **(whole := composed(["model=resnet", "data=digits"])),
-            "parallel": node,
-            "accum": {**whole["accum"], "sync": "every"},
-        }
+        accum = {**whole["accum"], "sync": "every"}
+        assert composed([*chosen, f"parallel={strategy}", "accum.sync=every"]) == {
+            **whole, "parallel": node, "accum": accum,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -20,6 +20,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -472,7 +473,7 @@ class Outcome:
         return [line for line in self.out.splitlines() if line.startswith("W&B")]
 
 
-def train(tmp_path: Path, mode: str, fault: str = "", api_key: str = "k" * 40) -> Outcome:
+def train(tmp_path: Path, mode: str, fault: str, api_key: str) -> Outcome:
     """Run TRAINING in a process that can reach nothing: W&B's address is a loopback port where nobody listens."""
     import matplotlib as mpl
 
@@ -510,6 +511,29 @@ def train(tmp_path: Path, mode: str, fault: str = "", api_key: str = "k" * 40) -
     assert (run_dir / "curve.png").exists()
     assert done.stdout.rstrip().splitlines()[-2] == f"run folder: {run_dir}"
     return Outcome(done.stdout, run_dir)
+
+
+RUNS = {  # mode, fault, key
+    "offline": ("offline", "", "k" * 40),
+    "nobody answers": ("online", "", "k" * 40),
+    "no key": ("online", "", ""),
+    "service killed": ("offline", "service killed", "k" * 40),
+    "odd value": ("offline", "odd value", "k" * 40),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[dict[str, Future[Outcome]]]:
+    """All trainings with W&B, two at a time: most of their time they wait."""
+    with ThreadPoolExecutor(2) as pool:
+        started = {}
+        for name, arguments in RUNS.items():
+            folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+            if arguments[1]:  # as after a killed run: its W&B folder is there
+                (folder / "run" / "wandb" / "offline-run-20260101_000000-abcdefgh").mkdir(parents=True)
+            started[name] = pool.submit(train, folder, *arguments)
+        yield started
+        pool.shutdown(cancel_futures=True)
 
 
 def wandb_records(run_dir: Path) -> list:
@@ -578,12 +602,12 @@ def check_offline_run(outcome: Outcome) -> None:
     assert not of_kind(records, "output_raw")  # the console is not captured
 
 
-def test_wandb_offline(tmp_path):
-    outcome = train(tmp_path, "offline")
+def test_wandb_offline(runs):
+    outcome = runs["offline"].result()
     (folder,) = (outcome.run_dir / "wandb").glob("offline-run-*")
     assert outcome.said() == [f"W&B offline: {folder}"]
     check_offline_run(outcome)
-    assert {path.name for path in tmp_path.iterdir()} <= {
+    assert {path.name for path in outcome.run_dir.parent.iterdir()} <= {
         "run",
         "config",
         "cache",
@@ -591,8 +615,8 @@ def test_wandb_offline(tmp_path):
     }  # nothing beside the run folder
 
 
-def test_wandb_online_falls_back_to_offline_within_the_timeout(tmp_path):
-    outcome = train(tmp_path, "online")
+def test_wandb_online_falls_back_to_offline_within_the_timeout(runs):
+    outcome = runs["nobody answers"].result()
     warning, where = outcome.said()
     assert re.match(r"W&B: init failed \(.*127\.0\.0\.1.*\): falling back to offline$", warning)
     assert where.startswith("W&B offline: ")
@@ -602,8 +626,8 @@ def test_wandb_online_falls_back_to_offline_within_the_timeout(tmp_path):
     check_offline_run(outcome)
 
 
-def test_wandb_online_without_a_key_falls_back_and_asks_nobody(tmp_path):
-    outcome = train(tmp_path, "online", api_key="")
+def test_wandb_online_without_a_key_falls_back_and_asks_nobody(runs):
+    outcome = runs["no key"].result()
     warning, where = outcome.said()
     assert (
         warning
@@ -613,12 +637,10 @@ def test_wandb_online_without_a_key_falls_back_and_asks_nobody(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["service killed", "odd value"])
-def test_a_failure_of_wandb_is_one_line_and_the_training_goes_on(tmp_path, fault):
-    # As after a killed run: its W&B folder is there. That the new start is a second run has to be said.
-    (tmp_path / "run" / "wandb" / "offline-run-20260101_000000-abcdefgh").mkdir(parents=True)
-    outcome = train(tmp_path, "offline", fault)
+def test_a_failure_of_wandb_is_one_line_and_the_training_goes_on(runs, fault):
+    outcome = runs[fault].result()
     assert "\nfault: " in outcome.out  # it did happen
-    earlier, _where, off = outcome.said()
+    earlier, _where, off = outcome.said()  # that the new start is a second run has to be said
     assert "already holds 1 run(s); this start is recorded as a run of its own" in earlier
     assert re.match(r"W&B: log failed \(\w+: .*\): W&B is off from here on, metrics\.jsonl goes on$", off)
     assert outcome.seconds("ended") < 15
