@@ -1,0 +1,61 @@
+"""The same with real command lines, a few times: as torchrun's ranks, and as ranks that we start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from faults import Fault
+from runs import Run, Undisturbed, wait_for
+
+PROGRAM = str(Path(__file__).with_name("program.py"))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_torchrun_starts_again_and_goes_on(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
+    found = run()
+    fault = Fault(1, 5, "backward", "kill")
+    ended = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
+            "--monitor-interval", "0.1", PROGRAM, "train", *found.overrides, "parallel=ddp",
+            "+faults=[{rank: 1, step: 5, at: backward, kind: kill}]",
+        ],
+        cwd=found.folder, env=environment(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found.run_dir.rmdir()
+    (found.run_dir,) = found.folder.glob("runs/*/*")  # the second start has made no folder of its own
+    assert found.acted(fault)
+    assert [record["step"] for record in found.records("resume")] == [4]
+    expected = undisturbed.of(2, "parallel=ddp")
+    assert found.sha256() == expected.sha256()
+    assert found.trajectory() == expected.trajectory()
+
+
+def test_a_signal_to_the_parent_of_our_own_ranks(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
+    found = run()
+    slow = Fault(0, 3, "forward", "slow")
+    command = [sys.executable, PROGRAM, "train", *found.overrides, "parallel=ddp", "launch.nproc_per_node=2",
+               f"run_dir={found.run_dir}"]  # fmt: skip
+    with subprocess.Popen(
+        [*command, "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]"],
+        cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        wait_for(slow.record(found.run_dir), 60)
+        process.send_signal(signal.SIGTERM)
+        told = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, told
+    marker = json.loads((found.run_dir / "PREEMPTED").read_text())
+    assert marker == {"step": found.step, "reason": "SIGTERM"}
+    found.finish(2, "parallel=ddp")
+    assert not (found.run_dir / "PREEMPTED").exists()
+    assert found.sha256() == undisturbed.of(2, "parallel=ddp").sha256()
