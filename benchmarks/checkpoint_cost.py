@@ -133,7 +133,7 @@ def _tell(found: dict[str, object]) -> None:
         share = [each / plain for each, plain in zip(cost, seconds["none"], strict=True)]
         percent = [100 * value for value in (statistics.median(share), min(share), max(share))]
         print(
-            f"{name:10}  stood still {_spread(blocked[name], step_s)} steps; cost in all {_spread(cost, step_s)} steps; "
+            f"{name:10}  stood still {_spread(blocked[name], step_s)} steps, cost in all {_spread(cost, step_s)}: "
             "{:.1f} % of the step time ({:.1f} to {:.1f})".format(*percent)
         )
     print(f"collectives of every window, with and without checkpoints: {found['collectives_of_a_window']}")

@@ -26,11 +26,11 @@ def train(job: Job) -> None:
     config = typed(job.config)
     if config.logger.group is None:
         config.logger.group = job.sweep
-    if job.rank == 0:
-        (job.run_dir / PREEMPTED).unlink(missing_ok=True)
     with Preemption(config.train.max_minutes, tell=job.rank == 0) as preemption, ranks(config, job) as world:
         training = build(config, job, world, preemption)
         trainer, report = training.trainer, training.report
+        if report is not None:
+            (job.run_dir / PREEMPTED).unlink(missing_ok=True)
         try:
             stopped = trainer.run()
         except BaseException as error:

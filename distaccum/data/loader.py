@@ -18,6 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from distaccum.data.base import Dataset
 from distaccum.data.window import MicroBatches
 from distaccum.plan import Micro, Plan, Window, random_key
+from distaccum.processes import tie_to_parent
 
 
 class Loader:
@@ -112,7 +113,11 @@ class Loader:
 
 
 def _ended_by_its_rank_only(_: int) -> None:
-    """In a worker: launchers signal all processes of a rank, which needs its workers until it has saved."""
+    """In a worker: launchers signal all processes of a rank, which needs its workers until it has saved.
+
+    A worker holds copies of the rank's connections, so that it must not outlive a rank that was killed.
+    """
+    tie_to_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,9 +1,5 @@
 """Which rank this process is, who started it, and how many ranks a configuration asks for."""
 
-import ctypes
-import os
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +9,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 from ..errors import ConfigError
-from .failure import leave, say
+from .failure import say
 from .job import Job, Order
 from .slurm_names import hosts, port, tasks_per_node
 
@@ -137,18 +133,3 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
                 f"its own. Start {gpus} or fewer per machine, or write device=cpu."
             )
     return count
-
-
-def tie_to_parent(parent: int | None = None) -> None:
-    """Let the kernel end this process when its parent dies, so that a killed launcher leaves no orphan. Linux only.
-
-    Args:
-        parent: the parent's process id where it is known; if the parent has died already, this process leaves at
-            once. Where it is not known, connecting to the parent's store shows the same.
-    """
-    if sys.platform != "linux":
-        return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        leave(1)

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from ..processes import tie_to_parent
 from . import hydra_once, own_ranks
 from .board import Board, PeerFailedError, agent_holds_store
 from .failure import exit_code, is_lost_peer, leave, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
-from .ranks import Place, ranks_here, recognise, tie_to_parent, warn_without_srun
+from .ranks import Place, ranks_here, recognise, warn_without_srun
 from .restarts import Restarts
 from .slurm_submit import Program, Submission
 from .sweep import Summarise, Sweep, signals_raise

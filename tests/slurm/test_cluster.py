@@ -47,8 +47,9 @@ class Jobs:
             folder=work, PYTHON=self.lost_node(), RUN_DIR=str(work / "runs" / "failing"),
         )  # fmt: skip
         self.torchrun = cluster.submit(
-            *two_nodes, train, *SMALL, "optim.lr=0.1", folder=work, PYTHON=sys.executable, LAUNCHER="torchrun"
-        )
+            *two_nodes, train, *SMALL, *LONG, "optim.lr=0.1",
+            folder=work, PYTHON=sys.executable, LAUNCHER="torchrun",
+        )  # fmt: skip
         self.hanging = cluster.submit(
             *two_nodes, train, *SMALL, "optim.lr=0.1", "train.timeout_s=6",
             "+faults=[{rank: 1, step: 2, at: forward, kind: hang}]",
@@ -79,10 +80,11 @@ class Jobs:
         return Job(self.cluster, found[1])
 
     def pause(self) -> None:
-        """Signal the long job when it is at work."""
-        metrics = self.work / "runs" / "paused" / "metrics.jsonl"
-        self.paused.until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text())
-        self.cluster.run("scancel", "--signal=USR1", self.paused.id)
+        """Signal the long jobs when they are at work."""
+        for job, name in ((self.paused, "paused"), (self.torchrun, f"slurm-{self.torchrun.id}")):
+            metrics = self.work / "runs" / name / "metrics.jsonl"
+            job.until(lambda metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text())
+            self.cluster.run("scancel", "--signal=USR1", job.id)
 
     def lost_node(self) -> str:
         """An interpreter for which the second node lacks the data."""
@@ -160,13 +162,6 @@ def test_a_rank_for_each_task_of_srun(jobs: Jobs, one_process: list[float]) -> N
     assert "ddp, 4 rank(s) on cpu, gloo" in " ".join(jobs.srun.log().split())
 
 
-def test_one_torchrun_on_each_node(jobs: Jobs, one_process: list[float]) -> None:
-    """Submitted by hand; the run folder has the job's id."""
-    jobs.torchrun.wait("COMPLETED")
-    assert losses(jobs.work / "runs" / f"slurm-{jobs.torchrun.id}") == pytest.approx(one_process, rel=ROUNDING, abs=0)
-    assert "ddp, 2 rank(s) on cpu, gloo" in " ".join(jobs.torchrun.log().split())
-
-
 def test_a_sweep_is_one_array(jobs: Jobs, one_process: list[float]) -> None:
     found = []
     for number in range(3):
@@ -192,10 +187,17 @@ def test_an_array_by_hand(jobs: Jobs) -> None:
     assert texts[1] == [*same, "<accum.micro=2>", '<logger.run_name="a b">', "<launch=local>", run_dirs[1], ""]
 
 
-def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs) -> None:
-    run_dir, job = jobs.work / "runs" / "paused", jobs.paused
+def end_of_second_start(job: Job) -> dict[str, str]:
     job.until(lambda: job.facts()["Restarts"] == "1")
-    facts = job.wait("COMPLETED")
+    return job.wait("COMPLETED")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs, launcher: str) -> None:
+    """With torchrun it is submitted by hand: the run folder has the job's id."""
+    job = {"srun": jobs.paused, "torchrun": jobs.torchrun}[launcher]
+    run_dir = jobs.work / "runs" / ("paused" if launcher == "srun" else f"slurm-{job.id}")
+    facts = end_of_second_start(job)
     assert (facts["ExitCode"], facts["Restarts"]) == ("0:0", "1")
     assert not (run_dir / "PREEMPTED").exists()
     log = job.log()
@@ -203,3 +205,12 @@ def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs) -> None:
     assert f"distaccum: job {job.id} saved and stopped; it is queued again" in log
     assert [record["step"] for record in records(run_dir, "step")] == list(range(1, 41))
     assert json.loads((run_dir / "result.json").read_text())["steps"] == 40
+
+
+def test_srun_and_torchrun_train_the_same(jobs: Jobs) -> None:
+    """The two paused jobs, wherever each was stopped. 40 steps of sums of some thousand numbers, at 1.1e-16 each."""
+    for job in (jobs.paused, jobs.torchrun):
+        end_of_second_start(job)
+    found = [losses(jobs.work / "runs" / name) for name in ("paused", f"slurm-{jobs.torchrun.id}")]
+    assert found[1] == pytest.approx(found[0], rel=10 * ROUNDING, abs=0)
+    assert "ddp, 2 rank(s) on cpu, gloo" in " ".join(jobs.torchrun.log().split())
