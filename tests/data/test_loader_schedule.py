@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -77,3 +83,42 @@ def test_workers_read_the_largest_window_ahead(opened: list[DataLoader[Any]]) ->
 def test_no_more_than_an_epoch_is_read_ahead(opened: list[DataLoader[Any]]) -> None:
     read(Plan(100, 10**6, 20), 0, 1, workers=2)
     assert opened[0].prefetch_factor == -(-5 // 2) + 1
+
+
+def test_only_its_rank_ends_a_worker() -> None:
+    """Launchers signal all processes of a rank; it needs the worker until it has saved."""
+    loader = Loader(Numbers(), Plan(100, 10, 2), 0, 1, workers=1)
+    windows = loader.windows(0, 0, 10)
+    found = [list(next(windows)[1])]
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "INT", "USR1", "USR2"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process than this one
+    found += [list(micros) for _, micros in windows]
+    assert sorted(n for window in found for micro in window for n in micro) == list(range(100))
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+    loader.close()
+
+
+def test_a_killed_rank_leaves_no_worker() -> None:
+    """A worker holds copies of the rank's connections: others would wait for it in place of the rank."""
+    ours, theirs = multiprocessing.Pipe()
+    rank = multiprocessing.get_context("fork").Process(target=read_and_wait, args=(theirs,))
+    rank.start()
+    worker = ours.recv()
+    assert rank.pid is not None
+    os.kill(rank.pid, signal.SIGKILL)
+    rank.join(10)
+    handle = os.pidfd_open(worker)
+    assert select.select([handle], [], [], 3)[0], "still there; torch alone would end it after 5 s"
+    os.close(handle)
+
+
+def read_and_wait(pipe: Connection) -> None:
+    loader = Loader(Numbers(), Plan(100, 10, 2), 0, 1, workers=1)
+    windows = loader.windows(0, 0, 10)
+    list(next(windows)[1])
+    pipe.send(multiprocessing.active_children()[0].pid)
+    pipe.recv()
