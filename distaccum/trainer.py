@@ -113,7 +113,9 @@ class Trainer:
     def _run(self) -> str | None:
         progress, rhythm = self.progress, self.rhythm
         if self._evaluation_is_due():  # it was stopped before it could
-            self._evaluate()
+            best = self._evaluate()
+            if best and self.saver is not None and self.saver.keeps_best:
+                self._save(best, stopping=False)
         since, began = _Since(self.loader.waited_s), time.perf_counter()
         for window, micros in self.loader.windows(progress.step, progress.position, rhythm.steps):
             self.schedule.set(self._position(window), window.effective_batch)
@@ -153,7 +155,7 @@ class Trainer:
         if self.saver is None:
             return False
         due = Request.save in requested or self.saver.is_due(self.progress.step)
-        return ends or due or (best and self.saver.wants_best())
+        return ends or due or (best and self.saver.keeps_best)
 
     def _save(self, best: bool, stopping: bool) -> None:
         assert self.saver is not None

@@ -59,8 +59,9 @@ class Saver:
         steps = self._config.every.steps
         return steps is not None and step % steps == 0
 
-    def wants_best(self) -> bool:
-        """Whether a step with the least held-out loss so far is saved."""
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a step with the least held-out loss so far is saved, and kept."""
         return self._config.best
 
     def save(
@@ -82,6 +83,7 @@ class Saver:
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
         facts = {**self._facts, **facts, "optimizer": optimizer_values(model, optimizer)}
         told = self.wait(stopping)  # whatever became of the one before, this one is tried
+        best = best and self.keeps_best
         told += self._guarded(lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
         self._saved_at = time.monotonic()
         return told + (self.wait(stopping) if stopping else [])

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import command_line
+from safetensors.torch import load_file
 
 SMALL = [
     "experiment=demo", "train.steps=6", "train.log_every_steps=2", "train.evaluate_every_steps=4",
@@ -140,3 +142,24 @@ def test_words_that_are_no_command(tmp_path: Path) -> None:
     assert (done.returncode, "usage: distaccum train" in done.stderr) == (2, True)
     done = command_line(["--help"], tmp_path)
     assert (done.returncode, "usage: distaccum train" in done.stdout) == (0, True)
+
+
+def test_export_and_back(own_ranks_ddp: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    """Weights that begin a training whose steps are too small for float32 to see end it with the same bits."""
+    (run_dir,) = own_ranks_ddp[0].glob("runs/*/*")
+    for target in ("first.safetensors", "first.safetensors"):
+        done = command_line(["export", str(run_dir), target], tmp_path)
+    assert (done.returncode, "is there already" in done.stderr) == (1, True)
+    done = command_line(
+        ["train", *SMALL, "init_weights=first.safetensors", "optim.lr=1e-30", "run_dir=second"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    done = command_line(["export", "second", "again.safetensors"], tmp_path)
+    assert (done.returncode, "after step 6 -> again.safetensors" in done.stdout) == (0, True), done.stderr
+    first, again = (load_file(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
+    assert len(first) > 10
+    assert first.keys() == again.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name]), name
+    done = command_line(["export", "second", "folder"], tmp_path)
+    assert (done.returncode, "Give a file: folder.safetensors" in done.stderr) == (2, True)
