@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +59,14 @@ def facts_of(
     config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
+    from distaccum import __version__  # not before: the package itself imports what lies below this file
+
     facts = {
         "identity": _identity(config, problem, plan),
         "config": composed,
         "world_size": world.size,
         "versions": {
-            "distaccum": version("distaccum"),
+            "distaccum": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },

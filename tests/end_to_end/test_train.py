@@ -48,8 +48,7 @@ def torchrun_fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subpr
 def own_ranks_ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Two ranks that the command line starts itself, DDP."""
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "distaccum", "train", *SMALL, "launch.nproc_per_node=2"]
-    return folder, run(command, folder)
+    return folder, command_line(["train", *SMALL, "launch.nproc_per_node=2"], folder)
 
 
 def test_torchrun_tells_what_it_does(torchrun_fsdp: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
