@@ -29,5 +29,4 @@ from .proof.prove import verify as verify
 from .proof.result import Proof as Proof
 from .record import StepRecord as StepRecord
 from .step import Accumulator as Accumulator
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__

@@ -20,6 +20,7 @@ from distaccum.problem import Problem
 from distaccum.report.plain import to_plain
 from distaccum.step import Accumulator
 from distaccum.trainer import Progress
+from distaccum.version import __version__
 
 # What may differ between two starts of a run without a word: it does not change what is learned.
 _UNSAID = (
@@ -59,8 +60,6 @@ def facts_of(
     config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
-    from distaccum import __version__  # not before: the package itself imports what lies below this file
-
     facts = {
         "identity": _identity(config, problem, plan),
         "config": composed,
