@@ -105,9 +105,9 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
     differ = [*_other_plan(checkpoint.facts["identity"], facts["identity"]), *_other_model(there, here)]
     if differ:
         raise ConfigError(
-            f"{checkpoint.path} cannot be continued: {'; '.join(differ)}. Use what the checkpoint has (its run folder "
-            "has the configuration in .hydra/), or begin anew with another run_dir. To change the effective batch in "
-            "the middle of a training use accum.schedule."
+            f"{checkpoint.path} cannot be continued: {'; '.join(differ)}. Use what the checkpoint has (its "
+            "manifest.json holds the configuration), or begin anew with another run_dir. To change the effective batch "
+            "in the middle of a training use accum.schedule."
         )
     progress = Progress(**checkpoint.facts["progress"])
     if progress.step > steps:
