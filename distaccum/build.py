@@ -55,14 +55,11 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     torch.use_deterministic_algorithms(config.train.deterministic)
     problem = make_problem(config)
     checkpoints = found = None
-    texts: list[str] = []  # of what was found in the run folder
     if config.checkpoint.keep:
         saving = config.checkpoint
         folder = job.run_dir / "checkpoints"
         checkpoints = Checkpoints(folder, world, keep=saving.keep, asynchronous=saving.asynchronous)
-        texts = checkpoints.clean()
         found = resume.find(config, job.run_dir, checkpoints, world)
-        texts += checkpoints.passed_over
         config = replace(config, accum=resume.keep_effective_batch(config.accum, found, world.size))
     arithmetic = batch_arithmetic(config, problem, world.size)
     plan = make_plan(config, problem, arithmetic)
@@ -73,6 +70,8 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
     facts = resume.facts_of(config, job.config, problem, plan, world)
     progress = None if found is None else resume.load(found, accumulator, facts, steps)
+    # Only now, as a start that is refused must leave everything as it was.
+    removed = [] if checkpoints is None else checkpoints.clean()
     heldout_plan = Plan(
         num_samples=len(problem.heldout),
         effective_batch=min(len(problem.heldout), config.train.heldout_samples),
@@ -85,7 +84,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         sections, told = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
         report = make_report(job.run_dir, config.logger, {**asdict(config), **told})
         report.start(sections, told)
-        for text in texts:
+        for text in [*removed, *(found.passed_over if found is not None else ())]:
             report.note(text)
         if found is not None and progress is not None:
             report.resume(progress.step, list(resume.told(found, facts, progress)))

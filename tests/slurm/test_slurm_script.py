@@ -73,7 +73,7 @@ def test_scripts(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     text = script.read_text()
     assert text in capsys.readouterr().out
     golden = HERE / "golden" / f"{name}.sbatch"
-    assert text.replace(str(tmp_path), "/work") == golden.read_text()
+    assert text.replace(str(tmp_path), "/FOLDER") == golden.read_text()
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 
