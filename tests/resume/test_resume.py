@@ -335,6 +335,22 @@ def test_a_damaged_checkpoint_is_passed_over(run: Make, undisturbed: Undisturbed
     assert_each_sample_once(found)
 
 
+def test_a_damaged_checkpoint_of_another_run_is_named(run: Make) -> None:
+    """And a start that is refused leaves everything as it was, half-written folders too."""
+    found = run("parallel=single", "checkpoint.best=false").finish(1, "train.steps=4")
+    folder = found.run_dir / "checkpoints"
+    flip_byte(folder / "step-00000004")
+    (folder / "step-00000006.part").mkdir()
+    before = tree(folder)
+    assert found.start(1, "train.seed=9").codes == [2]
+    assert tree(folder) == before
+    assert (folder / "step-00000006.part").is_dir()
+    other = run("parallel=single", "checkpoint.best=false").finish(1, f"resume={found.run_dir}")
+    assert "step-00000004: shard-00000.safetensors is damaged" in other.notes()
+    assert [record["step"] for record in other.records("resume")] == [2]
+    assert tree(folder) == before
+
+
 def test_only_damaged_checkpoints(run: Make) -> None:
     found = run("parallel=single").finish(1, "train.steps=4")
     folder = found.run_dir / "checkpoints"
