@@ -21,18 +21,17 @@ from distaccum.checkpoint.store import Checkpoints
 from distaccum.config import Config, Device
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
+from distaccum.footprint import overlap_limit
 from distaccum.grads.accumulate import SumDtype
 from distaccum.grads.scale import LossScale
 from distaccum.launch import Job
-from distaccum.loss import SupportsObjective
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 from distaccum.nn.precision import Precision
-from distaccum.objectives import autocast, cast_inputs
 from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
 from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
 from distaccum.preempt import Preemption
-from distaccum.problem import Problem, make_model, make_problem
+from distaccum.problem import Problem, in_precision, make_model, make_problem
 from distaccum.report import Report, make_report
 from distaccum.step import Accumulator
 from distaccum.trainer import Heldout, Rhythm, Trainer
@@ -64,7 +63,9 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     arithmetic = batch_arithmetic(config, problem, world.size)
     plan = make_plan(config, problem, arithmetic)
     steps = num_steps(config, plan)
-    accumulator = make_accumulator(config, problem, world, config.init_weights if found is None else None)
+    weights = config.init_weights if found is None else None
+    limit = overlap_limit(config, problem, arithmetic.micro_size) if world.size > 1 else None
+    accumulator = make_accumulator(config, problem, world, weights, limit)
     schedule = schedule_of(config, problem, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
@@ -108,7 +109,9 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     return Training(problem, trainer, report, evaluated, baseline)
 
 
-def make_accumulator(config: Config, problem: Problem, world: World, weights: str | None = None) -> Accumulator:
+def make_accumulator(
+    config: Config, problem: Problem, world: World, weights: str | None = None, overlap_limit: int | None = None
+) -> Accumulator:
     """The model, wrapped, with its optimizer and all that one step needs; its weights drawn, or from a file."""
     precision, accum = config.precision, config.accum
     model = make_model(config, problem, world.device)
@@ -134,17 +137,10 @@ def make_accumulator(config: Config, problem: Problem, world: World, weights: st
         accum_dtype=_torch(accum.dtype),
         reduce_dtype=reduce_dtype,
         loss_scale=loss_scale if precision.name is Precision.fp16 else None,
+        overlap_micros=accum.overlap_micros,
+        overlap_limit=overlap_limit,
+        blocks=blocks,
     )
-
-
-def in_precision(config: Config, objective: SupportsObjective) -> SupportsObjective:
-    """An objective whose forward is in the configured precision."""
-    precision = config.precision.name
-    if precision.parameter_dtype is not torch.float32:
-        return cast_inputs(objective, precision.parameter_dtype)
-    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)  # FSDP2 casts by its own policy
-    narrower = precision.compute_dtype is not precision.parameter_dtype and not sharded
-    return autocast(objective, precision.compute_dtype) if narrower else objective
 
 
 def batch_schedule(config: Config, problem: Problem) -> BatchSchedule | None:

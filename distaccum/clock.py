@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -20,25 +19,29 @@ def mark(device: torch.device) -> Mark:
     return event
 
 
-def exposed_s(marks: Sequence[Mark]) -> float | None:
-    """Seconds that a window waited for communication: how much longer its last micro took than the mean of the others.
+def exposed_s(began: Sequence[Mark], end: Mark, overlap_micros: int = 1) -> float | None:
+    """Seconds that a window waited for communication: how much longer its last micros took than as many of the others.
 
-    The last micro is the one that sends gradients and waits for other ranks. What hides behind computation is not
-    waited for and not counted, nor are FSDP2's gathers in the other micros.
+    The last ones are those that send gradients and wait for other ranks. What hides behind computation is not waited
+    for and not counted, nor are FSDP2's gathers in the other micros.
 
     Args:
-        marks: the beginning of each micro and the end of the last one; all passed on the device.
+        began: the beginning of each micro; passed on the device.
+        end: the end of the last one, likewise.
+        overlap_micros: how many micros end together.
 
     Returns:
-        None where a window has one micro, so that there is nothing to compare with.
+        None where there is no other micro to compare with.
     """
-    seconds = [_between(a, b) for a, b in pairwise(marks)]
-    if len(seconds) < 2:
+    others = len(began) - overlap_micros
+    if others < 1:
         return None
-    return max(0.0, seconds[-1] - sum(seconds[:-1]) / (len(seconds) - 1))
+    mean = seconds_between(began[0], began[others]) / others
+    return max(0.0, seconds_between(began[others], end) - overlap_micros * mean)
 
 
-def _between(first: Mark, second: Mark) -> float:
+def seconds_between(first: Mark, second: Mark) -> float:
+    """Between two moments that have passed."""
     if isinstance(first, float) and isinstance(second, float):
         return second - first
     assert isinstance(first, torch.cuda.Event)

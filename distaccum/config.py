@@ -57,6 +57,8 @@ class AccumConfig:
     nonfinite: NonFinite
     audit: Audit
     dtype: SumDtype | None
+    overlap_micros: Any  # a number or auto: OmegaConf has no union of them
+    overlap_memory_mb: int | None
 
 
 @dataclass
@@ -153,6 +155,11 @@ def typed(composed: dict[str, Any]) -> Config:
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}; give a positive number, or null.")
+    overlap, memory_mb = config.accum.overlap_micros, config.accum.overlap_memory_mb
+    if overlap != "auto" and (isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1):
+        raise ConfigError(f"accum.overlap_micros is {overlap!r}; give a number of micro-batches from 1 on, or auto.")
+    if memory_mb is not None and memory_mb < 0:
+        raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give MiB from 0 on, or null for no limit.")
     if config.checkpoint.keep < 0:
         raise ConfigError(f"checkpoint.keep is {config.checkpoint.keep}; it is a number, and 0 saves nothing.")
     if (config.train.steps is None) == (config.train.epochs is None):

@@ -18,10 +18,12 @@ from distaccum.errors import ConfigError
 from distaccum.huggingface import HuggingFaceCausalLM
 from distaccum.loss import SupportsObjective
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.models.hf import HFConfig, allow_float64, blocks_of, build_hf, configuration
+from distaccum.models.hf import HFConfig, allow_float64, build_hf, configuration
 from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.batchnorm import convert_batchnorm
-from distaccum.objectives import CausalLM, Classification, ClassificationAccuracy
+from distaccum.nn.blocks import blocks_of
+from distaccum.objectives import CausalLM, Classification, ClassificationAccuracy, autocast, cast_inputs
+from distaccum.wrap import StrategyName
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ def meta_model(config: Config, problem: Problem) -> nn.Module:
 def plain_model(config: Config, problem: Problem, device: torch.device) -> nn.Module:
     """The same architecture as torch has it, with any weights: what `verify` compares with."""
     return allow_float64(problem.make_model()).to(device)
+
+
+def in_precision(config: Config, objective: SupportsObjective) -> SupportsObjective:
+    """An objective whose forward is in the configured precision."""
+    precision = config.precision.name
+    if precision.parameter_dtype is not torch.float32:
+        return cast_inputs(objective, precision.parameter_dtype)
+    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)  # FSDP2 casts by its own policy
+    narrower = precision.compute_dtype is not precision.parameter_dtype and not sharded
+    return autocast(objective, precision.compute_dtype) if narrower else objective
 
 
 def _text(config: Config, data: TextConfig) -> Problem:

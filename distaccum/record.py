@@ -26,6 +26,7 @@ class StepRecord:
     )
     verdict: Verdict | None = None  # the ledger's, where the window was audited
     requested: Request = Request.none  # what any rank asked of all
+    chosen: str | None = None  # how overlap_micros=auto chose, in the windows before which it did
 
     @property
     def weight(self) -> float:

@@ -14,18 +14,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from distaccum.agreement import Agreement, Announced, Asking
-from distaccum.clock import exposed_s, mark
+from distaccum.clock import mark
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
 from distaccum.loss import Denominator, SupportsObjective
+from distaccum.nn.blocks import blocks_of
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
 from distaccum.record import StepRecord
 from distaccum.schedules import microbatch
+from distaccum.schedules.base import Forwards
+from distaccum.schedules.overlap import Overlap
 
 # What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
 # anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
@@ -58,6 +61,9 @@ class Accumulator:
         accum_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         loss_scale: LossScale | None = None,
+        overlap_micros: int | str = 1,
+        overlap_limit: int | None = None,
+        blocks: Sequence[nn.Module] | None = None,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
 
@@ -75,6 +81,10 @@ class Accumulator:
             accum_dtype: in which gradients are summed over micros; None: float32, or the parameters' where wider.
             reduce_dtype: in which they are summed over ranks, and so what travels; None: likewise.
             loss_scale: for float16. A window that overflows is skipped and halves it, while it can be halved.
+            overlap_micros: T: the last T micros of a window are computed block by block, so that gradients travel
+                beside more computation, for the activations of T micros; same results. "auto": by measured times.
+            overlap_limit: the largest T that "auto" may choose.
+            blocks: along which they are computed, in the model's order; None: as `nn.blocks.blocks_of` finds them.
 
         Raises:
             ConfigError: for a model, a policy or an option that cannot be served.
@@ -94,6 +104,8 @@ class Accumulator:
         self.num_windows = 0  # the skipped ones included
         self.verdict: Verdict | None = None  # the ledger's on the newest audited window
         self._agreement = Agreement(self.strategy.world, objective)
+        blocks = blocks_of(self.strategy.evaluation_model) if blocks is None else blocks
+        self.overlap = Overlap(self.strategy, overlap_micros, blocks, overlap_limit)
         self._settled = True  # whether the strategy is as it is after a window
 
     def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
@@ -114,35 +126,28 @@ class Accumulator:
         with self._nothing_left_behind():
             agreement.meet(window)
             self._settle()
+            chosen = self.overlap.choose()
             asked_before = agreement.asked
             with self._ledger() as ledger:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
                     return self._skip(window, announced)
                 self.optimizer.zero_grad()  # what ran through this model before is not the window's
-                computed = microbatch.run(
-                    strategy,
-                    self.objective,
-                    window,
-                    announced,
-                    agreement.padding,
-                    seed=self.seed,
-                    num_windows=self.num_windows,
-                    loss_scale=self.loss_scale.value if self.loss_scale is not None else 1.0,
-                )
-                agreement.padding = computed.last_micro
+                forwards = self._forwards(window, announced, self.seed)
+                last_backward = self.overlap.run(forwards)
+                agreement.padding, sums = forwards.last_micro, forwards.sums
                 strategy.send_statistics()
                 # The one small collective of the window. It hides behind the last backward; only where gradients are
                 # sharded it comes after, because their norm takes a collective anyway and rides on this one.
-                told = None if strategy.sharded else agreement.ask(window.upcoming, computed.sums)
-                computed.last_backward()
+                told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
+                last_backward()
                 strategy.deliver()
                 gradients = strategy.gradients(self._parameters())
                 if self.loss_scale is not None:
                     self.loss_scale.unscale(gradients)
                 norm = squared_norm(gradients, strategy.world.device) / strategy.replicas
-                told = told or agreement.ask(window.upcoming, computed.sums, norm)
-                marks = [*computed.marks, mark(strategy.world.device)]
+                told = told or agreement.ask(window.upcoming, sums, norm)
+                end = mark(strategy.world.device)
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
             if outcome.trouble is not None and not self._may_skip:
@@ -171,9 +176,10 @@ class Accumulator:
             lr=lr,
             num_micros=announced.num_micros,
             skipped=outcome.trouble,
-            exposed_s=exposed_s(marks),
+            exposed_s=self.overlap.observe(forwards, end),
             verdict=self.verdict if ledger is not None else None,
             requested=agreement.requested,
+            chosen=chosen,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,10 +224,14 @@ class Accumulator:
             return
         nothing = Announced(Denominator(dict.fromkeys(agreement.terms or [], 1.0)), rounds=1, num_micros=0)
         empty = MicroBatches([], 0)  # a padding micro is computed in its place, and adds nothing
-        microbatch.run(
-            strategy, self.objective, empty, nothing, agreement.padding, seed=None, num_windows=0, loss_scale=1.0
-        ).last_backward()
+        microbatch.run(strategy, self._forwards(empty, nothing, None))()
         self._settled = True
+
+    def _forwards(self, window: MicroBatches, announced: Announced, seed: int | None) -> Forwards:
+        return Forwards(
+            self.strategy, self.objective, window, announced, self._agreement.padding, seed=seed,
+            num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
+        )  # fmt: skip
 
     @property
     def _may_skip(self) -> bool:

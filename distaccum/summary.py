@@ -47,6 +47,7 @@ def start_block(
         "effective batch": batch_section(arithmetic, plan, problem),
         "network": {
             "sync": f"{strategy.sync.value}{f' ({strategy.reason})' if strategy.reason else ''}",
+            **({} if config.accum.overlap_micros == 1 else {"overlap": str(accumulator.overlap)}),
             "per step": _network(traffic),
         },
     }

@@ -193,6 +193,8 @@ class Trainer:
         if record.verdict is not None:
             once = "" if self.accumulator.strategy.sync is Sync.every else "; each gradient crossed the network once"
             self.report.note(f"ledger: step {record.step} sent {record.verdict.counted}, exactly the forecast{once}")
+        if record.chosen is not None:
+            self.report.note(record.chosen)
         if record.skipped is not None:
             self.report.note(f"step {window.step + 1} skipped: {record.skipped}")
         elapsed = max(since.elapsed_s, 1e-9)

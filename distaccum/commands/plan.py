@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 
 from distaccum.batch_arithmetic import BatchArithmetic, nearest_batches
-from distaccum.build import batch_arithmetic, in_precision, make_plan, num_steps, schedule_of
+from distaccum.build import batch_arithmetic, make_plan, num_steps, schedule_of
 from distaccum.config import Config, typed
 from distaccum.errors import ConfigError
+from distaccum.footprint import activations
 from distaccum.launch import Job
-from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
 from distaccum.parallel.base import Sync
 from distaccum.plan import Plan
@@ -22,7 +22,6 @@ from distaccum.predict import (
     describe,
     gradient_sends,
     memory,
-    saved_bytes,
     states_of,
 )
 from distaccum.predict.shapes import ModelShape, Policy, Strategy
@@ -120,7 +119,7 @@ def _nearest(arithmetic: BatchArithmetic) -> str:
 def _memory(config: Config, problem: Problem, setup: Setup, model: ModelShape, arithmetic: BatchArithmetic) -> str:
     states = states_of(config.optim.name.value, config.optim.momentum)
     micros = arithmetic.num_micros
-    one, two = (_activations(config, problem, factor * arithmetic.micro_size) for factor in (1, 2))
+    one, two = (activations(config, problem, factor * arithmetic.micro_size) for factor in (1, 2))
     whole = one + (two - one) * (micros - 1)  # linear in the samples, beside what autocast keeps of the parameters
     accumulated = memory(model, setup, states, micros, one)
     at_once = memory(model, setup, states, 1, whole)  # the same effective batch without accumulation
@@ -142,20 +141,6 @@ def _memory(config: Config, problem: Problem, setup: Setup, model: ModelShape, a
             rows.append([text, *map(size, both)])
     with_it = f"{micros} x {arithmetic.micro_size} samples"
     return table(["memory per rank", with_it, f"1 x {micros * arithmetic.micro_size} samples"], rows) + "\n"
-
-
-def _activations(config: Config, problem: Problem, samples: int) -> int:
-    """Bytes that one forward keeps for its backward; numbers of samples beyond the data are its samples again."""
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device.value != "cpu" else "cpu")
-    model = meta_model(config, problem)
-    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
-    if sharded:
-        model = model.to(config.precision.name.compute_dtype)
-    if config.nn.checkpoint:
-        checkpoint_blocks(problem.blocks_of(model))
-    indices = [index % len(problem.train) for index in range(samples)]
-    micro = problem.train.batch(indices, torch.Generator().manual_seed(0))
-    return saved_bytes(model, in_precision(config, problem.objective).loss_sum, micro, device)
 
 
 def _network(setup: Setup, model: ModelShape, arithmetic: BatchArithmetic, world_size: int) -> str:

@@ -89,23 +89,6 @@ def allow_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer in the order of its modules: what FSDP2 gathers and checkpointing recomputes as one.
-
-    They are the members of the outermost ModuleLists whose members are of one class and have parameters; of encoder and
-    decoder alike, and of a model inside PEFT's. Embeddings, norms and head are left to the root, tied ones together.
-    """
-    found: list[nn.Module] = []
-    inside: set[int] = set()
-    for module in model.modules():  # parents come before their children
-        if id(module) in inside or not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        inside.update(id(part) for part in module.modules())
-        if len({type(block) for block in module}) == 1 and any(True for _ in module.parameters()):
-            found += module
-    return found
-
-
 def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> Any:
     """The transformers configuration that `build_hf` builds: same arguments, same errors, no weights."""
     transformers = _transformers()

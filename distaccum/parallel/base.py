@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
@@ -36,6 +36,7 @@ class Strategy(ABC):
     sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
     replicas = 1  # how many ranks hold the same shard
     first_window_differs = False  # whether later windows add the same numbers in another order than the first one
+    sends_at_once = False  # whether a gradient travels as soon as autograd has accumulated into it once
 
     def __init__(
         self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""
@@ -53,6 +54,19 @@ class Strategy(ABC):
     @abstractmethod
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Enter before the forward of a micro and leave after its backward. Sets the sync flags from full knowledge."""
+
+    def tail_obstacle(self) -> str | None:
+        """Why the last micros of a window cannot be computed block by block; None where they can."""
+        return "nothing travels on one process"
+
+    def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Instead of `micro`, around the forward of a micro whose backward is run block by block, and its head's."""
+        return self.micro(first=first, last=last)
+
+    @contextmanager
+    def completing(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Enter around the backward that completes the gradients of these modules: now they may travel."""
+        yield
 
     @contextmanager
     def observing(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ class DDP(Strategy):
     """
 
     model: DistributedDataParallel
+    sends_at_once = True
 
     def __init__(self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
         """Refuse what torch's DDP cannot accumulate."""
@@ -52,6 +53,14 @@ class DDP(Strategy):
         """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""
         self._windows_begun += first
         return nullcontext() if self.sums is None and self._synced(first, last) else self.model.no_sync()
+
+    def tail_obstacle(self) -> str | None:
+        """DDP must send each bucket itself, as soon as its gradients are complete."""
+        if self.sums is not None:
+            return "gradients are summed in another dtype than the parameters', and travel after the window"
+        if self.model.find_unused_parameters or self.model.static_graph:
+            return "find_unused_parameters and static_graph look through the whole graph of a micro-batch"
+        return "sync='every' sends with each micro-batch" if self.sync is Sync.every else None
 
     def abort(self) -> None:
         """A reducer whose backward was interrupted is replaced."""

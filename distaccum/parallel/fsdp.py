@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
@@ -63,7 +63,30 @@ class FSDP(Strategy):
             self._module.set_requires_all_reduce(last)
         if self.sync is Sync.keep:
             self._module.set_reshard_after_backward(last)
+        self._module.set_is_last_backward(True)
         return nullcontext()
+
+    def tail_obstacle(self) -> str | None:
+        """Parameters must be there while one block after the other is computed for several micros."""
+        return None if self.sync is Sync.keep else f"sync='{self.sync.value}' gathers parameters for each micro-batch"
+
+    def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Nothing is reduced until `completing`; what is on its way is waited for in the last of all backwards."""
+        entered = self.micro(first=first, last=False)
+        self._module.set_is_last_backward(False)
+        return entered
+
+    @contextmanager
+    def completing(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """These modules' groups reduce in this backward and give up their parameters; the root's is the last one."""
+        parts = [module for module in modules if isinstance(module, FSDPModule)]
+        self._module.set_is_last_backward(self._module in parts)
+        for reduces in (True, False):
+            for part in parts:
+                part.set_requires_gradient_sync(reduces, recurse=False)
+                part.set_reshard_after_backward(reduces, recurse=False)
+            if reduces:
+                yield
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """The local shards, without padding."""

@@ -15,7 +15,8 @@ from torch import nn
 
 from distaccum.config import config_dir
 from distaccum.errors import ConfigError
-from distaccum.models.hf import HFConfig, blocks_of, build_hf
+from distaccum.models.hf import HFConfig, build_hf
+from distaccum.nn.blocks import blocks_of
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 

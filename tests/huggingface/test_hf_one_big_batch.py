@@ -21,7 +21,7 @@ from worlds import World
 
 import distaccum as da
 from distaccum.huggingface import HuggingFace
-from distaccum.models.hf import blocks_of
+from distaccum.nn.blocks import blocks_of
 
 TOLERANCE = 1e-5
 DENSE = [name for name in HEADS if name not in MIXTURES]

@@ -18,7 +18,8 @@ from worlds import World
 
 import distaccum as da
 from distaccum.huggingface import HuggingFace, HuggingFaceCausalLM
-from distaccum.models.hf import HFConfig, blocks_of, build_hf
+from distaccum.models.hf import HFConfig, build_hf
+from distaccum.nn.blocks import blocks_of
 
 
 def make_lora() -> nn.Module:

@@ -155,7 +155,7 @@ def test_other_randomness_is_seen(one_rank: dict[str, Tensor]) -> None:
 
 
 def train_unkeyed() -> Tensor:
-    from distaccum.schedules import microbatch
+    from distaccum.schedules import base
 
-    microbatch.random_key = lambda seed, step, number: number + 1  # the same masks in each step
+    base.random_key = lambda seed, step, number: number + 1  # the same masks in each step
     return train("single", (), "boundary", steps=10)["parameters"][-1]

@@ -28,7 +28,7 @@ import distaccum.commands.train
 import distaccum.trainer
 from distaccum.agreement import Agreement
 from distaccum.loss import Denominator
-from distaccum.schedules import microbatch
+from distaccum.schedules import base
 from distaccum.step import Accumulator
 
 PLACES = (
@@ -96,7 +96,7 @@ def installed(faults: Sequence[Fault], run_dir: Path, rank: int, world_size: int
         wrap(distaccum.trainer, "evaluate", own.before("evaluate", lambda: own.step))
         wrap(Agreement, "conclude", own.before("reduce", lambda: own.step))
         wrap(Accumulator, "step", own.stepping)
-        wrap(microbatch, "sums_of", own.forward)
+        wrap(base, "sums_of", own.forward)
         wrap(Denominator, "divide", own.backward)
         wrap(distaccum.checkpoint.store, "write_file", own.writing)
         wrap(distaccum.checkpoint.folder, "publish", own.publishing)

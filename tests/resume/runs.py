@@ -39,7 +39,7 @@ from distaccum.parallel.world import World
 from distaccum.plan import BatchArithmetic, Plan, solve
 from distaccum.problem import make_problem
 from distaccum.report.metrics import read_metrics, standing
-from distaccum.schedules import microbatch
+from distaccum.schedules import base
 from distaccum.step import Accumulator
 
 LIMIT_S = 60.0  # of one attempt
@@ -293,7 +293,7 @@ def _rank(
 def _used(place: Path, rank: int) -> Iterator[None]:
     """Note what this rank computes, a line when a step is done."""
     rows: list[list[int]] = []
-    check_micro, step = microbatch._check, Accumulator.step
+    check_micro, step = base._check, Accumulator.step
 
     def checking(objective: Any, window: Any, index: int, micro: Any) -> None:
         check_micro(objective, window, index, micro)  # called for each micro that counts, just before its forward
@@ -307,7 +307,7 @@ def _used(place: Path, rank: int) -> Iterator[None]:
             file.write(json.dumps({"step": window.step + 1, "rows": rows}) + "\n")
         return record
 
-    with mock.patch.object(microbatch, "_check", checking), mock.patch.object(Accumulator, "step", stepping):
+    with mock.patch.object(base, "_check", checking), mock.patch.object(Accumulator, "step", stepping):
         yield
 
 

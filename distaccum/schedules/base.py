@@ -1,0 +1,105 @@
+"""The forwards of one window on one rank. A schedule decides in which order they and their backwards are run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distaccum.agreement import Announced
+from distaccum.clock import Mark, mark
+from distaccum.data.window import MicroBatches, one_ahead, to_device
+from distaccum.errors import ConfigError
+from distaccum.loss import SupportsObjective, checked_weights, sums_of, weights_of
+from distaccum.parallel.base import Strategy
+from distaccum.plan import random_key
+
+
+class Forwards:
+    """One round after the other: a micro of this rank, or padding where it has none left."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        objective: SupportsObjective,
+        window: MicroBatches,
+        announced: Announced,
+        padding: Any,
+        *,
+        seed: int | None,
+        num_windows: int,
+        loss_scale: float,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            strategy: observes the forwards, and scales the losses as it wants them.
+            objective: what is summed.
+            window: this rank's micros.
+            announced: the weights of the whole window, and the rounds of forward and backward that every rank makes.
+            padding: any micro-batch, computed with weight 0 in the rounds that this rank has no micro for.
+            seed: of the randomness inside micros; None leaves torch's generators alone.
+            num_windows: the window's number where no plan gives it one.
+            loss_scale: what losses are multiplied by before their backward, beside the strategy's own factor.
+        """
+        self.rounds = announced.rounds
+        self.began: list[Mark] = []  # each round
+        self.ended: list[Mark] = []  # the forward of each round
+        self.last_micro = padding  # as it was read: padding for a later window
+        self._strategy = strategy
+        self._objective = objective
+        self._window = window
+        self._denominator = announced.denominator
+        self._terms = list(announced.denominator.weights)
+        self._padding = padding
+        self._seed = seed
+        self._step = num_windows if window.step is None else window.step
+        self._factor = strategy.grad_scale * loss_scale
+        self._device = strategy.world.device
+        self._micros = one_ahead(window, self._device)
+        self._sums: list[Tensor] = []
+
+    def loss(self) -> Tensor:
+        """The next round's share [] of the window's loss, as the strategy wants it scaled."""
+        index = len(self.began)
+        self.began.append(mark(self._device))
+        loss = self._micro(index) if index < len(self._window) else self._nothing()
+        self.ended.append(mark(self._device))
+        return loss
+
+    @property
+    def sums(self) -> Tensor:
+        """The loss sums so far, [micros of this rank, terms] float64, on the device, without graph."""
+        if not self._sums:
+            return torch.zeros(0, len(self._terms), dtype=torch.float64, device=self._device)
+        return torch.stack(self._sums)
+
+    def _micro(self, index: int) -> Tensor:
+        world, window = self._strategy.world, self._window
+        self.last_micro, micro = next(self._micros, (None, None))
+        _check(self._objective, window, index, self.last_micro)
+        if self._seed is not None:
+            torch.manual_seed(random_key(self._seed, self._step, index * world.size + world.rank))
+        with self._strategy.observing():
+            own = sums_of(self._objective, self._strategy.model, micro, self._terms)
+        self._sums.append(torch.stack([value.detach().double() for value in own]))
+        return self._denominator.divide(own) * self._factor
+
+    def _nothing(self) -> Tensor:
+        with self._strategy.padding():
+            own = sums_of(self._objective, self._strategy.model, to_device(self._padding, self._device), self._terms)
+        return self._denominator.divide(own) * 0.0
+
+
+def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro: Any) -> None:
+    """A window that is streamed must be what it was announced to be."""
+    if micro is None:
+        raise ConfigError(f"The window was announced with {len(window)} micro-batches and has only {index}.")
+    if window.weights is not None:
+        told, found = checked_weights(window.weights[index]), weights_of(objective, micro)
+        if told != found:
+            raise ConfigError(
+                f"Micro-batch {index} was announced with the weight {told} and the objective counts {found} in it. "
+                "The data set's counted() must say what the objective's weight() says, or None."
+            )
