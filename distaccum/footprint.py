@@ -27,7 +27,9 @@ def overlap_limit(config: Config, problem: Problem, micro_size: int) -> int | No
     Each further micro keeps what the backward of its blocks needs, and the head's gradients of parameters that the
     blocks or the embeddings use too. Which those are shows only in the graph: all that are outside of blocks count.
     """
-    if config.accum.overlap_micros != AUTO or config.accum.overlap_memory_mb is None:
+    model = meta_model(config, problem)
+    blocks, memory_mb = problem.blocks_of(model), config.accum.overlap_memory_mb
+    if config.accum.overlap_micros != AUTO or memory_mb is None or not blocks:
         return None
     objective = in_precision(config, problem.objective)
 
@@ -39,11 +41,10 @@ def overlap_limit(config: Config, problem: Problem, micro_size: int) -> int | No
         hook.remove()
         return handed_on[-1]
 
-    model = meta_model(config, problem)
-    inside = {id(p) for block in problem.blocks_of(model) for p in block.parameters()}
+    inside = {id(p) for block in blocks for p in block.parameters()}
     shared = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in inside)
     one = _saved(config, problem, micro_size, to_the_head) + shared
-    return 1 + config.accum.overlap_memory_mb * 2**20 // one
+    return 1 + memory_mb * 2**20 // one
 
 
 def _saved(config: Config, problem: Problem, samples: int, forward: Any) -> int:

@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["accum.effective_batch=8", "accum.effective_tokens=8"], r"are both given"),
         (["model.name=gbt"], r"model\.name is 'gbt'\. Known: gpt"),
         (["data.layout=loose"], r"data\.layout: Invalid value 'loose'"),
+        (["accum.overlap_micros=0"], r"accum\.overlap_micros is 0; give a number of micro-batches from 1 on, or auto"),
+        (["accum.overlap_micros=often"], r"accum\.overlap_micros is 'often'"),
+        (["accum.overlap_memory_mb=-1"], r"accum\.overlap_memory_mb is -1"),
     ],
 )
 def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -> None:
