@@ -131,7 +131,7 @@ class Accumulator:
             with self._ledger() as ledger:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
-                    return self._skip(window, announced)
+                    return self._skip(window, announced, chosen)
                 self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
                 last_backward = self.overlap.run(forwards)
@@ -204,7 +204,7 @@ class Accumulator:
         """What the small collective of a window sends; `rows` is 2 where the window after it is not known ahead."""
         return self._agreement.traffic(rows)
 
-    def _skip(self, window: MicroBatches, announced: Announced) -> StepRecord:
+    def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
         deque(window, maxlen=0)  # a stream goes on behind it
         if window.upcoming is not None:
@@ -214,7 +214,7 @@ class Accumulator:
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(
             self.steps, math.nan, dict.fromkeys(weights, math.nan), weights, math.nan, lr, announced.num_micros,
-            skipped="weight 0", requested=self._agreement.requested,
+            skipped="weight 0", requested=self._agreement.requested, chosen=chosen,
         )  # fmt: skip
 
     def _settle(self) -> None:

@@ -6,7 +6,7 @@ Each function says why no public name serves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,20 @@ def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *u
             if fresh and leaf is not None and leaf.requires_grad and leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
     post_backward(*unused)
+
+
+def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether FSDP2 gathers and reduces modules of two blocks together; a group does not tell its modules."""
+    owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
+    groups = [
+        {owner[id(module)] for module in group.modules if id(module) in owner} for group, _ in _fsdp_groups(model)
+    ]
+    return any(len(numbers) > 1 for numbers in groups)
+
+
+def has_hooks(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a trained parameter has hooks of its user; tensors keep them in private attributes."""
+    return any(p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters)
 
 
 def custom_divide_factor(model: nn.Module) -> float | None:

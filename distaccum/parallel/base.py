@@ -55,9 +55,13 @@ class Strategy(ABC):
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Enter before the forward of a micro and leave after its backward. Sets the sync flags from full knowledge."""
 
-    def tail_obstacle(self) -> str | None:
-        """Why the last micros of a window cannot be computed block by block; None where they can."""
-        return "nothing travels on one process"
+    def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
+        """Why the last micros of a window cannot be computed along these blocks; None where they can."""
+        if self.world.group is None:
+            return "nothing travels on one process"
+        if self.sums is not None:
+            return "gradients are summed in another dtype than the parameters', and travel after the window"
+        return f"{len(blocks)} block(s) were found in the model, and it takes two" if len(blocks) < 2 else None
 
     def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Instead of `micro`, around the forward of a micro whose backward is run block by block, and its head's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
@@ -54,13 +55,13 @@ class DDP(Strategy):
         self._windows_begun += first
         return nullcontext() if self.sums is None and self._synced(first, last) else self.model.no_sync()
 
-    def tail_obstacle(self) -> str | None:
+    def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """DDP must send each bucket itself, as soon as its gradients are complete."""
-        if self.sums is not None:
-            return "gradients are summed in another dtype than the parameters', and travel after the window"
+        if torch_private.has_hooks(self.model.parameters()):
+            return "a parameter has hooks, which would miss the gradients that are added past autograd"
         if self.model.find_unused_parameters or self.model.static_graph:
             return "find_unused_parameters and static_graph look through the whole graph of a micro-batch"
-        return "sync='every' sends with each micro-batch" if self.sync is Sync.every else None
+        return "sync='every' sends with each micro-batch" if self.sync is Sync.every else super().tail_obstacle(blocks)
 
     def abort(self) -> None:
         """A reducer whose backward was interrupted is replaced."""

@@ -66,9 +66,13 @@ class FSDP(Strategy):
         self._module.set_is_last_backward(True)
         return nullcontext()
 
-    def tail_obstacle(self) -> str | None:
+    def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """Parameters must be there while one block after the other is computed for several micros."""
-        return None if self.sync is Sync.keep else f"sync='{self.sync.value}' gathers parameters for each micro-batch"
+        if self.sync is not Sync.keep:
+            return f"sync='{self.sync.value}' gathers parameters for each micro-batch; sync='keep' does not"
+        if torch_private.shared_group(self.model, blocks):
+            return "two blocks are in one group of FSDP2"
+        return super().tail_obstacle(blocks)
 
     def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Nothing is reduced until `completing`; what is on its way is waited for in the last of all backwards."""

@@ -40,14 +40,9 @@ class Overlap:
             right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not right and value != (AUTO if name == "overlap_micros" else None):
                 raise ConfigError(f"{name} is {value!r}; give a number of micro-batches from 1 on, or leave it out.")
-        obstacle = strategy.tail_obstacle()
-        if obstacle is None and len(blocks) < 2:
-            obstacle = f"{len(blocks)} block(s) were found in the model, and it takes at least two"
-        if isinstance(asked, int) and asked > 1 and obstacle is not None and strategy.world.group is not None:
-            raise ConfigError(
-                f"overlap_micros={asked} cannot be kept here: {obstacle}. Use overlap_micros=1 (accum.overlap_micros "
-                "on the command line)."
-            )
+        obstacle = strategy.tail_obstacle(blocks)
+        if isinstance(asked, int) and asked > 1 and strategy.world.group is not None:
+            self._refuse(obstacle)
         self._strategy = strategy
         self._blocks = blocks
         self._timing = _Timing(limit) if asked == AUTO and obstacle is None else None
@@ -61,10 +56,18 @@ class Overlap:
 
     def run(self, forwards: Forwards) -> Callable[[], None]:
         """Compute a window but its last backwards, see `microbatch.run`."""
-        micros = min(self.micros, forwards.rounds)
-        if micros == 1:
+        if self.micros == 1 and self._timing is None:
             return microbatch.run(self._strategy, forwards)
-        return tail.run(self._strategy, forwards, self._blocks, micros)
+        self._refuse(self._strategy.tail_obstacle(self._blocks))
+        # With T = 1 while windows are timed, so that a model that cannot be cut is refused in the first window.
+        return tail.run(self._strategy, forwards, self._blocks, min(self.micros, forwards.rounds))
+
+    def _refuse(self, obstacle: str | None) -> None:
+        if obstacle is not None:
+            raise ConfigError(
+                f"overlap_micros above 1 cannot be kept here: {obstacle}. Use overlap_micros=1 (accum.overlap_micros "
+                "on the command line)."
+            )
 
     def observe(self, forwards: Forwards, end: Mark) -> float | None:
         """Call after each window, on all ranks: the seconds it waited for communication, see `exposed_s`."""
@@ -100,7 +103,7 @@ class _Timing:
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._rounds: int | None = None  # of the windows that are compared
+        self._rounds = 0  # of the windows that are compared
         self._left_out = WARM_WINDOWS
         self._windows: list[tuple[float, float, float]] = []  # seconds: whole, exposed, mean backward of a micro
         self._plain_s: float | None = None  # a window with T = 1, once a T was suggested
@@ -112,10 +115,12 @@ class _Timing:
         return len(self._windows) == TIMED_WINDOWS
 
     def add(self, forwards: Forwards, end: Mark, exposed: float | None) -> None:
-        """One window; those that are shorter than the first one are passed over."""
-        self._rounds = self._rounds or forwards.rounds
-        if forwards.rounds != self._rounds or forwards.rounds < 2:
+        """One window; shorter ones are passed over, and with a longer one all begins anew."""
+        if forwards.rounds < max(2, self._rounds):
             return
+        if forwards.rounds > self._rounds:
+            self._rounds, self._windows = forwards.rounds, []
+            self._left_out, self._plain_s = WARM_WINDOWS, None
         if self._left_out:
             self._left_out -= 1
             return
@@ -137,7 +142,6 @@ class _Timing:
             return 1, f"{self._suggested} was tried and a window took {-gain:.0%} more", True
         exposed = min(row[1] for row in rows)  # a rank that waits longer waits for a slower rank, not for the network
         backward = statistics.median(row[2] for row in rows)
-        assert self._rounds is not None
         waits = f"a window of {whole:.3g} s waits {exposed:.2g} s for communication"
         if exposed < WORTH * whole:
             return 1, f"{waits}, which is not worth more memory", True

@@ -47,6 +47,10 @@ class Cuts:
         hooks.append(self._blocks[-1].register_forward_hook(self._behind))
         try:
             yield
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" in str(error):
+                raise refused("a block changes what it is given in place") from error
+            raise
         finally:
             self._made = []
             for hook in hooks:
@@ -59,21 +63,16 @@ class Cuts:
             ConfigError: for a model whose blocks are no chain.
         """
         made, self._made = self._made, []
-        starts = [None, *(begins for _, _, begins in made)]
-        leaves = [leaves_of(ends) for ends in [*(ends for _, ends, _ in made), loss]]
-        cut = {id(begins) for _, _, begins in made}
-        seen: dict[int, int] = {}
+        owners: dict[Any, int] = {}  # in which segment each node of the graph was met first
         parts = []
-        for number, (reached, begins) in enumerate(zip(leaves, starts, strict=True)):
-            if any(id(leaf) in cut and leaf is not begins for leaf in reached):
-                raise refused("what an earlier block computed is used behind the next one too")
-            parameters = [leaf for leaf in reached if leaf is not begins]
-            shared = [leaf for leaf in parameters if id(leaf) in seen]
+        for number, ends in enumerate([*(ends for _, ends, _ in made), loss]):
+            block, _, begins = made[number - 1] if number else (0, None, None)
+            leaves, shared = _explore(ends, number, owners)
+            if any(leaf is other for leaf in leaves for _, _, other in made if other is not begins):
+                raise refused("what an earlier block returned is used behind the next one too")
             if shared and number < len(made):
-                raise refused(f"blocks {seen[id(shared[0])]} and {number} share a parameter")
-            seen |= {id(leaf): number for leaf in parameters}
-            ends = loss if number == len(made) else made[number][1]
-            parts.append(Segment(0 if begins is None else made[number - 1][0], ends, begins, parameters, shared))
+                raise refused(f"a block shares a parameter with what comes before it, in segment {number}")
+            parts.append(Segment(block, ends, begins, [leaf for leaf in leaves if leaf is not begins], shared))
         return parts
 
     def _before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -111,18 +110,24 @@ class Cuts:
         return {**places, found[0]: begins}
 
 
-def leaves_of(root: Tensor) -> list[Tensor]:
-    """The leaf tensors that a graph accumulates gradients into."""
-    waiting, seen, found = [root.grad_fn], set(), []
+def _explore(root: Tensor, number: int, owners: dict[Any, int]) -> tuple[list[Tensor], list[Tensor]]:
+    """The leaves that a segment's graph accumulates gradients into, and those that an earlier segment has met."""
+    waiting = [root.grad_fn]
+    leaves, shared = [], []
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        owner = owners.get(node, number + 1)
+        if node is None or owner == number:
             continue
-        seen.add(node)
         if node.name() == "torch::autograd::AccumulateGrad":
-            found.append(node.variable)  # type: ignore[attr-defined]
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+            if owner < number:
+                shared.append(node.variable)  # type: ignore[attr-defined]
+        elif owner < number:
+            raise refused("something computed before a block is used behind it, around the block")
+        owners[node] = number
         waiting.extend(following for following, _ in node.next_functions)
-    return found
+    return leaves, shared
 
 
 def refused(reason: str) -> ConfigError:

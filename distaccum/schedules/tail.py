@@ -8,8 +8,7 @@ micros. Each parameter's gradients are added in the plain order, so that the res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +41,20 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
             last = index == rounds - 1
             with strategy.tail_micro(first=index == 0, last=last):
                 backward = _Backward(cuts.segments(forwards.loss()), by_hand=strategy.sends_at_once and not last)
-                backward.step()  # the head's at once: logits are large
+                if backward.block:
+                    backward.step()  # the head's at once: logits are large
             micros.append(backward)
 
     def last_backwards() -> None:
-        while (block := micros[-1].block) is not None:
-            for backward in micros[:-1]:
-                backward.step()
-            with strategy.completing(_modules(strategy.model, blocks, block)):
-                micros[-1].step()
+        *others, final = micros
+        behind = len(blocks)
+        while (block := final.block) is not None:
+            for backward in others:
+                while backward.block is not None and backward.block >= block:
+                    backward.step()
+            with strategy.completing(_modules(strategy.model, blocks, block, behind)):
+                final.step()
+            behind = block
 
     return last_backwards
 
@@ -67,70 +71,63 @@ class _Backward:
         """
         self._segments = segments
         self._by_hand = by_hand
-        self._gradient: Tensor | None = None  # of the next segment's end
-        self._held: dict[int, Tensor] = {}  # the head's gradients of shared parameters
+        self._gradient: Tensor | None = None  # of the next segment's end; None at the loss
+        self._held: dict[Tensor, Tensor] = {}  # by parameter: the head's gradient, where an earlier segment uses it too
 
     @property
     def block(self) -> int | None:
-        """With which block the next segment begins; None at the end."""
+        """With which block the next segment begins; None when all is done."""
         return self._segments[-1].block if self._segments else None
 
     def step(self) -> None:
         """Run the backward of one segment."""
         segment = self._segments.pop()
-        # In the plain order autograd adds the two before it adds them to the sum.
-        hooks = [
-            parameter.register_hook(partial(torch.add, self._held.pop(id(parameter))))
-            for parameter in segment.parameters
-            if id(parameter) in self._held
-        ]
-        try:
-            if self._by_hand or segment.shared:
-                self._gradient = self._apart(segment)
-            else:
-                torch.autograd.backward(segment.ends, self._gradient)
-                self._gradient = None if segment.begins is None else segment.begins.grad
-        finally:
-            for hook in hooks:
-                hook.remove()
+        # What was held comes first, as autograd would have had it: then it adds this segment's to it.
+        held = [parameter for parameter in segment.parameters if parameter in self._held]
+        ends = [segment.ends, *held]
+        gradients = [self._gradient, *(self._held.pop(parameter) for parameter in held)]
+        if self._by_hand or segment.shared:
+            self._gradient = self._apart(segment, ends, gradients)
+        else:
+            torch.autograd.backward(ends, gradients)
+            self._gradient = None if segment.begins is None else segment.begins.grad
         if self._segments and self._gradient is None:
             raise refused(f"the loss of a micro-batch does not depend on what comes before block {segment.block}")
 
-    def _apart(self, segment: Segment) -> Tensor | None:
+    def _apart(self, segment: Segment, ends: list[Tensor], gradients: list[Tensor | None]) -> Tensor | None:
         """Take the gradients out of autograd: hold those of shared parameters, add the others."""
         starts = [] if segment.begins is None else [segment.begins]
-        gradients = torch.autograd.grad(
-            segment.ends, [*starts, *segment.parameters], self._gradient, allow_unused=True
-        )  # fmt: skip
-        shared = {id(parameter) for parameter in segment.shared}
-        fresh: list[tuple[Tensor, Tensor]] = []
-        for parameter, gradient in zip(segment.parameters, gradients[len(starts) :], strict=True):
-            if gradient is not None and id(parameter) in shared:
-                self._held[id(parameter)] = gradient
-            elif gradient is not None:
-                fresh.append((parameter, gradient))
+        found = torch.autograd.grad(ends, [*starts, *segment.parameters], gradients, allow_unused=True)
+        pairs = zip(segment.parameters, found[len(starts) :], strict=True)
+        fresh = {parameter: gradient for parameter, gradient in pairs if gradient is not None}
+        for parameter in segment.shared:
+            if parameter in fresh:
+                self._held[parameter] = fresh.pop(parameter)
         if self._by_hand:
             _add(fresh)
-        else:
-            for parameter, gradient in fresh:  # one by one: DDP arranges its buckets in the order of their hooks
+        else:  # one by one: DDP arranges its buckets in the order of their hooks
+            for parameter, gradient in fresh.items():
                 torch.autograd.backward(parameter, gradient)
-        return gradients[0] if starts else None
+        return found[0] if starts else None
 
 
 @torch.no_grad()
-def _add(fresh: list[tuple[Tensor, Tensor]]) -> None:
+def _add(fresh: Mapping[Tensor, Tensor]) -> None:
     """What autograd's accumulation does, without its hooks."""
-    known = [(parameter.grad, gradient) for parameter, gradient in fresh if parameter.grad is not None]
+    known = [(total, gradient) for parameter, gradient in fresh.items() if (total := parameter.grad) is not None]
     if known:
         torch._foreach_add_([total for total, _ in known], [gradient for _, gradient in known])
-    for parameter, gradient in fresh:
+    for parameter, gradient in fresh.items():
         if parameter.grad is None:
             parameter.grad = gradient.clone()  # autograd may have given one tensor to two parameters
 
 
-def _modules(model: nn.Module, blocks: Sequence[nn.Module], block: int) -> list[nn.Module]:
-    """The modules whose gradients are complete with this block: its own; with the first, all that are in no other."""
+def _modules(model: nn.Module, blocks: Sequence[nn.Module], block: int, behind: int) -> list[nn.Module]:
+    """The modules whose gradients are complete with this block: those from it to the one before `behind`.
+
+    With the first block, all that are left: also those in no block.
+    """
     if block:
-        return list(blocks[block].modules())
-    others = {id(module) for other in blocks[1:] for module in other.modules()}
-    return [module for module in model.modules() if id(module) not in others]
+        return [module for part in blocks[block:behind] for module in part.modules()]
+    done = {id(module) for part in blocks[behind:] for module in part.modules()}
+    return [module for module in model.modules() if id(module) not in done]
