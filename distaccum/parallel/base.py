@@ -61,6 +61,8 @@ class Strategy(ABC):
             return "nothing travels on one process"
         if self.sums is not None:
             return "gradients are summed in another dtype than the parameters', and travel after the window"
+        if collectives(self.model):
+            return "synchronised BatchNorm knows the moments of one forward at a time"
         return f"{len(blocks)} block(s) were found in the model, and it takes two" if len(blocks) < 2 else None
 
     def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:

@@ -47,10 +47,6 @@ class Cuts:
         hooks.append(self._blocks[-1].register_forward_hook(self._behind))
         try:
             yield
-        except RuntimeError as error:
-            if "leaf Variable that requires grad" in str(error):
-                raise refused("a block changes what it is given in place") from error
-            raise
         finally:
             self._made = []
             for hook in hooks:
@@ -107,7 +103,19 @@ class Cuts:
         before = places[found[0]]
         begins = before.detach().requires_grad_()
         self._made.append((index, before, begins))
-        return {**places, found[0]: begins}
+        return {**places, found[0]: _Handed.apply(begins)}  # type: ignore[no-untyped-call]
+
+
+class _Handed(torch.autograd.Function):
+    """A leaf as something that a block may change in place."""
+
+    @staticmethod
+    def forward(ctx: Any, begins: Tensor) -> Tensor:
+        return begins.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def _explore(root: Tensor, number: int, owners: dict[Any, int]) -> tuple[list[Tensor], list[Tensor]]:

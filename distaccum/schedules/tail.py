@@ -41,17 +41,18 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
             last = index == rounds - 1
             with strategy.tail_micro(first=index == 0, last=last):
                 backward = _Backward(cuts.segments(forwards.loss()), by_hand=strategy.sends_at_once and not last)
-                if backward.block:
+                if backward.block == len(blocks):
                     backward.step()  # the head's at once: logits are large
             micros.append(backward)
+            if backward.blocks != micros[0].blocks:
+                raise refused("a micro-batch leaves out blocks that another one computes")
 
     def last_backwards() -> None:
         *others, final = micros
         behind = len(blocks)
         while (block := final.block) is not None:
             for backward in others:
-                while backward.block is not None and backward.block >= block:
-                    backward.step()
+                backward.step()
             with strategy.completing(_modules(strategy.model, blocks, block, behind)):
                 final.step()
             behind = block
@@ -73,6 +74,11 @@ class _Backward:
         self._by_hand = by_hand
         self._gradient: Tensor | None = None  # of the next segment's end; None at the loss
         self._held: dict[Tensor, Tensor] = {}  # by parameter: the head's gradient, where an earlier segment uses it too
+
+    @property
+    def blocks(self) -> list[int]:
+        """With which blocks the segments that are left begin."""
+        return [segment.block for segment in self._segments]
 
     @property
     def block(self) -> int | None:
