@@ -119,18 +119,16 @@ class Agreement:
         self.asked += 1
         terms = self.terms or []
         count, totals = self._totals(upcoming, terms)
+        request = self.asking.request() if self.asking is not None else Request.none
         device = self._world.device
-        known = torch.tensor([float(count), *totals], dtype=torch.float64, pin_memory=device.type == "cuda")
-        row = [known.to(device, non_blocking=True)]
+        known = [float(count), *totals, float(request.value)] + ([0.0] if norm_share is None else [])
+        told = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda")
+        row = [told.to(device, non_blocking=True)] + ([] if norm_share is None else [norm_share[None]])
         if sums is None or not len(sums):
             row.append(torch.zeros(len(terms) + 1, dtype=torch.float64, device=device))
         else:
-            broken = ~torch.isfinite(sums).all(dim=1)
-            first_broken = torch.where(broken.any(), broken.int().argmax() + 1, 0)  # from 1; 0: none
-            row += [sums.sum(dim=0), first_broken.double()[None]]
-        request = self.asking.request() if self.asking is not None else Request.none
-        row.append(torch.full((1,), float(request.value), dtype=torch.float64, device=device))
-        row.append(torch.zeros(1, dtype=torch.float64, device=device) if norm_share is None else norm_share[None])
+            # Zero times what is not finite is nan, and the first nan is what argmax takes for the largest.
+            row += [sums.sum(dim=0), (sums * 0.0).sum(dim=1).argmax(dim=0, keepdim=True)]
         return Asked(self._world.share(torch.cat(row)), upcoming, norm_share is not None)
 
     def conclude(self, asked: Asked, own_norm: Tensor) -> Outcome:
@@ -138,17 +136,18 @@ class Agreement:
 
         Args:
             asked: from `ask`.
-            own_norm: [] float64, the squared norm of the gradients on this rank: all, or the share that rode along.
+            own_norm: [] float64, the squared norm of all gradients; not read where shares of it rode along.
         """
         rows, own = self._read(asked, own_norm)
         num_terms = len(self.terms or [])
-        sums = [sum(row[1 + num_terms + i] for row in rows) for i in range(num_terms)]
-        squared = sum(row[-1] for row in rows) if asked.norm_rides else own[0]
+        shares = [row[3 + num_terms : -1] for row in rows]  # by rank; what stands before and behind them, see `ask`
+        sums = [sum(column) for column in zip(*shares, strict=True)]
+        squared = sum(row[2 + num_terms] for row in rows) if asked.norm_rides else own[0]
         grad_norm = math.sqrt(squared) if squared >= 0 else math.nan
         trouble = None if math.isfinite(grad_norm) else f"gradient norm {grad_norm}, though every loss was finite"
-        broken = [(rank, int(row[-3]) - 1) for rank, row in enumerate(rows) if row[-3] > 0]
+        broken = [rank for rank, share in enumerate(shares) if not all(map(math.isfinite, share))]
         if broken:
-            rank, micro = broken[0]
+            rank, micro = broken[0], int(rows[broken[0]][-1])
             trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
         return Outcome(sums, grad_norm, trouble)
 
@@ -165,7 +164,7 @@ class Agreement:
         rows, own = asked.shared.read(*scalars)
         self.requested = Request.none
         for row in rows:
-            self.requested |= Request(int(row[-2]))
+            self.requested |= Request(int(row[1 + len(self.terms or [])]))
         if asked.upcoming is not None:
             self._announce(asked.upcoming, rows)
         return rows, own

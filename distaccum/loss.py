@@ -74,7 +74,7 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
     """
     result = objective.loss_sum(model, micro)
     sums = dict(result) if isinstance(result, Mapping) else {SINGLE_TERM: result}
-    if sorted(sums) != sorted(terms):
+    if sums.keys() != set(terms):
         raise ConfigError(
             f"The objective's loss_sum returned the terms {sorted(sums)}, its weight {sorted(terms)}. "
             "Return a tensor and a number, or two dicts with the same keys."
@@ -105,12 +105,18 @@ class Denominator:
         """Whether anything was counted at all; a window in which nothing was is skipped."""
         return any(weight > 0 for weight in self.weights.values())
 
-    def divide(self, sums: Sequence[Tensor]) -> Tensor:
-        """This micro-batch's share [] of the window's loss. A term with global weight 0 adds nothing but its graph."""
-        shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, self.weights.values(), strict=True)]
-        return torch.stack(shares).sum() if len(shares) > 1 else shares[0]
+    def gradient(self, sums: Sequence[Tensor], factor: float) -> Tensor:
+        """Of the window's loss, times a factor, with respect to `joined(sums)`; 0 for a term with global weight 0."""
+        # The division is the chain rule's first step: here it needs no graph.
+        weights = self.weights.values()
+        return joined([torch.full_like(s, factor / w if w > 0 else 0.0) for s, w in zip(sums, weights, strict=True)])
 
     def means(self, sums: Sequence[float]) -> dict[str, float]:
         """The weighted mean of each term from its sum over all micros and ranks."""
         pairs = zip(self.weights.items(), sums, strict=True)
         return {name: value / weight if weight > 0 else 0.0 for (name, weight), value in pairs}
+
+
+def joined(terms: Sequence[Tensor]) -> Tensor:
+    """One tensor of all terms: [] of one, [terms] of several."""
+    return terms[0] if len(terms) == 1 else torch.stack(tuple(terms))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol, TypeVar
 
@@ -132,7 +132,9 @@ class Accumulator:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
                     return self._skip(window, announced, chosen)
-                self.optimizer.zero_grad()  # what ran through this model before is not the window's
+                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+                if any(parameter.grad is not None for parameter in parameters):
+                    self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
                 last_backward = self.overlap.run(forwards)
                 agreement.padding, sums = forwards.last_micro, forwards.sums
@@ -142,11 +144,11 @@ class Accumulator:
                 told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
                 last_backward()
                 strategy.deliver()
-                gradients = strategy.gradients(self._parameters())
+                gradients = strategy.gradients(parameters)
                 if self.loss_scale is not None:
                     self.loss_scale.unscale(gradients)
-                norm = squared_norm(gradients, strategy.world.device) / strategy.replicas
-                told = told or agreement.ask(window.upcoming, sums, norm)
+                norm = squared_norm(gradients, strategy.world.device)
+                told = told or agreement.ask(window.upcoming, sums, norm / strategy.replicas)
                 end = mark(strategy.world.device)
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
@@ -238,9 +240,6 @@ class Accumulator:
         """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
         return self.nonfinite is NonFinite.skip or (self.loss_scale is not None and self.loss_scale.can_shrink)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
     @contextmanager
     def _nothing_left_behind(self) -> Iterator[None]:
         try:
@@ -249,13 +248,9 @@ class Accumulator:
             self.abort()
             raise
 
-    @contextmanager
-    def _ledger(self) -> Iterator[Ledger | None]:
-        if self.audit is Audit.never or (self.audit is Audit.first and self.verdict is not None):
-            yield None
-        else:
-            with Ledger() as ledger:
-                yield ledger
+    def _ledger(self) -> AbstractContextManager[Ledger | None]:
+        pauses = self.audit is Audit.never or (self.audit is Audit.first and self.verdict is not None)
+        return nullcontext() if pauses else Ledger()
 
     def _judge(self, ledger: Ledger | None, rounds: int, rows: int) -> None:
         """Compare after the window: DDP arranges its buckets anew within one."""

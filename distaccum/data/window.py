@@ -129,12 +129,11 @@ def to_device(micro: Any, device: torch.device) -> Any:
     """
     if isinstance(micro, torch.Tensor):
         return micro.to(device, non_blocking=True)
+    if isinstance(micro, tuple | list):
+        values = [to_device(value, device) for value in micro]
+        return type(micro)(*values) if hasattr(micro, "_fields") else type(micro)(values)
     if isinstance(micro, Mapping):
         return {key: to_device(value, device) for key, value in micro.items()}
-    if isinstance(micro, tuple) and hasattr(micro, "_fields"):
-        return type(micro)(*(to_device(value, device) for value in micro))
-    if isinstance(micro, tuple | list):
-        return type(micro)(to_device(value, device) for value in micro)
     return micro
 
 

@@ -74,11 +74,9 @@ class Strategy(ABC):
         """Enter around the backward that completes the gradients of these modules: now they may travel."""
         yield
 
-    @contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self) -> AbstractContextManager[None]:
         """Enter around the forward of a micro that counts: BatchNorm's running statistics are taken there."""
-        with nullcontext() if self.statistics is None else self.statistics.observing():
-            yield
+        return nullcontext() if self.statistics is None else self.statistics.observing()
 
     @contextmanager
     def padding(self) -> Iterator[None]:

@@ -80,7 +80,7 @@ class Shared:
         """
         if self._work is not None:
             self._work.wait()
-        flat = [self._table.flatten(), *(other.detach().to(self._table).reshape(1) for other in others)]
+        flat = [self._table.flatten(), *(other[None].to(self._table) for other in others)]
         numbers = torch.cat(flat).tolist()
         rows, columns = self._table.shape
         table = [numbers[i * columns : (i + 1) * columns] for i in range(rows)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.errors import ConfigError
-from distaccum.loss import Denominator, SupportsObjective, sums_of, weights_of
+from distaccum.loss import SupportsObjective, sums_of, weights_of
 
 # What pads sequences of different lengths, by the names that the field's collators use.
 PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
@@ -38,13 +38,13 @@ def compute(
         weights: the denominators by term.
         scale: losses are multiplied by it before the backward and gradients divided afterwards.
     """
-    denominator = Denominator(weights)
-    terms = list(weights)
     loss = 0.0
     before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with _Inputs(model) as inputs:
         for group in groups:
-            share = denominator.divide(sums_of(objective, model, group, terms))
+            sums = sums_of(objective, model, group, list(weights))
+            shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, weights.values(), strict=True)]
+            share = torch.stack(shares).sum()
             loss += float(share.detach())
             (share * scale).backward()
     gradients = {

@@ -11,7 +11,7 @@ from distaccum.agreement import Announced
 from distaccum.clock import Mark, mark
 from distaccum.data.window import MicroBatches, one_ahead, to_device
 from distaccum.errors import ConfigError
-from distaccum.loss import SupportsObjective, checked_weights, sums_of, weights_of
+from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
 from distaccum.parallel.base import Strategy
 from distaccum.plan import random_key
 
@@ -59,37 +59,42 @@ class Forwards:
         self._device = strategy.world.device
         self._micros = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
+        self._gradient: Tensor | None = None  # what every micro's backward begins with
 
-    def loss(self) -> Tensor:
-        """The next round's share [] of the window's loss, as the strategy wants it scaled."""
+    def root(self) -> tuple[Tensor, Tensor]:
+        """Where the next round's backward begins and with what gradient, as the strategy wants it scaled."""
         index = len(self.began)
         self.began.append(mark(self._device))
-        loss = self._micro(index) if index < len(self._window) else self._nothing()
+        root = self._micro(index) if index < len(self._window) else self._nothing()
         self.ended.append(mark(self._device))
-        return loss
+        return root
 
     @property
     def sums(self) -> Tensor:
         """The loss sums so far, [micros of this rank, terms] float64, on the device, without graph."""
         if not self._sums:
             return torch.zeros(0, len(self._terms), dtype=torch.float64, device=self._device)
-        return torch.stack(self._sums)
+        return torch.stack(self._sums).view(-1, len(self._terms))
 
-    def _micro(self, index: int) -> Tensor:
+    def _micro(self, index: int) -> tuple[Tensor, Tensor]:
         world, window = self._strategy.world, self._window
         self.last_micro, micro = next(self._micros, (None, None))
         _check(self._objective, window, index, self.last_micro)
         if self._seed is not None:
-            torch.manual_seed(random_key(self._seed, self._step, index * world.size + world.rank))
+            # torch.manual_seed also looks for every other kind of device, and that takes longer than a small micro.
+            seed = torch.default_generator.manual_seed if self._device.type == "cpu" else torch.manual_seed
+            seed(random_key(self._seed, self._step, index * world.size + world.rank))
         with self._strategy.observing():
             own = sums_of(self._objective, self._strategy.model, micro, self._terms)
-        self._sums.append(torch.stack([value.detach().double() for value in own]))
-        return self._denominator.divide(own) * self._factor
+        self._sums += [value.detach().double() for value in own]
+        if self._gradient is None:
+            self._gradient = self._denominator.gradient(own, self._factor)
+        return joined(own), self._gradient
 
-    def _nothing(self) -> Tensor:
+    def _nothing(self) -> tuple[Tensor, Tensor]:
         with self._strategy.padding():
             own = sums_of(self._objective, self._strategy.model, to_device(self._padding, self._device), self._terms)
-        return self._denominator.divide(own) * 0.0
+        return joined(own), self._denominator.gradient(own, 0.0)
 
 
 def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro: Any) -> None:

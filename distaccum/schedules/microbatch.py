@@ -21,11 +21,11 @@ def run(strategy: Strategy, forwards: Forwards) -> Callable[[], None]:
 
     boundary = ExitStack()
     boundary.enter_context(strategy.micro(first=rounds == 1, last=True))
-    loss = forwards.loss()
+    root, gradient = forwards.root()
 
     def last_backward() -> None:
         with boundary:
-            loss.backward()
+            root.backward(gradient)
         strategy.after_micro()
 
     return last_backward
@@ -34,5 +34,6 @@ def run(strategy: Strategy, forwards: Forwards) -> Callable[[], None]:
 def one(strategy: Strategy, forwards: Forwards, *, first: bool) -> None:
     """Forward and backward of a micro that is not the last one."""
     with strategy.micro(first=first, last=False):
-        forwards.loss().backward()
+        root, gradient = forwards.root()
+        root.backward(gradient)
     strategy.after_micro()

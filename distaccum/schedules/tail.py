@@ -40,7 +40,8 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
         for index in range(rounds - overlap_micros, rounds):
             last = index == rounds - 1
             with strategy.tail_micro(first=index == 0, last=last):
-                backward = _Backward(cuts.segments(forwards.loss()), by_hand=strategy.sends_at_once and not last)
+                root, gradient = forwards.root()
+                backward = _Backward(cuts.segments(root), gradient, by_hand=strategy.sends_at_once and not last)
                 if backward.block == len(blocks):
                     backward.step()  # the head's at once: logits are large
             micros.append(backward)
@@ -63,16 +64,17 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
 class _Backward:
     """The backward of one micro, a segment at a time."""
 
-    def __init__(self, segments: list[Segment], *, by_hand: bool) -> None:
+    def __init__(self, segments: list[Segment], gradient: Tensor, *, by_hand: bool) -> None:
         """Start at the end.
 
         Args:
             segments: in the order in which they were computed.
+            gradient: what the backward of the last one begins with.
             by_hand: whether gradients are added here, past autograd's accumulation, in whose hooks DDP would send them.
         """
         self._segments = segments
         self._by_hand = by_hand
-        self._gradient: Tensor | None = None  # of the next segment's end; None at the loss
+        self._gradient: Tensor | None = gradient  # of the next segment's end
         self._held: dict[Tensor, Tensor] = {}  # by parameter: the head's gradient, where an earlier segment uses it too
 
     @property
@@ -90,8 +92,8 @@ class _Backward:
         segment = self._segments.pop()
         # What was held comes first, as autograd would have had it: then it adds this segment's to it.
         held = [parameter for parameter in segment.parameters if parameter in self._held]
-        ends = [segment.ends, *held]
-        gradients = [self._gradient, *(self._held.pop(parameter) for parameter in held)]
+        ends = [segment.ends, *(parameter.view_as(parameter) for parameter in held)]
+        gradients = [self._gradient, *(self._held.pop(parameter).to(parameter.dtype) for parameter in held)]
         if self._by_hand or segment.shared:
             self._gradient = self._apart(segment, ends, gradients)
         else:

@@ -27,7 +27,6 @@ import distaccum.checkpoint.store
 import distaccum.commands.train
 import distaccum.trainer
 from distaccum.agreement import Agreement
-from distaccum.loss import Denominator
 from distaccum.schedules import base
 from distaccum.step import Accumulator
 
@@ -97,7 +96,7 @@ def installed(faults: Sequence[Fault], run_dir: Path, rank: int, world_size: int
         wrap(Agreement, "conclude", own.before("reduce", lambda: own.step))
         wrap(Accumulator, "step", own.stepping)
         wrap(base, "sums_of", own.forward)
-        wrap(Denominator, "divide", own.backward)
+        wrap(base, "joined", own.backward)
         wrap(distaccum.checkpoint.store, "write_file", own.writing)
         wrap(distaccum.checkpoint.folder, "publish", own.publishing)
         wrap(distaccum.checkpoint.folder, "sync_folder", own.syncing)
