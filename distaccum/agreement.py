@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from distaccum.data.window import MicroBatches
@@ -120,16 +119,19 @@ class Agreement:
         terms = self.terms or []
         count, totals = self._totals(upcoming, terms)
         request = self.asking.request() if self.asking is not None else Request.none
-        device = self._world.device
-        known = [float(count), *totals, float(request.value)] + ([0.0] if norm_share is None else [])
-        told = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda")
-        row = [told.to(device, non_blocking=True)] + ([] if norm_share is None else [norm_share[None]])
-        if sums is None or not len(sums):
-            row.append(torch.zeros(len(terms) + 1, dtype=torch.float64, device=device))
+        known, measured = [float(count), *totals, float(request.value)], []
+        if norm_share is None:
+            known.append(0.0)
         else:
+            measured.append(norm_share[None])
+        if sums is None:
+            known += [0.0] * (len(terms) + 1)
+        elif len(sums):
             # Zero times what is not finite is nan, and the first nan is what argmax takes for the largest.
-            row += [sums.sum(dim=0), (sums * 0.0).sum(dim=1).argmax(dim=0, keepdim=True)]
-        return Asked(self._world.share(torch.cat(row)), upcoming, norm_share is not None)
+            measured += [sums.sum(dim=0), (sums * 0.0).sum(dim=1).argmax(dim=0, keepdim=True)]
+        else:
+            measured.append(sums.new_zeros(len(terms) + 1))
+        return Asked(self._world.share(known, measured), upcoming, norm_share is not None)
 
     def conclude(self, asked: Asked, own_norm: Tensor) -> Outcome:
         """Wait for all rows: how this window went, and what the next one is.

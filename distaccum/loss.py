@@ -73,20 +73,23 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
         ConfigError: for a sum that is not a scalar, has no graph, or terms other than the weight's.
     """
     result = objective.loss_sum(model, micro)
-    sums = dict(result) if isinstance(result, Mapping) else {SINGLE_TERM: result}
+    several = not isinstance(result, Tensor) and isinstance(result, Mapping)  # the quick question first
+    sums: dict[str, Any] = dict(result) if several else {SINGLE_TERM: result}
     if sums.keys() != set(terms):
         raise ConfigError(
             f"The objective's loss_sum returned the terms {sorted(sums)}, its weight {sorted(terms)}. "
             "Return a tensor and a number, or two dicts with the same keys."
         )
+    has_graph = not torch.is_grad_enabled()
     for name, value in sums.items():
-        if not isinstance(value, Tensor) or value.ndim != 0:
+        if not isinstance(value, Tensor) or value.ndim:
             got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ConfigError(
                 f"The objective's loss_sum for '{name}' is of {got}. It must be one number, the sum over everything "
                 "counted in the micro-batch: use reduction='sum', or end with .sum()."
             )
-    if torch.is_grad_enabled() and not any(value.requires_grad for value in sums.values()):
+        has_graph = has_graph or value.requires_grad
+    if not has_graph:
         raise ConfigError(
             "The objective's loss_sum does not depend on any parameter that is trained (it has no graph). "
             "Compute it from the model's output, without .item() or torch.no_grad()."

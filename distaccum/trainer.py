@@ -257,7 +257,7 @@ def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
                 pair.zero_()
             totals = pair if totals is None else totals + pair
     assert totals is not None
-    rows, _ = world.share(totals.flatten().to(world.device)).read()
+    rows, _ = world.share(totals.flatten().tolist()).read()
     summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(terms))]
     pairs = zip(terms, summed[: len(terms)], summed[len(terms) :], strict=True)
     return {term: value / weight for term, value, weight in pairs if weight > 0}

@@ -139,6 +139,9 @@ def to_device(micro: Any, device: torch.device) -> Any:
 
 def one_ahead(micros: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
     """Pairs of a micro-batch as it was read and on the device; the next one is under way, and no more than that."""
+    if device.type == "cpu":
+        yield from ((micro, micro) for micro in micros)  # where they are already
+        return
     ahead: tuple[Any, Any] | None = None
     for micro in micros:
         current = (micro, to_device(micro, device))

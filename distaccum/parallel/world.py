@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,23 +30,27 @@ class World:
         group = group if group is not None else dist.group.WORLD
         return World(dist.get_rank(group), dist.get_world_size(group), device, group)
 
-    def share(self, row: Tensor) -> Shared:
+    def share(self, known: Sequence[float], measured: Sequence[Tensor] = ()) -> Shared:
         """Start to show one row to all ranks; nothing waits here.
 
         Args:
-            row: [n] float64, this rank's numbers, the same n on every rank, on any device.
+            known: the beginning of this rank's row; as many numbers on every rank.
+            measured: the rest of it, [n] each, on any device; as many on every rank.
 
         Returns:
             What becomes the table of all rows. All ranks must call this in the same order.
         """
         if self.group is None:
-            return Shared(row[None], None)
+            return Shared(1, list(known), list(measured), None)
         # Where this device has no backend of its own (a model on a GPU, ranks that share gloo) the CPU's serves.
         served = f"{self.device.type}:" in dist.get_backend_config(self.group)
-        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=self.device if served else "cpu")
-        table[self.rank] = row.to(table.device)
+        device = self.device if served else torch.device("cpu")
+        told = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda")
+        row = torch.cat([told.to(device, non_blocking=True), *(part.to(device) for part in measured)])
+        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=device)
+        table[self.rank] = row
         # One all-reduce in which each rank adds to its own row only: a gather whose name is the same in every torch.
-        return Shared(table, dist.all_reduce(table, group=self.group, async_op=True))
+        return Shared(self.size, [], [table.flatten()], dist.all_reduce(table, group=self.group, async_op=True))
 
     def gather_objects(self, value: T) -> list[T]:
         """One small object of each rank, in rank order. Pickled: for set-up only, between ranks of this job."""
@@ -67,9 +72,11 @@ class World:
 class Shared:
     """A table of one row a rank that is on its way."""
 
-    def __init__(self, table: Tensor, work: dist.Work | None) -> None:
-        """Keep the table [R, n] and the collective that fills it."""
-        self._table = table
+    def __init__(self, size: int, known: list[float], parts: list[Tensor], work: dist.Work | None) -> None:
+        """Keep the table of `size` rows: what is known of it, then [n] each; and the collective that fills them."""
+        self._size = size
+        self._known = known
+        self._parts = parts
         self._work = work
 
     def read(self, *others: Tensor) -> tuple[list[list[float]], list[float]]:
@@ -80,8 +87,9 @@ class Shared:
         """
         if self._work is not None:
             self._work.wait()
-        flat = [self._table.flatten(), *(other[None].to(self._table) for other in others)]
-        numbers = torch.cat(flat).tolist()
-        rows, columns = self._table.shape
-        table = [numbers[i * columns : (i + 1) * columns] for i in range(rows)]
-        return table, numbers[rows * columns :]
+        parts = self._parts + [other[None] for other in others]
+        found = torch.cat([part.to(parts[0]) for part in parts]).tolist() if parts else []
+        numbers = self._known + found
+        columns = (len(numbers) - len(others)) // self._size
+        table = [numbers[i * columns : (i + 1) * columns] for i in range(self._size)]
+        return table, numbers[self._size * columns :]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distaccum.agreement import Announced
-from distaccum.clock import Mark, mark
+from distaccum.clock import Mark, mark, seconds_between
 from distaccum.data.window import MicroBatches, one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
@@ -44,8 +44,7 @@ class Forwards:
             loss_scale: what losses are multiplied by before their backward, beside the strategy's own factor.
         """
         self.rounds = announced.rounds
-        self.began: list[Mark] = []  # each round
-        self.ended: list[Mark] = []  # the forward of each round
+        self.began = mark(strategy.world.device)
         self.last_micro = padding  # as it was read: padding for a later window
         self._strategy = strategy
         self._objective = objective
@@ -59,22 +58,42 @@ class Forwards:
         self._device = strategy.world.device
         self._micros = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
+        self._done = 0  # rounds whose forward was begun
+        self._unsent = 0  # rounds that send nothing
+        self._sending = self.began  # when the others began
         self._gradient: Tensor | None = None  # what every micro's backward begins with
 
     def root(self) -> tuple[Tensor, Tensor]:
         """Where the next round's backward begins and with what gradient, as the strategy wants it scaled."""
-        index = len(self.began)
-        self.began.append(mark(self._device))
-        root = self._micro(index) if index < len(self._window) else self._nothing()
-        self.ended.append(mark(self._device))
-        return root
+        self._done += 1
+        return self._micro(self._done - 1) if self._done <= len(self._window) else self._nothing()
+
+    def mark_sending(self) -> None:
+        """Call before the micros that send gradients, the last ones of the window."""
+        self._unsent, self._sending = self._done, mark(self._device)
+
+    def exposed_s(self, end: Mark) -> float | None:
+        """Seconds that the window waited for communication: how much longer its last micros took than as many others.
+
+        What hides behind computation is not waited for and not counted, nor are FSDP2's gathers in the other micros.
+
+        Args:
+            end: of the last micro; passed on the device.
+
+        Returns:
+            None where there is no other micro to compare with.
+        """
+        if not self._unsent:
+            return None
+        others = seconds_between(self.began, self._sending) / self._unsent
+        return max(0.0, seconds_between(self._sending, end) - (self.rounds - self._unsent) * others)
 
     @property
     def sums(self) -> Tensor:
         """The loss sums so far, [micros of this rank, terms] float64, on the device, without graph."""
         if not self._sums:
             return torch.zeros(0, len(self._terms), dtype=torch.float64, device=self._device)
-        return torch.stack(self._sums).view(-1, len(self._terms))
+        return torch.stack(self._sums).double().view(-1, len(self._terms))
 
     def _micro(self, index: int) -> tuple[Tensor, Tensor]:
         world, window = self._strategy.world, self._window
@@ -86,7 +105,7 @@ class Forwards:
             seed(random_key(self._seed, self._step, index * world.size + world.rank))
         with self._strategy.observing():
             own = sums_of(self._objective, self._strategy.model, micro, self._terms)
-        self._sums += [value.detach().double() for value in own]
+        self._sums += [value.detach() for value in own]
         if self._gradient is None:
             self._gradient = self._denominator.gradient(own, self._factor)
         return joined(own), self._gradient

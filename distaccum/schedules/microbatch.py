@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from distaccum.parallel.base import Strategy
 from distaccum.schedules.base import Forwards
+from distaccum.torch_private import backward
 
 
 def run(strategy: Strategy, forwards: Forwards) -> Callable[[], None]:
@@ -19,13 +20,14 @@ def run(strategy: Strategy, forwards: Forwards) -> Callable[[], None]:
     for index in range(rounds - 1):
         one(strategy, forwards, first=index == 0)
 
+    forwards.mark_sending()
     boundary = ExitStack()
     boundary.enter_context(strategy.micro(first=rounds == 1, last=True))
     root, gradient = forwards.root()
 
     def last_backward() -> None:
         with boundary:
-            root.backward(gradient)
+            backward(root, gradient)
         strategy.after_micro()
 
     return last_backward
@@ -35,5 +37,5 @@ def one(strategy: Strategy, forwards: Forwards, *, first: bool) -> None:
     """Forward and backward of a micro that is not the last one."""
     with strategy.micro(first=first, last=False):
         root, gradient = forwards.root()
-        root.backward(gradient)
+        backward(root, gradient)
     strategy.after_micro()

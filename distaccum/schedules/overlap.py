@@ -6,10 +6,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
-from distaccum.clock import Mark, exposed_s, seconds_between
+from distaccum.clock import Mark, seconds_between
 from distaccum.errors import ConfigError
 from distaccum.parallel.base import Strategy
 from distaccum.schedules import microbatch, tail
@@ -18,6 +17,7 @@ from distaccum.schedules.base import Forwards
 AUTO = "auto"
 WARM_WINDOWS = 2  # DDP arranges its buckets, and compilers compile
 TIMED_WINDOWS = 3  # with T = 1, and as many with what they suggest, after one that is not counted
+BACKWARD = 2 / 3  # of a micro: two products of matrices for each of the forward
 WORTH = 0.02  # of a window: what is waited for less than that is not worth any memory
 
 
@@ -71,8 +71,7 @@ class Overlap:
 
     def observe(self, forwards: Forwards, end: Mark) -> float | None:
         """Call after each window, on all ranks: the seconds it waited for communication, see `exposed_s`."""
-        micros = min(self.micros, forwards.rounds)
-        waited_s = exposed_s(forwards.began, end, micros)
+        waited_s = forwards.exposed_s(end)
         if self._timing is not None:
             self._timing.add(forwards, end, waited_s)
         return waited_s
@@ -86,8 +85,7 @@ class Overlap:
         timing = self._timing
         if timing is None or not timing.complete:
             return None
-        world = self._strategy.world
-        rows, _ = world.share(torch.tensor(timing.medians(), dtype=torch.float64, device=world.device)).read()
+        rows, _ = self._strategy.world.share(timing.medians()).read()
         self.micros, self.reason, done = timing.choice(rows)
         if done:
             self._timing = None
@@ -105,7 +103,7 @@ class _Timing:
         self._limit = limit
         self._rounds = 0  # of the windows that are compared
         self._left_out = WARM_WINDOWS
-        self._windows: list[tuple[float, float, float]] = []  # seconds: whole, exposed, mean backward of a micro
+        self._windows: list[tuple[float, float]] = []  # seconds: whole, exposed
         self._plain_s: float | None = None  # a window with T = 1, once a T was suggested
         self._suggested = 1
 
@@ -124,12 +122,10 @@ class _Timing:
         if self._left_out:
             self._left_out -= 1
             return
-        began, ended = forwards.began, forwards.ended
-        backward = statistics.mean(map(seconds_between, ended[:-1], began[1:]))
-        self._windows.append((seconds_between(began[0], end), exposed or 0.0, backward))
+        self._windows.append((seconds_between(forwards.began, end), exposed or 0.0))
 
     def medians(self) -> list[float]:
-        """This rank's: a window, what it waited, the backward of a micro."""
+        """This rank's seconds: a window, and what it waited."""
         return [statistics.median(column) for column in zip(*self._windows, strict=True)]
 
     def choice(self, rows: list[list[float]]) -> tuple[int, str, bool]:
@@ -141,7 +137,7 @@ class _Timing:
                 return self._suggested, f"a window takes {gain:.0%} less than with 1", True
             return 1, f"{self._suggested} was tried and a window took {-gain:.0%} more", True
         exposed = min(row[1] for row in rows)  # a rank that waits longer waits for a slower rank, not for the network
-        backward = statistics.median(row[2] for row in rows)
+        backward = BACKWARD * (whole - exposed) / self._rounds
         waits = f"a window of {whole:.3g} s waits {exposed:.2g} s for communication"
         if exposed < WORTH * whole:
             return 1, f"{waits}, which is not worth more memory", True
@@ -151,5 +147,7 @@ class _Timing:
             return 1, f"{waits}, and the memory limit leaves room for one micro-batch", True
         self._plain_s, self._windows, self._left_out = whole, [], 1
         least = "" if self._suggested == wanted else f" (of {wanted} that would hide it)"
-        why = f"{waits}, and the backward of a micro-batch takes {backward:.2g} s{least}; tried in the next windows"
+        why = (
+            f"{waits}, and the backward of a micro-batch takes about {backward:.2g} s{least}; tried in the next windows"
+        )
         return self._suggested, why, False

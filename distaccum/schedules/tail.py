@@ -34,6 +34,7 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
     rounds = forwards.rounds
     for index in range(rounds - overlap_micros):
         microbatch.one(strategy, forwards, first=index == 0)
+    forwards.mark_sending()
     cuts = Cuts(blocks)
     micros: list[_Backward] = []
     with cuts.made():
