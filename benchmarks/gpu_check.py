@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
 import json
-import os
-import platform
 import re
-import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 import torch.distributed as dist
 
@@ -29,14 +26,14 @@ def main() -> int:
         print(f"torch {torch.__version__} is too old: this needs {'.'.join(map(str, NEEDED_TORCH))} or later.")
         return 1
     begin = time.monotonic()
-    machine = describe(arguments.device)
-    _print_machine(machine)
+    described = describe(arguments.device)
+    _print_machine(described)
     checks = list(run_all(arguments, begin))
     failed = [check for check in checks if check["status"] == "failed"]
     report = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": described["date"],
         "dry run": arguments.tiny or arguments.device == "cpu",
-        "machine": machine,
+        "machine": described,
         "checks": checks,
         "seconds": round(time.monotonic() - begin, 1),
     }
@@ -69,7 +66,10 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
             gpu_ranks.Job(1, speed, limit_s=220, group=False),  # a process of its own: nothing else is in its memory
         ]
     else:
-        jobs = [gpu_ranks.Job(1, exact | speed, limit_s=150), gpu_ranks.Job(several, exact, limit_s=150)]
+        jobs = [
+            gpu_ranks.Job(1, exact | speed, limit_s=150, start="fork"),
+            gpu_ranks.Job(several, exact, limit_s=150, start="fork"),
+        ]
     checks = []
 
     def note(name: str, ranks: int, status: str, figures: dict[str, Any], reasons: list[str]) -> None:
@@ -83,7 +83,7 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
                 note(name, max(job.ranks, 2 if index == 1 else 1), "not run", {}, [reason])
             continue
         left_s = arguments.limit_s - (time.monotonic() - begin)
-        limited = gpu_ranks.Job(job.ranks, job.parts, max(5.0, min(job.limit_s, left_s)), job.group)
+        limited = replace(job, limit_s=max(5.0, min(job.limit_s, left_s)))
         for name, found in gpu_ranks.run(limited, arguments.device, tiny).items():
             note(name, job.ranks, "failed" if found.failures else "passed", found.figures, found.failures)
     if not on_gpu:
@@ -91,20 +91,13 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
     return checks
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe(device: str, *packages: str) -> dict[str, Any]:
     """The machine, as far as the figures depend on it."""
-    machine: dict[str, Any] = {
-        "device": "CPU",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
-        or "unknown",
-    }
+    found: dict[str, Any] = {"device": "CPU"} | machine.describe(*packages) | {"torch": torch.__version__}
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        query = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        machine |= {
+        query = machine.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {
             "device": properties.name,
             "GPUs": torch.cuda.device_count(),
             "GPU memory in GiB": round(properties.total_memory / 2**30, 1),
@@ -113,7 +106,7 @@ def describe(device: str) -> dict[str, Any]:
             "CUDA": torch.version.cuda,
             "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
         }
-    return machine
+    return found
 
 
 def _obstacle(device: str) -> str | None:
@@ -129,8 +122,8 @@ def _obstacle(device: str) -> str | None:
     return None
 
 
-def _print_machine(machine: dict[str, Any]) -> None:
-    print("\n".join(f"{name:20} {value}" for name, value in machine.items()), flush=True)
+def _print_machine(described: dict[str, Any]) -> None:
+    print("\n".join(f"{name:20} {value}" for name, value in described.items()), flush=True)
 
 
 def _print_check(check: dict[str, Any]) -> None:
@@ -180,12 +173,6 @@ def _arguments() -> argparse.Namespace:
 
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
-def _output(*command: str) -> str:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return ""
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+from gpu_alarm import alarm
 from gpu_ranks import Found, Place
 from setting import KINDS, RecordingSGD, make_model, make_window, masked_objective, reference, relative, whole
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.precision import Precision
-from distaccum.parallel.world import Shared
 
 # As in tests/numerics: sums of some hundred float64 terms of order one, in another order.
 EXACT = 1e-12
@@ -217,7 +215,7 @@ def _syncs_by_window(strategy: str, mesh: tuple[int, ...], policy: str, place: P
         for micro in token_micros((warm_up + num_windows) * num_micros, seed=place.rank)
     ]
     counts: list[int] = []
-    with warnings.catch_warnings(), _alarm() as (arm, reads):
+    with warnings.catch_warnings(), alarm() as (arm, reads):
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # From reading the first micro to leaving the loop: what da.windows does is watched too.
         for index, window in enumerate(da.windows(micros, num_micros)):
@@ -229,46 +227,3 @@ def _syncs_by_window(strategy: str, mesh: tuple[int, ...], policy: str, place: P
                 torch.cuda.synchronize()
                 arm()  # by now DDP has arranged its buckets and the optimizer has its state
     return counts
-
-
-@contextmanager
-def _alarm() -> Iterator[tuple[Any, list[int]]]:
-    """Any host sync that torch knows of raises, but in `Shared.read`, where they are counted.
-
-    Torch's mode does not see waits for an event, nor what NCCL does by itself.
-    """
-    reads: list[int] = []
-    original, armed = Shared.read, False
-
-    def arm() -> None:
-        nonlocal armed
-        armed = True
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            torch.ones(1, device="cuda").item()
-        except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
-        else:
-            raise AssertionError(
-                "torch.cuda.set_sync_debug_mode('error') did not notice .item(): it would prove nothing"
-            )
-
-    def read(self: Shared, *others: Tensor) -> Any:
-        if not armed:
-            return original(self, *others)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                return original(self, *others)
-            finally:
-                torch.cuda.set_sync_debug_mode("error")
-                reads.append(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
-
-    Shared.read = read  # type: ignore[method-assign]
-    try:
-        yield arm, reads
-    finally:
-        Shared.read = original  # type: ignore[method-assign]
-        torch.cuda.set_sync_debug_mode("default")

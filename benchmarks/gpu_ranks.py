@@ -43,7 +43,7 @@ class Found:
             self.failures.append(otherwise)
 
 
-Part = Callable[[Place], Found]  # a function of a module, since ranks are spawned
+Part = Callable[[Place], Found]  # a function of a module, since ranks may be spawned
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,14 @@ class Job:
     parts: dict[str, Part]
     limit_s: float
     group: bool = True  # whether the ranks form a process group
+    start: str = "spawn"  # CUDA cannot be forked; a fork saves imports
 
 
 def run(job: Job, device_type: str, tiny: bool) -> dict[str, Found]:
     """Start the ranks, wait for them, and return for each part the figures of rank 0 and the failures of all ranks."""
     deadline = time.monotonic() + job.limit_s
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
-        context = mp.get_context("spawn")  # CUDA cannot be forked
+        context = mp.get_context(job.start)
         processes = [
             context.Process(target=_rank, args=(job, rank, device_type, tiny, folder)) for rank in range(job.ranks)
         ]
@@ -112,7 +113,7 @@ def _rank(job: Job, rank: int, device_type: str, tiny: bool, folder: str) -> Non
             found = part(Place(rank, job.ranks, device, tiny))
         except BaseException as error:
             traceback.print_exc()
-            found = Found(failures=[_in_short(error)])
+            found = Found(failures=[in_short(error)])
             _write(folder, name, rank, found)
             sys.stderr.flush()
             os._exit(1)  # nothing can be said to the other ranks, nor done on a device that failed
@@ -128,7 +129,7 @@ def _write(folder: str, name: str, rank: int, found: Found) -> None:
     unfinished.rename(Path(folder) / f"{name}.{rank}.json")
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """The error and where it came from, without the folders of this machine: reports are kept and published."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
     where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)

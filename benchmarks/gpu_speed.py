@@ -1,102 +1,64 @@
-"""Tokens per second and peak memory of GPT-2 124M: ours against a loop written by hand, in one process, in turns."""
+"""Tokens per second and peak memory of GPT-2 124M: ours against a loop written by hand, in one process, in turns.
+
+A guard for the GPU check. What is measured with care, and against the peers, is in gpu.py.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from gpu_arms import GPT2_124M, TINY, Micro, Micros, Sizes, Training, adamw, by_hand, ours
 from gpu_ranks import Found, Place
-from torch import Tensor, nn
-
-import distaccum as da
-from distaccum.models.gpt import GPT, GPTConfig
+from torch import nn
 
 NUM_MICROS = 8
-CLIP_NORM = 1.0
 # Guards against gross regressions, not claims: the loops issue the same kernels, and a busy machine adds noise.
 SLOWEST, LARGEST = 0.95, 1.05
 
-Micro = tuple[Tensor, Tensor]
-Loop = Callable[[list[Micro]], list[float]]  # trains on windows of NUM_MICROS; the loss of each
+Loop = Callable[[Sequence[Micro]], list[tuple[float, float]]]  # loss and gradient norm of each window
 
 
-def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[Loop, list[float]]:
-    """What one writes for one process and windows of equal size; and the gradient norms, as the loop goes."""
-    norms: list[float] = []
+def loop_of(
+    arm: Callable[[Training], None], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> Loop:
+    """It trains on windows of NUM_MICROS."""
 
-    def loss_of(inputs: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = model(inputs)
-            return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+    def loop(micros: Sequence[Micro]) -> list[tuple[float, float]]:
+        told: list[tuple[float, float]] = []
+        arm(Training(model, optimizer, device, micros, NUM_MICROS, lambda loss, norm: told.append((loss, norm))))
+        return told
 
-    def loop(micros: list[Micro]) -> list[float]:
-        losses = []
-        for start in range(0, len(micros), NUM_MICROS):
-            total = torch.zeros((), device=device)
-            for inputs, labels in micros[start : start + NUM_MICROS]:
-                loss = loss_of(inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)) / NUM_MICROS
-                loss.backward()
-                total += loss.detach()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            value, norm_value = torch.stack([total, norm]).tolist()  # one host sync a window, as ours
-            losses.append(value)
-            norms.append(norm_value)
-        return losses
-
-    return loop, norms
-
-
-def ours(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> tuple[Loop, list[float]]:
-    """The same work through an accumulator."""
-    norms: list[float] = []
-    in_bf16 = da.autocast(da.CausalLM(shift=False), torch.bfloat16)
-    accumulator = da.Accumulator(model, optimizer, in_bf16, clip_norm=CLIP_NORM)
-
-    def loop(micros: list[Micro]) -> list[float]:
-        losses = []
-        for window in da.windows(micros, num_micros=NUM_MICROS):
-            record = accumulator.step(window)
-            losses.append(record.loss)
-            norms.append(record.grad_norm)
-        return losses
-
-    return loop, norms
+    return loop
 
 
 def speed(place: Place) -> Found:
     """Blocks of windows in turns: by hand, ours, by hand, ours, ...; medians over blocks."""
     found, device = Found(), place.device
     blocks, block_s = (2, 0.2) if place.tiny else (4, 12.0)
-    sizes = (2, 2, 32, 256, 32) if place.tiny else (12, 12, 768, 50304, 1024)
-    layers, heads, width, vocab, length = sizes
-    torch.manual_seed(0)
-    config = GPTConfig("gpt", vocab, length, num_layers=layers, num_heads=heads, width=width, dropout=0.0, bias=True)
-    model = GPT(config).to(device)
+    asked = TINY if place.tiny else GPT2_124M
+    model = asked.model().to(device)
     # One model and one optimizer for both loops: what differs is the loop alone, and so does the peak of memory.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
-    loops = {"by hand": by_hand(model, optimizer, device), "ours": ours(model, optimizer, device)}
+    optimizer = adamw(model, lr=0.0)
+    loops = {name: loop_of(arm, model, optimizer, device) for name, arm in (("by hand", by_hand), ("ours", ours))}
 
-    micro = _largest_micro(2 if place.tiny else 16, loops["by hand"][0], vocab, length, device)
-    one_window = _random_micros(NUM_MICROS, micro, vocab, length, device)
-    tokens = NUM_MICROS * micro * length
+    sizes = _largest_micro(asked, loops["by hand"], device)
+    one_window = Micros(sizes, NUM_MICROS, NUM_MICROS, device)
+    tokens = NUM_MICROS * sizes.micro * sizes.length
     found.figures |= {
-        "model": f"GPT {layers} layers, {heads} heads, width {width}, vocabulary {vocab}, sequences of {length}",
+        "model": f"GPT {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary {sizes.vocab}, "
+        f"sequences of {sizes.length}",
         "data": "random tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "micro": micro, "micros per window": NUM_MICROS, "tokens per window": tokens,
+        "micro": sizes.micro, "micros per window": NUM_MICROS, "tokens per window": tokens,
     }  # fmt: skip
 
     # With a learning rate of 0 both see the same weights: do they compute the same thing?
-    told = {}
-    for name, (loop, norms) in loops.items():
-        loss = loop(one_window)[0]
-        told[name] = (loss, norms[-1])
+    told = {name: loop(one_window)[0] for name, loop in loops.items()}
     for index, what in enumerate(("loss", "gradient norm")):
         hand, own = told["by hand"][index], told["ours"][index]
         found.figures[f"{what}, by hand and ours"] = [hand, own]
@@ -105,13 +67,13 @@ def speed(place: Place) -> Found:
 
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
-    seconds = _seconds(loops["by hand"][0], one_window * 2, device) / 2
+    seconds = _seconds(loops["by hand"], list(one_window) * 2, device) / 2
     num_windows = max(2, min(200, round(block_s / seconds)))
-    micros = one_window * num_windows
+    micros = list(one_window) * num_windows
     rates: dict[str, list[float]] = {name: [] for name in loops}
     peaks: dict[str, list[int]] = {name: [] for name in loops}
     for _ in range(blocks):
-        for name, (loop, _norms) in loops.items():
+        for name, loop in loops.items():
             loop(one_window)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -134,14 +96,14 @@ def speed(place: Place) -> Found:
     return found
 
 
-def _largest_micro(micro: int, loop: Loop, vocab: int, length: int, device: torch.device) -> int:
+def _largest_micro(sizes: Sizes, loop: Loop, device: torch.device) -> Sizes:
     """The asked one, halved until a window fits into three quarters of the device's memory."""
     while True:
         try:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-            loop(_random_micros(NUM_MICROS, micro, vocab, length, device))
+            loop(Micros(sizes, NUM_MICROS, NUM_MICROS, device))
         except torch.cuda.OutOfMemoryError:
             fits = False
         else:
@@ -151,23 +113,13 @@ def _largest_micro(micro: int, loop: Loop, vocab: int, length: int, device: torc
                 total = torch.cuda.get_device_properties(device).total_memory
                 fits = torch.cuda.max_memory_allocated(device) <= 0.75 * total
         if fits:
-            return micro
-        if micro == 1:
+            return sizes
+        if sizes.micro == 1:
             raise RuntimeError("GPT-2 124M does not fit into this GPU's memory with a micro of 1 x 1024 tokens")
-        micro //= 2
+        sizes = replace(sizes, micro=sizes.micro // 2)
 
 
-def _random_micros(num_micros: int, size: int, vocab: int, length: int, device: torch.device) -> list[Micro]:
-    generator = torch.Generator().manual_seed(5)
-    micros = []
-    for _ in range(num_micros):
-        tokens = torch.randint(vocab, (size, length + 1), generator=generator)
-        pair = (tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        micros.append(tuple(part.pin_memory() for part in pair) if device.type == "cuda" else pair)
-    return micros
-
-
-def _seconds(loop: Loop, micros: list[Micro], device: torch.device) -> float:
+def _seconds(loop: Loop, micros: Sequence[Micro], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

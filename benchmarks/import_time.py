@@ -1,32 +1,45 @@
 """How long `import distaccum` takes beside `import torch`: fresh interpreters in turn, medians and spread.
 
-python benchmarks/import_time.py [--runs 15]
+    python benchmarks/import_time.py [--runs 15] [--out benchmarks/results/import_time.json]
+
+The two are started in turn, torch, distaccum, torch, distaccum; the first round, which reads the files, does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    runs = parser.parse_args().runs
+    parser.add_argument("--out", type=Path, help="a JSON file with every sample")
+    parser.add_argument("--smoke", action="store_true", help="one pair, and it counts")
+    asked = parser.parse_args()
+    unused = 0 if asked.smoke else 1
+    runs = 1 if asked.smoke else asked.runs
     seconds: dict[str, list[float]] = {"torch": [], "distaccum": []}
-    for _ in range(runs + 1):  # the first round reads the files
+    for index in range(runs + unused):
         for module, taken in seconds.items():
             began = time.perf_counter()
             subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
-            taken.append(time.perf_counter() - began)
+            if index >= unused:
+                taken.append(time.perf_counter() - began)
     for module, taken in seconds.items():
-        median, low, high = statistics.median(taken[1:]), min(taken[1:]), max(taken[1:])
-        print(f"import {module:10} median {median:.3f} s, {low:.3f} to {high:.3f}")
-    ratios = [ours / torch for ours, torch in zip(seconds["distaccum"][1:], seconds["torch"][1:], strict=True)]
+        print(f"import {module:10} median {statistics.median(taken):.3f} s, {min(taken):.3f} to {max(taken):.3f}")
+    ratios = [ours / torch for ours, torch in zip(seconds["distaccum"], seconds["torch"], strict=True)]
     print(f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, of {runs} pairs")
+    if asked.out is not None:
+        found = {"machine": machine.describe(), "smoke": asked.smoke, "seconds": seconds, "ratios": ratios}
+        asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

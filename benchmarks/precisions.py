@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -257,30 +256,25 @@ def table(results: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def machine() -> dict[str, Any]:
-    """As far as the errors depend on it."""
-    return {
-        "device": "CPU, one thread per rank",
-        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
 def main() -> int:
     """Print the table and write the results; 1 if tensors take other bytes than predicted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results are written")
-    out = parser.parse_args().out
-    samples, text = read_samples(max(case.ranks for case in CASES) * max(NUMS_MICROS))
+    parser.add_argument("--out", type=Path, help="where the results are written; default: benchmarks/results")
+    parser.add_argument("--smoke", action="store_true", help="windows of 1 and 2 micros; written to --out only")
+    asked = parser.parse_args()
+    nums_micros = (1, 2) if asked.smoke else NUMS_MICROS
+    samples, text = read_samples(max(case.ranks for case in CASES) * max(nums_micros))
     distributed = [case for case in CASES if case.ranks > 1]
-    on_first_rank = on_ranks(*(partial(run, case, samples, NUMS_MICROS) for case in distributed))[0]  # first: it forks
+    on_first_rank = on_ranks(*(partial(run, case, samples, nums_micros) for case in distributed))[0]  # first: it forks
     torch.set_num_threads(1)
     ran = dict(zip(distributed, on_first_rank, strict=True))
-    rows = [row(case, ran.get(case) or run(case, samples, NUMS_MICROS), samples) for case in CASES]
-    results = {"machine": machine(), "text": text, "parameters": num_parameters(), "rows": rows}
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    rows = [row(case, ran.get(case) or run(case, samples, nums_micros), samples) for case in CASES]
+    described = {"device": "CPU, one thread per rank"} | machine.describe()
+    results = {"machine": described, "text": text, "parameters": num_parameters(), "rows": rows}
+    out = asked.out or (None if asked.smoke else RESULTS)
+    if out is not None:
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results), end="")
     return 0 if all(map(is_held, rows)) else 1
 

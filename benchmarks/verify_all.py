@@ -3,15 +3,14 @@
     python benchmarks/verify_all.py [--model NAME ...] [--out benchmarks/results/verify_all.json]
 
 Prints a row for each combination and exits with 1 if any is not proven. Large models are cut (GPTs to two layers and
-2,000 tokens, ResNet-18 to a quarter of its channels), to be through sooner;
-`--whole` leaves them as they are.
+2,000 tokens, ResNet-18 to a quarter of its channels), to be through sooner; `--whole` leaves them as they are.
+`--smoke` takes four of the combinations, in which every strategy and both kinds of small models occur.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
@@ -52,10 +52,17 @@ CUT = {
     "gpt2_350m": ["model.num_layers=2", "model.vocab_size=2000"],
     "resnet18": ["model.widths=[16,32,64,128]"],
 }
+SMOKE = [
+    ("gpt", "fp64", "ddp", "boundary"),
+    ("gpt", "bf16", "fsdp", "keep"),
+    ("resnet", "fp32", "ddp", "every"),
+    ("resnet", "fp64", "hsdp", "shard"),
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="four combinations")
     parser.add_argument("--model", nargs="*", default=list(DATA), choices=list(DATA))
     parser.add_argument("--policy", nargs="*", default=[sync for _, sync in POLICIES])
     parser.add_argument("--strategy", nargs="*", default=["ddp", "fsdp", "hsdp"])
@@ -70,15 +77,17 @@ def main() -> None:
         for model, precision, (strategy, sync) in product(args.model, args.precision, POLICIES)
         if sync in args.policy and strategy in args.strategy
     ]
+    if args.smoke:
+        combinations = SMOKE
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(work, (folder, combinations, args.whole), nprocs=RANKS)
         rows = json.loads((Path(folder) / "rows.json").read_text())
     failed = [row for row in rows if not row["holds"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} combinations proven on {RANKS} ranks")
     if args.out:
-        machine = f"{os.cpu_count()} CPU cores, torch {torch.__version__}, gloo, {RANKS} ranks"
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "whole": args.whole, "rows": rows}, indent=1) + "\n")
+        found = {"machine": machine.describe(), "ranks": RANKS, "whole": args.whole, "smoke": args.smoke, "rows": rows}
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(1 if failed else 0)
 
 

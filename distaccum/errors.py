@@ -1,5 +1,10 @@
 """The errors that distaccum raises on purpose. A message is a small letter: what, got, why, what to write instead."""
 
+from __future__ import annotations
+
+from enum import Enum
+from typing import TypeVar
+
 
 class DistaccumError(Exception):
     """The root of all errors below, for callers that want to catch them together."""
@@ -23,3 +28,18 @@ class LedgerError(DistaccumError, RuntimeError):
 
 class ProofError(DistaccumError, AssertionError):
     """`verify` found a difference beyond its tolerance. All ranks raise it."""
+
+
+E = TypeVar("E", bound=Enum)
+
+
+def choice(kind: type[E], value: E | str, name: str) -> E:
+    """The member of an Enum that a user named.
+
+    Raises:
+        ConfigError: for what is none, with those that are.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}.") from None

@@ -22,6 +22,7 @@ from distaccum.batch_arithmetic import (
 )
 from distaccum.batch_schedule import FOREVER, BatchSchedule
 from distaccum.errors import ConfigError
+from distaccum.shuffle import permuted, round_keys
 
 __all__ = [
     "DEFAULT_MICRO",
@@ -169,8 +170,8 @@ class Plan:
             epoch, index = divmod(position, self.num_samples)
             if self.shuffle:
                 if epoch not in keys:
-                    keys[epoch] = _round_keys(self.seed, epoch)
-                index = _permute(index, self.num_samples, keys[epoch])
+                    keys[epoch] = round_keys(self.seed, epoch)
+                index = permuted(index, self.num_samples, keys[epoch])
             numbers.append(index)
         return numbers
 
@@ -219,28 +220,3 @@ def _spread(total: int, parts: int) -> list[int]:
     """`total` in `parts` numbers that differ by one at most, the larger ones first."""
     size, larger = divmod(total, parts)
     return [size + 1] * larger + [size] * (parts - larger)
-
-
-def _round_keys(seed: int, epoch: int) -> list[int]:
-    digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=48).digest()
-    return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8)]
-
-
-def _permute(index: int, size: int, keys: list[int]) -> int:
-    """Where a keyed permutation of range(size) sends an index: a Feistel network of six rounds with cycle walking.
-
-    It needs no memory and no state, so that any position of any epoch is found at once. (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002; the round function is the finaliser of splitmix64.)
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in keys:
-            mixed = (right + key) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & mask)
-        index = left << half | right
-        if index < size:
-            return index

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from distaccum.agreement import Agreement, Announced, Asking
 from distaccum.clock import mark
 from distaccum.data.window import MicroBatches
-from distaccum.errors import ConfigError, DivergenceError
+from distaccum.errors import ConfigError, DivergenceError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
@@ -98,8 +98,8 @@ class Accumulator:
         self.scheduler = scheduler
         self.loss_scale = loss_scale
         self.seed = seed
-        self.nonfinite = _choice(NonFinite, nonfinite, "nonfinite")
-        self.audit = _choice(Audit, audit, "audit")
+        self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
+        self.audit = choice(Audit, audit, "audit")
         self.steps = 0  # optimizer updates so far
         self.num_windows = 0  # the skipped ones included
         self.verdict: Verdict | None = None  # the ledger's on the newest audited window
@@ -258,13 +258,3 @@ class Accumulator:
             forecast = self.strategy.forecast(rounds) + self._agreement.traffic(rows)
             self.verdict = Verdict(forecast, ledger.traffic)
             self.verdict.require(self.steps + 1)
-
-
-E = TypeVar("E", bound=Enum)
-
-
-def _choice(kind: type[E], value: E | str, name: str) -> E:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}.") from None

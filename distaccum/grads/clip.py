@@ -8,14 +8,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """The squared L2 norm [] float64 of plain local gradients; on a GPU summed in float32 within a gradient.
-
-    A GPU adds in a tree; a CPU one after the other, and in float32 would be off by 1e-5 for a large matrix.
-    """
+    """The squared L2 norm [] float64 of plain local gradients, summed within a gradient in float32 or wider."""
     if not gradients:
         return torch.zeros((), dtype=torch.float64, device=device)
-    exact = device.type == "cpu" or any(gradient.dtype is torch.float64 for gradient in gradients)
-    wide = torch.float64 if exact else torch.float32
+    if device.type == "cpu":
+        # Sums are added in a tree; norms are not on a CPU, and in float32 are off by 1e-5 for a large matrix.
+        squares = [(g.float() if g.itemsize < 4 else g).square().sum() for g in gradients]
+        return torch.stack(squares).double().sum()
+    wide = torch.float64 if any(g.dtype is torch.float64 for g in gradients) else torch.float32
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()
 
 

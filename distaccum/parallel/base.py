@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.nn.batchnorm import PooledStatistics, collectives, pooled_statistics
+from distaccum.nn.buffers import untouched
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
 
@@ -81,16 +82,8 @@ class Strategy(ABC):
     @contextmanager
     def padding(self) -> Iterator[None]:
         """Enter around the forward of a round that this rank has no micro for: it leaves no trace in any buffer."""
-        # Copies stand in: written back in place, buffers that the backward needs would be refused by autograd.
-        own = [(m, name, buffer) for m in self.model.modules() for name, buffer in m.named_buffers(recurse=False)]
-        for module, name, buffer in own:
-            setattr(module, name, buffer.clone())
-        try:
-            with nullcontext() if self.statistics is None else self.statistics.padding():
-                yield
-        finally:
-            for module, name, buffer in own:
-                setattr(module, name, buffer)
+        with untouched(self.model), nullcontext() if self.statistics is None else self.statistics.padding():
+            yield
 
     def send_statistics(self) -> None:
         """Call once between the last forward and the last backward, which hides it."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ddp import DDP
@@ -22,10 +22,7 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDt
     Raises:
         ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.
     """
-    try:
-        policy = Sync(sync)
-    except ValueError:
-        raise ConfigError(f"sync={sync!r} is no sync policy. Use one of {[p.value for p in Sync]}.") from None
+    policy = choice(Sync, sync, "sync")
     dtypes = dtypes or GradientDtypes()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):

@@ -1,0 +1,257 @@
+"""What accumulation costs beside the computation: microseconds of a micro-batch, by hand, with ours and with the peers.
+
+python benchmarks/overhead.py [--num-micros 8] [--rounds 15] [--clip-norm 1.0] [--out results.json] [--smoke]
+
+Three settings: nn.Linear(8, 8) on one process and on 2 ranks (DDP over gloo), and a GPT of 10M parameters on one
+process. Each arm trains the same model on the same tensors with SGD, in a process of its own (one a rank, one thread
+each) that sleeps while it is not its turn. First each one's parameters are compared with those of the hand loop. Then
+arms run in turns (A B C A B C ..., each round begins with another one), a block of windows each. A block's clock is in
+the data: the time between the reads of two micros that are so many windows apart, so that start and end of a trainer
+are left out. Ratios are taken within a round, to the bare hand loop.
+
+What is alike: forward, backward, one reduction and one update a window. What is not: the bare hand loop knows neither
+loss nor gradient norm; ours knows the loss over all micros and ranks in float64, its weight and the norm, and makes no
+update unless they are finite, on all ranks alike. A hand loop with loss and norm stands beside it. Peers do what they
+do by default, without logs, bars and checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from overhead_arms import Data, Setting
+from overhead_peers import ARMS, HEAVY, REFERENCE, missing
+
+WARM_WINDOWS, TAIL_WINDOWS, CHECKED_WINDOWS = 2, 1, 3
+# The largest difference of a parameter. Three updates with lr 0.01 and gradients below 3 move parameters by less than
+# 0.1. Sums of some hundred numbers in another order are off by at most 2^-24 x 100 of that, and parameters below 2 are
+# rounded three times by 2^-24. One micro of 8 that is left out moves them by more than 1e-4 in the empty model.
+TOLERANCE = 0.1 * 100 * 2**-24 + 3 * 2**-23
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num-micros", type=int, default=8, help="K, the micros per rank in a window")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clip-norm", type=float, help="clip gradients too; default: nobody clips")
+    parser.add_argument("--only", nargs="*", choices=list(ARMS), help=f"these arms, and '{REFERENCE}'")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny blocks, two rounds")
+    asked = parser.parse_args()
+    names = [name for name in ARMS if asked.only is None or name in (REFERENCE, *asked.only)]
+    rounds = 2 if asked.smoke else asked.rounds
+    found: dict[str, Any] = {
+        "num_micros": asked.num_micros, "clip_norm": asked.clip_norm, "rounds": rounds, "smoke": asked.smoke,
+        "machine": _machine(), "settings": {},
+    }  # fmt: skip
+    preloaded = HEAVY if asked.smoke else []  # a smoke test imports them once; elsewhere no peer sees another one
+    for ranks, plan in ((1, [("empty", 60), ("gpt", 2)]), (2, [("empty", 40)])):
+        arms = {name: _Ranks(name, ranks, preloaded) for name in names if missing(name) is None}
+        try:
+            for model, num_windows in plan:
+                title = f"{model}, {ranks} {'process' if ranks == 1 else 'ranks, DDP'}"
+                setting = Setting(model, asked.num_micros, asked.clip_norm, tiny=asked.smoke)
+                measured = _measure(arms, setting, rounds, 2 if asked.smoke else num_windows)
+                found["settings"][title] = {name: measured.get(name) or _not_installed(name) for name in names}
+                _tell(title, found["settings"][title])
+        finally:
+            for arm in arms.values():
+                arm.end()
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    unequal = [
+        f"{name} ({title})"
+        for title, arms in found["settings"].items()
+        for name, arm in arms.items()
+        if arm["status"] == "measured" and not arm["equal"]
+    ]
+    if unequal:
+        raise SystemExit(f"these trained something else than the hand loop: {', '.join(unequal)}")
+
+
+def _not_installed(name: str) -> dict[str, Any]:
+    return {"status": f"not installed ({missing(name)})"}
+
+
+def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows: int) -> dict[str, Any]:
+    """By arm; one that fails is taken out."""
+    found: dict[str, Any] = {}
+    trained: dict[str, Any] = {}
+    for arm in arms.values():
+        arm.send(setting)
+    for name, arm in list(arms.items()):
+        trained[name] = arm.answers()  # parameters after the first windows, by rank
+        found[name] = {"status": "measured"}
+        if isinstance(trained[name], str):
+            found[name]["status"] = f"failed: {trained[name]}"
+            arms.pop(name).end()
+    for name in arms:
+        pairs = zip(trained[name][0], trained[REFERENCE][0], strict=True)
+        error = max(float(abs(own - hand).max()) for own, hand in pairs)
+        found[name] |= {"difference": error, "equal": error <= TOLERANCE, "us_per_micro": [], "ratio": []}
+    for index in range(rounds):
+        order = list(arms)
+        for name in order[index % len(order) :] + order[: index % len(order)]:
+            arms[name].send(num_windows)
+            answers = arms[name].answers()
+            if isinstance(answers, str):
+                raise RuntimeError(f"{name}: {answers}")
+            found[name]["us_per_micro"].append(max(answers) / (num_windows * setting.num_micros) * 1e6)
+        for name in arms:
+            found[name]["ratio"].append(found[name]["us_per_micro"][-1] / found[REFERENCE]["us_per_micro"][-1])
+    return found
+
+
+class _Ranks:
+    """The processes of one arm."""
+
+    def __init__(self, name: str, ranks: int, preloaded: list[str]) -> None:
+        """Start them."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "distaccum", "overhead_peers", *preloaded])
+        self._folder = tempfile.TemporaryDirectory(prefix="overhead")
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        port = _free_port()
+        for rank in range(ranks):
+            own, theirs = context.Pipe()
+            arguments = (name, rank, ranks, self._folder.name, port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(own)
+            self._processes.append(process)
+
+    def send(self, task: Setting | int) -> None:
+        """What to build and to train a little, or how many windows to time."""
+        for pipe in self._pipes:
+            pipe.send(task)
+
+    def answers(self) -> list[Any] | str:
+        """What each rank says: its parameters, or the seconds of its block; or the error of one that failed."""
+        said: dict[Connection, Any] = {}
+        while len(said) < len(self._pipes):
+            for pipe in wait([pipe for pipe in self._pipes if pipe not in said]):
+                try:
+                    said[pipe] = pipe.recv()
+                except EOFError:
+                    said[pipe] = "its process died"
+                if isinstance(said[pipe], str):
+                    return said[pipe]
+        return [said[pipe] for pipe in self._pipes]
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(name: str, rank: int, ranks: int, folder: str, port: int, pipe: Connection) -> None:
+    """One rank of one arm."""
+    with open(os.devnull, "w") as nothing:  # peers greet, and warn of small dataloaders
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OVERHEAD_FOLDER": folder}
+    torch.set_num_threads(1)
+    try:
+        if ranks > 1:
+            store = dist.FileStore(str(Path(folder) / "store"), ranks)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+        while True:
+            task = pipe.recv()
+            if isinstance(task, Setting):
+                setting = task
+                train, model = ARMS[name][0](setting)
+                train(Data(setting.micros(CHECKED_WINDOWS, rank), 0, 0))
+                pipe.send([parameter.detach().clone().numpy() for parameter in model.parameters()])
+            else:
+                pipe.send(_block(train, setting, rank, num_windows=task))
+    except EOFError:
+        pass
+    except BaseException as error:
+        place_in_code = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place_in_code.filename).name}:{place_in_code.lineno}"
+        pipe.send(f"{type(error).__name__}: {str(error).strip().splitlines()[:1]} ({where})")
+    finally:
+        os._exit(0)
+
+
+def _block(train: Callable[[Data], None], setting: Setting, rank: int, num_windows: int) -> float:
+    micros = setting.micros(WARM_WINDOWS + num_windows + TAIL_WINDOWS, rank)
+    first = WARM_WINDOWS * setting.num_micros
+    data = Data(micros, first, first + num_windows * setting.num_micros)
+    if dist.is_initialized():
+        dist.barrier()
+    train(data)
+    return data.seconds
+
+
+def _tell(title: str, arms: dict[str, Any]) -> None:
+    print(f"\n{title}\n{'':30}{'us per micro-batch':>26}{'x hand loop':>26}")
+    for name, arm in arms.items():
+        if arm["status"] == "measured":
+            note = "" if arm["equal"] else f"  NOT EQUAL: off by {arm['difference']:.1e}"
+            print(f"{name:30}{_spread(arm['us_per_micro'], 1):>26}{_spread(arm['ratio'], 3):>26}{note}")
+        else:
+            print(f"{name:30}  {arm['status']}")
+    sys.stdout.flush()
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, mid, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    return f"{mid} ({low} to {high})"
+
+
+def _machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    packages = ("torch", "distaccum", "accelerate", "lightning", "transformers", "deepspeed")
+    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+    return {
+        "cpu": next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+        ),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: installed.get(name) for name in packages},
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
