@@ -39,6 +39,7 @@ from links_plot import bound_s, draw, median_s
 from links_ranks import Ranks
 
 UNLIMITED = "unlimited"
+WINDOWS_TO_CHOOSE = 10  # that overlap_micros=auto takes at most: two to warm up, three timed, one more, three timed
 # Of a plain transfer to what was asked for: 1448 of the 1514 bytes of a full frame are payload.
 PAYLOAD = 1448 / 1514
 
@@ -142,6 +143,11 @@ def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, 
         measured = [_transfer_rate(made, ranks, limit) for _ in range(3)]
         # A limit is exact; short transfers by one connection stay a little below it, and the bound must be one.
         rate_bytes = max(measured) if limit is None else limit * 1e6 / 8 * PAYLOAD
+        for name in [name for name in arms if name.endswith("auto")]:
+            ranks.ask("choose_again", name)
+            for _ in range(WINDOWS_TO_CHOOSE):
+                run(name)
+            print(f"{name} at {rate}: {ranks.ask('chosen', name)[0]}", flush=True)
         samples: dict[str, list[dict[str, list[float]]]] = {name: [] for name in arms}
         for number in range(asked.rounds):
             for name in arms:

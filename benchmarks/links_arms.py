@@ -62,6 +62,8 @@ class Arm:
     step: Callable[[], None]
     model: nn.Module  # the one inside of any wrapper: holds the parameters
     windows: int = 0  # that it has trained on
+    choose_again: Callable[[], None] = lambda: None  # for overlap_micros=auto: forget what was chosen at another rate
+    chosen: Callable[[], str] = lambda: ""  # and why
 
     def parameters(self) -> list[Tensor]:
         """Whole ones, in the model's order. All ranks call this together."""
@@ -182,9 +184,20 @@ def ours(settings: Settings, inner: nn.Module, sync: str, overlap: int | str = 1
     bucket_mb = None if overlap == 1 else settings.bucket_mb
     model = _sharded(inner) if sharded else DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
     options = {} if overlap == 1 else {"overlap_micros": overlap}
-    accumulator = da.Accumulator(model, adamw(model), da.CausalLM(shift=False), sync=sync, **options)
+    optimizer, objective = adamw(model), da.CausalLM(shift=False)
+    accumulator = da.Accumulator(model, optimizer, objective, sync=sync, **options)
     windows = iter(da.windows(random_micros(settings), num_micros=settings.num_micros))
-    return Arm(lambda: accumulator.step(next(windows)) and None, inner)
+
+    def choose_again() -> None:
+        nonlocal accumulator
+        accumulator = da.Accumulator(model, optimizer, objective, sync=sync, **options)
+
+    return Arm(
+        lambda: accumulator.step(next(windows)) and None,
+        inner,
+        choose_again=choose_again if overlap == "auto" else lambda: None,
+        chosen=lambda: str(accumulator.overlap),
+    )
 
 
 _WAYS: dict[str, Callable[[Settings, nn.Module], Arm]] = {

@@ -59,6 +59,14 @@ class Rank:
         arm.windows += 1
         return seconds, sent_bytes() - sent
 
+    def choose_again(self, name: str) -> None:
+        """At another rate."""
+        self.arms[name].choose_again()
+
+    def chosen(self, name: str) -> str:
+        """What `overlap_micros=auto` chose, and why."""
+        return self.arms[name].chosen()
+
     def transfer(self, next_address: str, num_bytes: int) -> float:
         """Send so many bytes to the next host, and take as many from the one before; seconds until both are done."""
         payload, taken = bytes(num_bytes), 0
