@@ -82,7 +82,7 @@ def test_the_heart_is_small() -> None:
     heart = ["plan.py", "loss.py", "step.py", "schedules/base.py", "schedules/microbatch.py"]
     files = [ROOT / "distaccum" / name for name in heart] + sorted((ROOT / "distaccum" / "parallel").glob("*.py"))
     lines = sum(len(file.read_text().splitlines()) for file in files)
-    assert lines <= 1400
+    assert lines <= 1500
     for file in (ROOT / "distaccum").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 300, file
 
