@@ -20,19 +20,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import machine
 from hosts import Hosts, NoHostsError, hosts
 from links_names import COMPUTE, REFERENCE, SLOW, Settings, names, same_order
 from links_plot import bound_s, draw, median_s
@@ -48,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _asked(arguments)
     settings = Settings(asked.micros, asked.micro_size, asked.seq_len, asked.layers, asked.width, asked.bucket_mb)
     found: dict[str, Any] = {
-        "command": " ".join(sys.argv), "machine": machine(), "settings": asdict(settings), "worlds": {},
+        "command": " ".join(sys.argv), "machine": _machine(), "settings": asdict(settings), "worlds": {},
     }  # fmt: skip
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that hosts and ranks are ended
     agree = True
@@ -97,30 +94,9 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     return asked
 
 
-def machine() -> dict[str, Any]:
-    """Where this was measured, and with what."""
-    model = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    versions = {}
-    for package in ("torch", "accelerate", "lightning"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(),
-        "python": platform.python_version(), "kernel": platform.release(), "versions": versions, "commit": commit,
-        "tcp": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+def _machine() -> dict[str, Any]:
+    congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+    return machine.describe("accelerate", "lightning") | {"kernel": platform.release(), "tcp": congestion}
 
 
 def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, Any]:

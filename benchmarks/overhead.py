@@ -18,16 +18,12 @@ do by default, without logs, bars and checkpoints.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import logging
 import multiprocessing
 import os
-import platform
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -37,6 +33,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 import torch.distributed as dist
 from overhead_arms import Data, Setting
@@ -62,7 +59,8 @@ def main() -> None:
     rounds = 2 if asked.smoke else asked.rounds
     found: dict[str, Any] = {
         "num_micros": asked.num_micros, "clip_norm": asked.clip_norm, "rounds": rounds, "smoke": asked.smoke,
-        "machine": _machine(), "settings": {},
+        "machine": machine.describe("distaccum", "accelerate", "lightning", "transformers", "deepspeed"),
+        "settings": {},
     }  # fmt: skip
     preloaded = HEAVY if asked.smoke else []  # a smoke test imports them once; elsewhere no peer sees another one
     for ranks, plan in ((1, [("empty", 60), ("gpt", 1)]), (2, [("empty", 40)])):
@@ -225,26 +223,6 @@ def _tell(title: str, arms: dict[str, Any]) -> None:
 def _spread(values: list[float], digits: int) -> str:
     low, mid, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
     return f"{mid} ({low} to {high})"
-
-
-def _machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    packages = ("torch", "distaccum", "accelerate", "lightning", "transformers", "deepspeed")
-    installed = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
-    return {
-        "cpu": next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-        ),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: installed.get(name) for name in packages},
-        "commit": commit.stdout.strip() or None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 def _free_port() -> int:

@@ -27,9 +27,12 @@ def overlap_limit(config: Config, problem: Problem, micro_size: int) -> int | No
     Each further micro keeps what the backward of its blocks needs, and the head's gradients of parameters that the
     blocks or the embeddings use too. Which those are shows only in the graph: all that are outside of blocks count.
     """
+    memory_mb = config.accum.overlap_memory_mb
+    if config.accum.overlap_micros != AUTO or memory_mb is None:
+        return None
     model = meta_model(config, problem)
-    blocks, memory_mb = problem.blocks_of(model), config.accum.overlap_memory_mb
-    if config.accum.overlap_micros != AUTO or memory_mb is None or not blocks:
+    blocks = problem.blocks_of(model)
+    if not blocks:
         return None
     objective = in_precision(config, problem.objective)
 

@@ -18,9 +18,7 @@ from distaccum.errors import ConfigError
 class Segment:
     """What one micro computed between two cuts, with its graph."""
 
-    block: (
-        int  # of the block that it begins with, the first one with all that comes before it; behind the last: the head
-    )
+    block: int  # that it begins with, the first one with all that comes before it; one behind the last: the head
     ends: Tensor  # what it hands on; the loss [] at the end of the last one
     begins: Tensor | None  # a leaf with the numbers that it was handed; its gradient is that of the `ends` before it
     parameters: list[Tensor]  # the leaves that its graph reaches
