@@ -75,17 +75,16 @@ class Job:
     def wait(self, *states: str, timeout_s: float = 100) -> dict[str, str]:
         """Wait until the job is in one of the states, without any given until it has ended; what it is then."""
         wanted = set(states) or {"COMPLETED", *FAILED}
-        self.until(lambda: self.facts()["JobState"] in wanted, timeout_s)
-        return self.facts()
+        return self.until(lambda facts: facts["JobState"] in wanted, timeout_s)
 
-    def until(self, condition: Callable[[], bool], timeout_s: float = 100) -> None:
-        """Ask until the condition holds. The job must not fail in the meantime."""
+    def until(self, condition: Callable[[dict[str, str]], bool], timeout_s: float = 100) -> dict[str, str]:
+        """Ask until the condition holds for what the job is then. The job must not fail before."""
         end = time.monotonic() + timeout_s
-        while not condition():
-            facts = self.facts()
+        while not condition(facts := self.facts()):  # one question for both: the job may end between two
             assert facts["JobState"] not in FAILED, f"{facts}\n{self.log()}"
             assert time.monotonic() < end, f"{facts}\n{self.log()}\n{self.cluster.logs()}"
             time.sleep(0.05)
+        return facts
 
     def log(self) -> str:
         """Its output so far."""

@@ -83,7 +83,7 @@ class Jobs:
         """Signal the long jobs when they are at work."""
         for job, name in ((self.paused, "paused"), (self.torchrun, f"slurm-{self.torchrun.id}")):
             metrics = self.work / "runs" / name / "metrics.jsonl"
-            job.until(lambda metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text())
+            job.until(lambda _, metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text())
             self.cluster.run("scancel", "--signal=USR1", job.id)
 
     def lost_node(self) -> str:
@@ -188,7 +188,7 @@ def test_an_array_by_hand(jobs: Jobs) -> None:
 
 
 def end_of_second_start(job: Job) -> dict[str, str]:
-    job.until(lambda: job.facts()["Restarts"] == "1")
+    job.until(lambda facts: facts["Restarts"] == "1")
     return job.wait("COMPLETED")
 
 
