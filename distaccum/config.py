@@ -18,6 +18,7 @@ from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import SumDtype
 from distaccum.launch import LocalLaunch, SlurmLaunch
+from distaccum.memory import parse_bytes
 from distaccum.models.gpt import GPTConfig
 from distaccum.models.hf import HFConfig
 from distaccum.models.resnet import ResNetConfig
@@ -29,6 +30,7 @@ from distaccum.parallel.ledger import Audit
 from distaccum.plan import LastWindow, Ragged
 from distaccum.report import LoggerConfig
 from distaccum.step import NonFinite
+from distaccum.trainer import OnOutOfMemory
 from distaccum.wrap import ParallelConfig
 
 
@@ -46,7 +48,7 @@ class AccumConfig:
 
     effective_batch: int | None
     effective_tokens: int | None
-    micro: int | None
+    micro: Any  # a number, auto or null: OmegaConf has no union of them
     num_micros: int | None
     schedule: list[dict[str, int]] | None  # `from` is no name for a field; batch_schedule.entries_of reads them
     schedule_unit: ScheduleUnit
@@ -59,6 +61,20 @@ class AccumConfig:
     dtype: SumDtype | None
     overlap_micros: Any  # a number or auto: OmegaConf has no union of them
     overlap_memory_mb: int | None
+    on_oom: OnOutOfMemory
+
+
+@dataclass
+class LimitsConfig:
+    """What a rank may take of its device."""
+
+    memory: Any  # 2GiB, a number of bytes or null
+    margin: float
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """None: what the device has, which is no limit on the CPU."""
+        return None if self.memory is None else parse_bytes(self.memory, "limits.memory")
 
 
 @dataclass
@@ -122,6 +138,8 @@ class Config:
     resume: str
     init_weights: str | None
     checkpoint: CheckpointConfig
+    limits: LimitsConfig
+    machine: str | None
     world_size: int | None
     experiment: str | None = None
 
@@ -160,6 +178,12 @@ def typed(composed: dict[str, Any]) -> Config:
         raise ConfigError(f"accum.overlap_micros is {overlap!r}; give a number of micro-batches from 1 on, or auto.")
     if memory_mb is not None and memory_mb < 0:
         raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give MiB from 0 on, or null for no limit.")
+    micro = config.accum.micro
+    if micro not in (None, "auto") and (isinstance(micro, bool) or not isinstance(micro, int)):
+        raise ConfigError(f"accum.micro is {micro!r}; give a number of samples, auto for the most that fit, or null.")
+    if not 0 <= config.limits.margin < 1:
+        raise ConfigError(f"limits.margin is {config.limits.margin}; it is a share of the memory, from 0 on below 1.")
+    _ = config.limits.memory_bytes  # refused here where it is no amount
     if config.checkpoint.keep < 0:
         raise ConfigError(f"checkpoint.keep is {config.checkpoint.keep}; it is a number, and 0 saves nothing.")
     if (config.train.steps is None) == (config.train.epochs is None):

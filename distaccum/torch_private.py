@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -163,6 +164,39 @@ def weightless() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
+
+
+@contextmanager
+def storage_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
+    """Tell of each storage that is resized from Python while it is entered: no operator does, and FSDP2 does it."""
+    resize = torch.UntypedStorage.resize_
+
+    def told(storage: torch.UntypedStorage, *size: Any) -> Any:
+        result = resize(storage, *size)
+        seen(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = told  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def silent_group(world_size: int, rank: int) -> dist.ProcessGroup:
+    """Ranks of which only this one is there: collectives return at once and send nothing.
+
+    torch keeps them for tests. Where this process has no process group, this becomes its default one.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        group = dist.new_group(backend="fake", use_local_synchronization=True)
+    else:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def _state(model: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
 
 import torch
 
@@ -22,6 +23,13 @@ from distaccum.preempt import Preemption
 from distaccum.record import StepRecord
 from distaccum.report import Report
 from distaccum.step import Accumulator
+
+
+class OnOutOfMemory(Enum):
+    """What to do when memory runs out inside a window, on whichever rank."""
+
+    error = "error"  # end the run on all ranks, and say what would have fitted
+    shrink = "shrink"  # compute the window once more, and those after it, in micros of half the size
 
 
 @dataclass(frozen=True)
