@@ -10,6 +10,7 @@ from .errors import ConfigError as ConfigError
 from .errors import DistaccumError as DistaccumError
 from .errors import DivergenceError as DivergenceError
 from .errors import LedgerError as LedgerError
+from .errors import OutOfMemoryError as OutOfMemoryError
 from .errors import ProofError as ProofError
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace

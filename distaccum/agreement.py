@@ -153,6 +153,12 @@ class Agreement:
             trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
         return Outcome(sums, grad_norm, trouble)
 
+    def shortage(self, short: bool) -> list[int]:
+        """The ranks that ran out of memory in the current window, in one more row. Call it on every rank."""
+        self.asked += 1
+        rows, _ = self._world.share([float(short)] + [0.0] * (3 + 2 * len(self.terms or []))).read()
+        return [rank for rank, row in enumerate(rows) if row[0]]
+
     def forget(self) -> None:
         """After an exception: ask anew."""
         self._announced = None

@@ -22,6 +22,10 @@ class DivergenceError(DistaccumError, ArithmeticError):
     """A loss or a gradient norm is not finite and the policy says to stop. All ranks raise it at the same boundary."""
 
 
+class OutOfMemoryError(DistaccumError, RuntimeError):
+    """Memory ran out inside a window, on this rank or another. Where it is agreed on, all ranks raise it together."""
+
+
 class LedgerError(DistaccumError, RuntimeError):
     """A window sent something else over the network than its forecast says. All ranks count for themselves."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
 from distaccum.record import StepRecord
-from distaccum.schedules import microbatch
+from distaccum.schedules import microbatch, shortage
 from distaccum.schedules.base import Forwards
 from distaccum.schedules.overlap import Overlap
 
@@ -64,6 +64,7 @@ class Accumulator:
         overlap_micros: int | str = 1,
         overlap_limit: int | None = None,
         blocks: Sequence[nn.Module] | None = None,
+        agree_on_oom: bool = False,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
 
@@ -85,13 +86,15 @@ class Accumulator:
                 beside more computation, for the activations of T micros; same results. "auto": by measured times.
             overlap_limit: the largest T that "auto" may choose.
             blocks: along which they are computed, in the model's order; None: as `nn.blocks.blocks_of` finds them.
+            agree_on_oom: where memory runs out in the micros of a window, on any rank, all ranks raise OutOfMemoryError
+                and stand as before it. Costs a small collective a window, and under DDP the overlap with the backward.
 
         Raises:
             ConfigError: for a model, a policy or an option that cannot be served.
         """
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
-        self.strategy = recognise(model, sync, GradientDtypes(accum_dtype, reduce_dtype))
+        self.strategy = recognise(model, sync, GradientDtypes(accum_dtype, reduce_dtype), apart=agree_on_oom)
         self.optimizer = optimizer
         self.objective = objective
         self.clip_norm = clip_norm
@@ -100,6 +103,7 @@ class Accumulator:
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
         self.audit = choice(Audit, audit, "audit")
+        self.agree_on_oom = agree_on_oom
         self.steps = 0  # optimizer updates so far
         self.num_windows = 0  # the skipped ones included
         self.verdict: Verdict | None = None  # the ledger's on the newest audited window
@@ -118,6 +122,7 @@ class Accumulator:
         Raises:
             DivergenceError: on all ranks, for a loss or gradient norm that is not finite; nothing was updated.
             ConfigError: for an objective that does not return sums and counts.
+            OutOfMemoryError: on all ranks, with `agree_on_oom`; the window may be tried again in smaller micros.
             LedgerError: when an audited window sent something else than its forecast.
         """
         window = window if isinstance(window, MicroBatches) else MicroBatches(list(window), len(window))
@@ -136,7 +141,7 @@ class Accumulator:
                 if any(parameter.grad is not None for parameter in parameters):
                     self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
-                last_backward = self.overlap.run(forwards)
+                last_backward = self._compute(forwards)
                 agreement.padding, sums = forwards.last_micro, forwards.sums
                 strategy.send_statistics()
                 # The one small collective of the window. It hides behind the last backward; only where gradients are
@@ -205,6 +210,13 @@ class Accumulator:
     def control_traffic(self, rows: int = 1) -> Traffic:
         """What the small collective of a window sends; `rows` is 2 where the window after it is not known ahead."""
         return self._agreement.traffic(rows)
+
+    def _compute(self, forwards: Forwards) -> Callable[[], None]:
+        """All of a window but its last backward; where memory has to be agreed on, all of it."""
+        if not self.agree_on_oom:
+            return self.overlap.run(forwards)
+        shortage.run(self.strategy, self._agreement, forwards, self.overlap.run)
+        return lambda: None
 
     def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves, tree_map
 
 from distaccum.errors import ConfigError
 
@@ -135,6 +136,18 @@ def to_device(micro: Any, device: torch.device) -> Any:
     if isinstance(micro, Mapping):
         return {key: to_device(value, device) for key, value in micro.items()}
     return micro
+
+
+def halved(micro: Any) -> Any:
+    """The first half of a micro-batch's samples, at least one; only where all its tensors have as many.
+
+    Mappings, tuples and lists are entered as by `to_device`. Anything else is returned as it is.
+    """
+    sizes = {len(leaf) if leaf.ndim else 0 for leaf in tree_leaves(micro) if isinstance(leaf, torch.Tensor)}
+    if len(sizes) != 1 or sizes == {0}:
+        return micro
+    half = -(-sizes.pop() // 2)
+    return tree_map(lambda leaf: leaf[:half] if isinstance(leaf, torch.Tensor) else leaf, micro)
 
 
 def one_ahead(micros: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:

@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from distaccum import torch_private
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.nn.batchnorm import PooledStatistics, collectives, pooled_statistics
@@ -61,7 +63,7 @@ class Strategy(ABC):
         if self.world.group is None:
             return "nothing travels on one process"
         if self.sums is not None:
-            return "gradients are summed in another dtype than the parameters', and travel after the window"
+            return "gradients travel after the window (sums in another dtype than the parameters', or agree_on_oom)"
         if collectives(self.model):
             return "synchronised BatchNorm knows the moments of one forward at a time"
         return f"{len(blocks)} block(s) were found in the model, and it takes two" if len(blocks) < 2 else None
@@ -97,6 +99,15 @@ class Strategy(ABC):
                 self.statistics.commit()
             else:
                 self.statistics.forget()
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """In which the forwards and backwards of micros that are not the last one communicate too."""
+        return [self.world.group] if self.world.group is not None and collectives(self.model) else []
+
+    def sent(self) -> list[int]:
+        """How many collectives this rank has issued in each of `groups`."""
+        return torch_private.issued(self.groups)
 
     def after_micro(self) -> None:
         """Call after each backward: moves its gradients into sums of the dtype that was asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,8 +27,10 @@ class DDP(Strategy):
     model: DistributedDataParallel
     sends_at_once = True
 
-    def __init__(self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
-        """Refuse what torch's DDP cannot accumulate."""
+    def __init__(
+        self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes, apart: bool
+    ) -> None:
+        """Refuse what torch's DDP cannot accumulate; `apart`: no micro sends anything, all travels after the window."""
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
         self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank")
         obstacle = torch_private.ddp_obstacle(model)
@@ -37,18 +40,24 @@ class DDP(Strategy):
                 "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
         self._windows_begun = 0
-        self.first_window_differs = dtypes.are_own(model.parameters())  # it arranges its buckets anew
+        apart = apart or not dtypes.are_own(model.parameters())
+        self.first_window_differs = not apart  # it arranges its buckets anew
         self._first_buckets = torch_private.ddp_buckets(model)
-        if not dtypes.are_own(model.parameters()):
+        if apart:
             if model.static_graph:
                 raise ConfigError(
-                    "static_graph=True needs DDP's own reduction, and here gradients are summed in another dtype than "
-                    "the parameters'. Wrap the model without static_graph."
+                    "static_graph=True needs DDP's own reduction, and here gradients travel after the window: they are "
+                    "summed in another dtype than the parameters', or agree_on_oom is set. Wrap without static_graph."
                 )
             self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """With `every` own sums travel after each micro."""
+        return [self.model.process_group] if self.sync is Sync.every else super().groups
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""

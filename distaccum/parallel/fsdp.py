@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -65,6 +66,11 @@ class FSDP(Strategy):
             self._module.set_reshard_after_backward(last)
         self._module.set_is_last_backward(True)
         return nullcontext()
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Of shards, and of replicas."""
+        return torch_private.sharding_groups(self.model)
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """Parameters must be there while one block after the other is computed for several micros."""

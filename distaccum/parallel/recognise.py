@@ -16,8 +16,12 @@ from distaccum.parallel.single import Single
 from distaccum.parallel.world import World
 
 
-def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDtypes | None = None) -> Strategy:
+def recognise(
+    model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDtypes | None = None, *, apart: bool = False
+) -> Strategy:
     """The strategy for a plain module, a DistributedDataParallel or an FSDP2 module. Wraps nothing.
+
+    With `apart`, DDP sends nothing before all backwards are done.
 
     Raises:
         ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.
@@ -26,7 +30,7 @@ def recognise(model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDt
     dtypes = dtypes or GradientDtypes()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):
-        return DDP(model, World.of(device, model.process_group), policy, dtypes)
+        return DDP(model, World.of(device, model.process_group), policy, dtypes, apart)
     world = World.of(device)
     wrapped_part = False
     # Who has an FSDP2 module has imported FSDP2; everybody else need not wait for that import.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distaccum.agreement import Announced
 from distaccum.clock import Mark, mark, seconds_between
-from distaccum.data.window import MicroBatches, one_ahead, to_device
+from distaccum.data.window import MicroBatches, halved, one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
 from distaccum.parallel.base import Strategy
@@ -58,19 +58,26 @@ class Forwards:
         self._device = strategy.world.device
         self._micros = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
-        self._done = 0  # rounds whose forward was begun
+        self.done = 0  # rounds whose forward was begun
+        self.sent_before = strategy.sent()  # the newest of them
         self._unsent = 0  # rounds that send nothing
         self._sending = self.began  # when the others began
         self._gradient: Tensor | None = None  # what every micro's backward begins with
 
     def root(self) -> tuple[Tensor, Tensor]:
         """Where the next round's backward begins and with what gradient, as the strategy wants it scaled."""
-        self._done += 1
-        return self._micro(self._done - 1) if self._done <= len(self._window) else self._nothing()
+        self.done += 1
+        self.sent_before = self._strategy.sent()
+        return self._micro(self.done - 1) if self.done <= len(self._window) else self._nothing()
+
+    def give_up(self) -> None:
+        """From here on all rounds are padding, of half a micro."""
+        self._window, self._micros, self._sums = MicroBatches([], 0), iter(()), []
+        self._padding = self.last_micro = halved(self.last_micro)
 
     def mark_sending(self) -> None:
         """Call before the micros that send gradients, the last ones of the window."""
-        self._unsent, self._sending = self._done, mark(self._device)
+        self._unsent, self._sending = self.done, mark(self._device)
 
     def exposed_s(self, end: Mark) -> float | None:
         """Seconds that the window waited for communication: how much longer its last micros took than as many others.

@@ -33,9 +33,9 @@ def run(strategy: Strategy, forwards: Forwards) -> Callable[[], None]:
     return last_backward
 
 
-def one(strategy: Strategy, forwards: Forwards, *, first: bool) -> None:
-    """Forward and backward of a micro that is not the last one."""
-    with strategy.micro(first=first, last=False):
+def one(strategy: Strategy, forwards: Forwards, *, first: bool, last: bool = False) -> None:
+    """Forward and backward of a micro, together."""
+    with strategy.micro(first=first, last=last):
         root, gradient = forwards.root()
         backward(root, gradient)
     strategy.after_micro()

@@ -1,20 +1,15 @@
-"""All uses of names that torch keeps private, in one place. Tested with torch 2.11, 2.13 and 2.15.
-
-Each function says why no public name serves.
-"""
+"""Uses of names that FSDP2 keeps private."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -105,98 +100,17 @@ def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return any(len(numbers) > 1 for numbers in groups)
 
 
-def has_hooks(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a trained parameter has hooks of its user; tensors keep them in private attributes."""
-    return any(p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters)
+def sharding_groups(model: nn.Module) -> list[dist.ProcessGroup]:
+    """The process groups that FSDP2 uses, each once. The mesh of a parameter may be an equal one with other groups."""
+    kinds = ("shard_process_group", "replicate_process_group")
+    found = (getattr(group.mesh_info, kind, None) for group, _ in _fsdp_groups(model) for kind in kinds)
+    return list(dict.fromkeys(group for group in found if group is not None))
 
 
 def custom_divide_factor(model: nn.Module) -> float | None:
     """A gradient divide factor that the user set on an FSDP2 module; there is a setter and no getter."""
     factors = {group.gradient_divide_factor for group, _ in _fsdp_groups(model)} - {None}
     return next(iter(factors), None)
-
-
-def ddp_obstacle(model: DistributedDataParallel) -> str | None:
-    """Why this DDP module cannot accumulate, or None. The constructor's arguments are kept in private attributes."""
-    if getattr(model, "mixed_precision", None) is not None:
-        return "its mixed_precision argument casts and reduces in ways that are wrong with accumulation"
-    if getattr(model, "_delay_all_reduce_params", None):
-        return "delay_all_reduce_named_params reduces in each micro-batch, whatever no_sync() says"
-    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
-        return "an optimizer runs inside its backward, so each micro-batch would be a step of its own"
-    return None
-
-
-def ddp_buckets(model: DistributedDataParallel) -> int:
-    """How many all-reduces one synchronised backward makes; only the logging data tell."""
-    if model.logger is not None:
-        model.logger.set_runtime_stats_and_log()  # otherwise what is told is from before the newest forward
-    data = model._get_ddp_logging_data()
-    sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
-    return len([size for size in str(sizes).split(",") if size.strip()])
-
-
-def reset_ddp(model: DistributedDataParallel) -> None:
-    """Give a DDP module a new reducer. One whose backward was interrupted refuses the next forward for good."""
-    group, device_ids = model.process_group, model.device_ids
-    state = model.__getstate__()
-    del model.reducer  # its hooks on the parameters go with it
-    model.__setstate__(state)
-    model.process_group, model.device_ids = group, device_ids
-
-
-def backward(root: Tensor, gradient: Tensor) -> None:
-    """What `torch.autograd.backward(root, gradient)` does, for a gradient of the root's shape.
-
-    The public function checks in Python what is right by construction here; on a small micro-batch that takes as long
-    as a fifth of all its work.
-    """
-    torch.autograd.Variable._execution_engine.run_backward(
-        (root,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
-
-
-def weightless() -> AbstractContextManager[Any]:
-    """Tensors made inside have no memory and behave like their device's.
-
-    Public meta tensors do not: they ignore autocast and fused attention.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
-
-
-@contextmanager
-def storage_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Tell of each storage that is resized from Python while it is entered: no operator does, and FSDP2 does it."""
-    resize = torch.UntypedStorage.resize_
-
-    def told(storage: torch.UntypedStorage, *size: Any) -> Any:
-        result = resize(storage, *size)
-        seen(storage)
-        return result
-
-    torch.UntypedStorage.resize_ = told  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-
-
-def silent_group(world_size: int, rank: int) -> dist.ProcessGroup:
-    """Ranks of which only this one is there: collectives return at once and send nothing.
-
-    torch keeps them for tests. Where this process has no process group, this becomes its default one.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        group = dist.new_group(backend="fake", use_local_synchronization=True)
-    else:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-        group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _state(model: Any) -> Any:

@@ -1,0 +1,70 @@
+"""A window in which memory may run out on some rank: all ranks learn of it before anything of the window counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from distaccum import torch_private
+from distaccum.agreement import Agreement
+from distaccum.errors import OutOfMemoryError
+from distaccum.memory import is_out_of_memory
+from distaccum.parallel.base import Strategy, Sync
+from distaccum.schedules import microbatch
+from distaccum.schedules.base import Forwards
+
+
+def run(
+    strategy: Strategy,
+    agreement: Agreement,
+    forwards: Forwards,
+    compute: Callable[[Forwards], Callable[[], None]],
+) -> None:
+    """Compute a window, all its backwards included, and agree on whether every rank could.
+
+    Args:
+        strategy: one whose gradients travel within micros (FSDP2), or after the window.
+        agreement: tells all ranks.
+        forwards: of the window.
+        compute: the schedule, see `microbatch.run`.
+
+    Raises:
+        OutOfMemoryError: on all ranks alike. The caller drops what was computed.
+    """
+    said = None
+    try:
+        compute(forwards)()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().split("\n")[0]
+    # Only here, as the error holds on to all that the forward has made.
+    if said is not None:
+        strategy.abort()
+        if strategy.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        forwards.give_up()
+        _make_up(strategy, forwards)
+    short = agreement.shortage(said is not None)
+    if short:
+        agreement.padding = forwards.last_micro
+        ranks = f"rank{'s' if len(short) > 1 else ''} {', '.join(map(str, short))}"
+        raise OutOfMemoryError(f"Out of memory on {ranks}{f': {said}' if said else ''}")
+
+
+def _make_up(strategy: Strategy, forwards: Forwards) -> None:
+    """Issue what other ranks wait for in the rest of this window, whatever is in it.
+
+    The round that broke off is computed from its beginning, and what this rank had sent of it is not sent again. Under
+    `keep` parameters were gathered in the first round only: those of a later one go nowhere.
+    """
+    groups, index, rounds = strategy.groups, forwards.done - 1, forwards.rounds
+    if not groups:
+        return
+    pairs = zip(groups, torch_private.issued(groups), forwards.sent_before, strict=True)
+    first = {str(group.group_name): now - before for group, now, before in pairs}
+    with torch_private.Withheld(first, gathers=strategy.sync is Sync.keep and index > 0):
+        microbatch.one(strategy, forwards, first=index == 0, last=index == rounds - 1)
+    for later in range(index + 1, rounds):
+        microbatch.one(strategy, forwards, first=False, last=later == rounds - 1)

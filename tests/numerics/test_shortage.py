@@ -1,0 +1,136 @@
+"""Memory runs out at any moment of a window, on one rank: all ranks learn it, nothing is lost, nothing hangs.
+
+The window is tried again in halved micros, and the run ends where the undisturbed one does. float64; relative errors
+are those of sums in another order: a few roundoffs of 1.1e-16 each in a few dozen additions, 1e-12 is far beyond.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from setting import make_micro, make_model, masked_objective, relative, whole, wrap
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import World
+
+import distaccum as da
+
+POLICIES = [
+    ("ddp", (), "boundary"), ("ddp", (), "every"), ("fsdp", (2,), "boundary"), ("fsdp", (2,), "keep"),
+    ("fsdp", (2,), "every"),
+]  # fmt: skip
+ON_FOUR = [("hsdp", (2, 2), policy) for policy in ("boundary", "keep", "shard", "every")]
+NUM_WINDOWS, NUM_MICROS, SIZE = 3, 3, 4
+MOMENTS = 12  # at which it happens, evenly over the operators of the window
+
+
+class Shortage(TorchDispatchMode):
+    """Counts the operators of forwards and backwards, and has no memory for one of them."""
+
+    def __init__(self, accumulator: da.Accumulator, at: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.at = at
+        self.count = 0
+        self.counts = False
+        self.accumulator = accumulator
+
+    def __enter__(self) -> Any:
+        self.objective, agreement = self.accumulator.objective, self.accumulator._agreement
+        self.accumulator.objective = da.Objective(self.first_forward, self.objective.weight)
+        agreement.shortage = self.after_the_last_backward  # type: ignore[method-assign]
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.accumulator.objective = self.objective
+        del self.accumulator._agreement.shortage
+
+    def first_forward(self, model: Any, micro: Any) -> Any:
+        self.counts = True
+        return self.objective.loss_sum(model, micro)
+
+    def after_the_last_backward(self, short: bool) -> list[int]:
+        self.counts = False
+        return type(self.accumulator._agreement).shortage(self.accumulator._agreement, short)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.counts and func.namespace == "aten":
+            self.count += 1
+            if self.count - 1 == self.at:
+                raise torch.OutOfMemoryError("no memory for this operator")
+        return func(*args, **(kwargs or {}))
+
+
+def windows(rank: int, ranks: int) -> list[list[Any]]:
+    """The micros of one rank in each window."""
+    return [
+        [make_micro(100 * step + i * ranks + rank, SIZE, "some") for i in range(NUM_MICROS)]
+        for step in range(NUM_WINDOWS)
+    ]
+
+
+def in_halves(micros: list[Any]) -> list[Any]:
+    """The same samples in micros of half the size."""
+    parts = (slice(0, SIZE // 2), slice(SIZE // 2, SIZE))
+    return [{name: tensor[part] for name, tensor in micro.items()} for micro in micros for part in parts]
+
+
+def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, int | None]) -> dict[str, Any]:
+    """Train; in the second window the ranks of `short` have no memory for one operator of theirs."""
+    import torch.distributed as dist
+
+    strategy, mesh, policy = case
+    model = wrap(make_model(), strategy, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always", agree_on_oom=True)
+    told, losses, counted = [], [], 0
+    for step, micros in enumerate(windows(rank, dist.get_world_size())):
+        shortage = Shortage(accumulator, short.get(rank) if step == 1 else None)
+        try:
+            with shortage:
+                record = accumulator.step(micros)
+        except da.OutOfMemoryError as error:
+            told.append(str(error))
+            record = accumulator.step(in_halves(micros))
+        counted = shortage.count if step == 1 else counted
+        losses.append(record.loss)
+    return {
+        "losses": losses,
+        "parameters": [whole(parameter) for parameter in model.parameters()],
+        "told": told,
+        "operators": counted,
+        "steps": accumulator.steps,
+    }
+
+
+def on_rank(case: Any, short: dict[int, int | None]) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    return trained(dist.get_rank(), case, short)
+
+
+def shortages(world: World, case: Any) -> None:
+    undisturbed = world.run(on_rank, case, {})
+    last = world.size - 1
+    for moment in range(MOMENTS):
+        at = moment * (undisturbed[last]["operators"] - 1) // (MOMENTS - 1)
+        found = world.run(on_rank, case, {last: at})
+        for rank, (there, here) in enumerate(zip(undisturbed, found, strict=True)):
+            (told,) = here["told"]
+            assert told.startswith(f"Out of memory on rank {last}"), told
+            assert ("no memory for this operator" in told) == (rank == last)
+            assert here["steps"] == NUM_WINDOWS
+            assert here["losses"] == pytest.approx(there["losses"], rel=1e-12, abs=0)
+            for name in range(len(there["parameters"])):
+                assert relative(here["parameters"][name], there["parameters"][name]) < 1e-12, (at, name)
+
+
+@pytest.mark.parametrize("case", POLICIES, ids=lambda case: f"{case[0]}-{case[2]}")
+def test_on_one_of_two_ranks(two_ranks: World, case: Any) -> None:
+    shortages(two_ranks, case)
+
+
+@pytest.mark.parametrize("case", ON_FOUR, ids=lambda case: f"{case[0]}-{case[2]}")
+def test_on_one_of_four_ranks(four_ranks: World, case: Any) -> None:
+    shortages(four_ranks, case)
