@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distaccum.batch_schedule import Ramp, ScheduleUnit
+from distaccum.budget import OnOutOfMemory
 from distaccum.checkpoint.saver import CheckpointConfig
 from distaccum.data.images import ImagesConfig
 from distaccum.data.text import TextConfig
@@ -30,7 +31,6 @@ from distaccum.parallel.ledger import Audit
 from distaccum.plan import LastWindow, Ragged
 from distaccum.report import LoggerConfig
 from distaccum.step import NonFinite
-from distaccum.trainer import OnOutOfMemory
 from distaccum.wrap import ParallelConfig
 
 

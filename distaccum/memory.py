@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -66,9 +67,10 @@ class Tracker(TorchDispatchMode):
         self.peak = 0  # the most since the beginning, or since `reset_peak`
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._resizes = storage_resizes(self._resized)
+        self._resizes: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> Self:
+        self._resizes = storage_resizes(self._resized)
         self._resizes.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -123,13 +125,13 @@ class Tracker(TorchDispatchMode):
         del self._watched[key]
 
     def _now(self, key: int, size: int) -> None:
-        self.live += size - self._sizes[key]
-        self._sizes[key] = size
-        if self.limit is not None and self.live > self.limit:
-            raise torch.OutOfMemoryError(
-                f"{size:,} bytes were asked for where {self.live - size:,} of {self.limit:,} are in use "
-                "(limits.memory)."
+        more = size - self._sizes[key]
+        if self.limit is not None and more > 0 and self.live + more > self.limit:
+            raise torch.OutOfMemoryError(  # not counted: nobody gets it
+                f"{more:,} bytes were asked for where {self.live:,} of {self.limit:,} are in use (limits.memory)."
             )
+        self.live += more
+        self._sizes[key] = size
         self.peak = max(self.peak, self.live)
 
 
@@ -137,6 +139,7 @@ class Meter:
     """The most memory that this rank's tensors take on its device, and the limit to it.
 
     On the CPU a `Tracker`, which costs some microseconds an operator. On a GPU torch's allocator, which counts anyway.
+    It may be entered again and again: on the CPU what is made in between is not counted.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
@@ -149,14 +152,23 @@ class Meter:
         self.device = device
         self.limit = limit
         self._tracker = Tracker(limit, device.type) if device.type == "cpu" else None
+        self._begun = False
+
+    @property
+    def costs_nothing(self) -> bool:
+        """Whether the device counts anyway."""
+        return self._tracker is None
 
     def __enter__(self) -> Self:
         if self._tracker is not None:
             self._tracker.__enter__()
-        elif self.limit is not None:
+            return self
+        if self.limit is not None:
             total = torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
-        self.reset_peak()
+        if not self._begun:
+            self.reset_peak()
+            self._begun = True
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -179,5 +191,5 @@ class Meter:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use at once since the meter was entered or its peak was reset."""
+        """The most that was in use at once since the meter was first entered or its peak was reset."""
         return self._tracker.peak if self._tracker is not None else torch.cuda.max_memory_allocated(self.device)

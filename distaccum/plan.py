@@ -99,6 +99,7 @@ class Plan:
     last_window: LastWindow = LastWindow.keep
     shuffle: bool = True
     schedule: BatchSchedule | None = None  # None: the same effective batch all along
+    halvings: int = 0  # how often full micros are halved, for want of memory; windows stay what they are
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "effective_batch", "micro_size"):
@@ -115,6 +116,11 @@ class Plan:
     def largest_batch(self) -> int:
         """The largest effective batch of the training, in samples."""
         return self.schedule.largest if self.schedule else self.effective_batch
+
+    @property
+    def largest_micro(self) -> int:
+        """Samples in the largest micro; `micro_size`, unless micros are halved."""
+        return _ceil(self.micro_size, 2**self.halvings)
 
     @property
     def windows_per_epoch(self) -> int:
@@ -153,7 +159,7 @@ class Plan:
         start, asked = self._begin(step, start)
         size = asked if self.last_window is LastWindow.fill else min(asked, self._left(start))
         next_start, _ = self._begin(step + 1, start + size)  # past what is dropped, so that it tells the epoch truly
-        return Window(step, start // self.num_samples, start, size, asked, self.micro_size, next_start)
+        return Window(step, start // self.num_samples, start, size, asked, self.largest_micro, next_start)
 
     def windows(self, step: int = 0, start: int = 0) -> Iterator[Window]:
         """All windows from a position on, without end: the caller knows how many steps the training has."""

@@ -207,9 +207,9 @@ class Accumulator:
         self.optimizer.zero_grad()
         self._agreement.forget()
 
-    def control_traffic(self, rows: int = 1) -> Traffic:
-        """What the small collective of a window sends; `rows` is 2 where the window after it is not known ahead."""
-        return self._agreement.traffic(rows)
+    def control_traffic(self) -> Traffic:
+        """What the small collectives of a window send: one, where the window after it is known ahead."""
+        return self._agreement.traffic(1 + self.agree_on_oom)
 
     def _compute(self, forwards: Forwards) -> Callable[[], None]:
         """All of a window but its last backward; where memory has to be agreed on, all of it."""

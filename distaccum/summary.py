@@ -28,7 +28,7 @@ def start_block(
 ) -> tuple[dict[str, Section], dict[str, object]]:
     """What people read at the start, and the same for machines."""
     strategy = accumulator.strategy
-    traffic = strategy.forecast(arithmetic.num_micros) + accumulator.control_traffic(rows=1)
+    traffic = strategy.forecast(arithmetic.num_micros) + accumulator.control_traffic()
     parameters = sum(p.numel() for p in strategy.model.parameters())
     device = strategy.world.device
     backend = "" if strategy.world.group is None else (", NCCL" if device.type == "cuda" else ", gloo")

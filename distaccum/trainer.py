@@ -6,39 +6,22 @@ import math
 import resource
 import time
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
 
 import torch
 
 from distaccum.agreement import Request
+from distaccum.budget import REMEDIES, Budget, OnOutOfMemory
 from distaccum.checkpoint.saver import Saver
-from distaccum.data.base import Dataset
 from distaccum.data.loader import Loader
-from distaccum.data.window import to_device
-from distaccum.loss import SupportsObjective, sums_of, weights_of
+from distaccum.errors import OutOfMemoryError
+from distaccum.heldout import Heldout, evaluate
 from distaccum.optim import LRSchedule, ScheduleUnit
-from distaccum.parallel.base import Strategy, Sync
+from distaccum.parallel.base import Sync
 from distaccum.plan import Plan, Window
 from distaccum.preempt import Preemption
 from distaccum.record import StepRecord
 from distaccum.report import Report
 from distaccum.step import Accumulator
-
-
-class OnOutOfMemory(Enum):
-    """What to do when memory runs out inside a window, on whichever rank."""
-
-    error = "error"  # end the run on all ranks, and say what would have fitted
-    shrink = "shrink"  # compute the window once more, and those after it, in micros of half the size
-
-
-@dataclass(frozen=True)
-class Heldout:
-    """Held-out samples, always the same ones, and how to read them."""
-
-    dataset: Dataset
-    plan: Plan  # its first window is what is evaluated
-    objective: SupportsObjective  # its first term is the loss
 
 
 @dataclass(frozen=True)
@@ -78,6 +61,7 @@ class Trainer:
         preemption: Preemption,
         saver: Saver | None,
         report: Report | None,
+        budget: Budget,
         *,
         counts_tokens: bool,
     ) -> None:
@@ -92,6 +76,7 @@ class Trainer:
         self.preemption = preemption
         self.saver = saver
         self.report = report
+        self.budget = budget
         self.counts_tokens = counts_tokens
         self.progress = Progress()
         self._resumed = Progress()  # where this start began
@@ -119,15 +104,23 @@ class Trainer:
         return request
 
     def _run(self) -> str | None:
-        progress, rhythm = self.progress, self.rhythm
         if self._evaluation_is_due():  # it was stopped before it could
             best = self._evaluate()
             if best and self.saver is not None and self.saver.keeps_best:
                 self._save(best, stopping=False)
+        while True:
+            try:
+                return self._windows()
+            except OutOfMemoryError as error:
+                self._shrink(error)
+
+    def _windows(self) -> str | None:
+        progress, rhythm = self.progress, self.rhythm
         since, began = _Since(self.loader.waited_s), time.perf_counter()
         for window, micros in self.loader.windows(progress.step, progress.position, rhythm.steps):
             self.schedule.set(self._position(window), window.effective_batch)
-            record = self.accumulator.step(micros, self)
+            with self.budget.step(self.plan, window, self.accumulator.strategy.world.size):
+                record = self.accumulator.step(micros, self)
             progress.step, progress.position = window.step + 1, window.next_start
             progress.samples += window.size
             progress.tokens += record.weight
@@ -137,6 +130,7 @@ class Trainer:
             if self.report is not None:
                 shown = progress.step % rhythm.log_every_steps == 0 or last or stop
                 self._tell(window, record, since, shown)
+                self._note(self.budget.told(last or stop))
                 if shown:
                     since = _Since(self.loader.waited_s)
             self._seconds += time.perf_counter() - began
@@ -153,6 +147,21 @@ class Trainer:
         if self.saver is not None:
             self._note(self.saver.wait())
         return None
+
+    def _shrink(self, error: OutOfMemoryError) -> None:
+        """Go on from the window in which memory ran out, on all ranks alike, in micros of half the size."""
+        if self.budget.on_oom is not OnOutOfMemory.shrink:
+            raise error
+        if self.plan.largest_micro == 1:
+            raise OutOfMemoryError(f"{error.args[0]} One sample cannot be halved: {REMEDIES}.") from None
+        self.plan = self.loader.plan = replace(self.plan, halvings=self.plan.halvings + 1)
+        size = self.plan.largest_micro
+        self._note(
+            [
+                f"step {self.progress.step + 1}: {error}; computed once more, and all after it, in micro-batches of "
+                f"{size} sample(s), with the same effective batch (accum.micro={size} begins so)"
+            ]
+        )
 
     def _evaluation_is_due(self) -> bool:
         step, rhythm = self.progress.step, self.rhythm
@@ -239,36 +248,6 @@ class Trainer:
         if best:
             progress.best_loss = loss
         return best
-
-
-def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
-    """The weighted mean of each term of the objective over the held-out samples; the same whatever the world size.
-
-    Call it on every rank: they share the micros, and run the same number of forwards.
-    """
-    world, window, objective = strategy.world, heldout.plan.window(), heldout.objective
-    own = window.deal(world.rank, world.size)
-    terms: list[str] = []
-    totals: torch.Tensor | None = None  # [2, terms] float64: sums and weights
-    with strategy.evaluating() as model:
-        for index in range(len(window.deal(0, world.size))):
-            counts = index < len(own)
-            micro = own[index] if counts else window.micros[0]
-            batch = heldout.dataset.batch(heldout.plan.samples(micro), torch.Generator())
-            weights = weights_of(objective, batch)
-            terms = list(weights)
-            sums = sums_of(objective, model, to_device(batch, world.device), terms)
-            pair = torch.stack(
-                [torch.stack([s.double() for s in sums]).cpu(), torch.tensor([*weights.values()], dtype=torch.float64)]
-            )
-            if not counts:
-                pair.zero_()
-            totals = pair if totals is None else totals + pair
-    assert totals is not None
-    rows, _ = world.share(totals.flatten().tolist()).read()
-    summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(terms))]
-    pairs = zip(terms, summed[: len(terms)], summed[len(terms) :], strict=True)
-    return {term: value / weight for term, value, weight in pairs if weight > 0}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

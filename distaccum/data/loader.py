@@ -31,7 +31,7 @@ class Loader:
     def __init__(
         self, dataset: Dataset, plan: Plan, rank: int, world_size: int, *, workers: int = 0, pin_memory: bool = False
     ) -> None:
-        """Keep the arguments; `start` opens the stream.
+        """Keep the arguments; `windows` opens the stream.
 
         Args:
             dataset: training samples.
@@ -42,7 +42,7 @@ class Loader:
             pin_memory: whether to read into pinned memory (for a GPU).
         """
         self._dataset = dataset
-        self._plan = plan
+        self.plan = plan  # followed from the next call of `windows` on
         self._rank = rank
         self._world_size = world_size
         self._workers = workers
@@ -58,9 +58,11 @@ class Loader:
             start: its position in the plan's stream of samples.
             last_step: where to stop: the number of steps of the whole training.
         """
+        self.close()
         self._open = stream = self._stream(step, start, last_step - step)
+        next(stream)  # opened here and not in the first window, whose memory is measured
         previous: tuple[Window, MicroBatches] | None = None
-        for window in islice(self._plan.windows(step, start), last_step - step):
+        for window in islice(self.plan.windows(step, start), last_step - step):
             current = (window, self._micro_batches(window, stream))
             if previous is not None:
                 previous[1].upcoming = current[1]
@@ -77,7 +79,7 @@ class Loader:
 
     def _micro_batches(self, window: Window, stream: Iterator[Any]) -> MicroBatches:
         micros = window.deal(self._rank, self._world_size)
-        counted = [self._dataset.counted(self._plan.samples(micro)) for micro in micros]
+        counted = [self._dataset.counted(self.plan.samples(micro)) for micro in micros]
         known = all(weight is not None for weight in counted)
         content = islice(stream, len(micros))
         return MicroBatches(
@@ -89,11 +91,11 @@ class Loader:
 
     def _stream(self, step: int, start: int, num_windows: int) -> Generator[Any, None, None]:
         # How far to read ahead is fixed once, so where windows grow it is for the largest of them.
-        largest = min(self._plan.largest_batch, self._plan.num_samples)
-        per_window = -(-largest // (self._plan.micro_size * self._world_size))
+        largest = min(self.plan.largest_batch, self.plan.num_samples)
+        per_window = -(-largest // (self.plan.largest_micro * self._world_size))
         loader: DataLoader[Any] = DataLoader(
-            _MicroSource(self._dataset, self._plan),
-            sampler=_Order(self._plan, step, start, num_windows, self._rank, self._world_size),
+            _MicroSource(self._dataset, self.plan),
+            sampler=_Order(self.plan, step, start, num_windows, self._rank, self._world_size),
             batch_size=None,  # an item of the source is a whole micro
             num_workers=self._workers,
             # Whoever started the ranks: forked workers are there at once, and leave no named semaphores behind.
@@ -103,6 +105,7 @@ class Loader:
             pin_memory=self._pin_memory,
         )
         stream = iter(loader)
+        yield None
         while True:
             began = time.perf_counter()
             micro = next(stream, None)

@@ -38,7 +38,7 @@ def run(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = str(error).strip().split("\n")[0]
+        said = str(error).strip().split("\n")[0].rstrip(".") + "."
     # Only here, as the error holds on to all that the forward has made.
     if said is not None:
         strategy.abort()
@@ -50,7 +50,7 @@ def run(
     if short:
         agreement.padding = forwards.last_micro
         ranks = f"rank{'s' if len(short) > 1 else ''} {', '.join(map(str, short))}"
-        raise OutOfMemoryError(f"Out of memory on {ranks}{f': {said}' if said else ''}")
+        raise OutOfMemoryError(f"Out of memory on {ranks}{f': {said}' if said else '.'}")
 
 
 def _make_up(strategy: Strategy, forwards: Forwards) -> None:
