@@ -9,9 +9,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 
+from distaccum.batch_arithmetic import solve
 from distaccum.errors import OutOfMemoryError
 from distaccum.memory import Meter, is_out_of_memory
-from distaccum.plan import Plan, Window, solve
+from distaccum.plan import Plan, Window
 from distaccum.report import size
 
 MEASURED_STEPS = 2  # the second one finds the optimizer's state there

@@ -7,35 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from distaccum import resume, summary
-from distaccum.batch_schedule import BatchSchedule, entries_of
-from distaccum.checkpoint.export import load_weights
+from distaccum.assembly import batch_arithmetic, batch_schedule, make_accumulator
+from distaccum.batch_arithmetic import BatchArithmetic
+from distaccum.budget import Budget
 from distaccum.checkpoint.saver import Saver
 from distaccum.checkpoint.store import Checkpoints
 from distaccum.config import Config, Device
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
-from distaccum.footprint import overlap_limit
-from distaccum.grads.accumulate import SumDtype
-from distaccum.grads.scale import LossScale
+from distaccum.heldout import Heldout
 from distaccum.launch import Job
-from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
-from distaccum.nn.precision import Precision
-from distaccum.optim import LRSchedule, ScheduleUnit, make_optimizer
+from distaccum.memory import Meter
+from distaccum.optim import LRSchedule, ScheduleUnit
 from distaccum.parallel.world import World
-from distaccum.plan import BatchArithmetic, Plan, samples_of_tokens, solve
+from distaccum.plan import Plan
+from distaccum.planning.auto import predicted, settled
+from distaccum.planning.footprint import overlap_limit
 from distaccum.preempt import Preemption
-from distaccum.problem import Problem, in_precision, make_model, make_problem
+from distaccum.problem import Problem, in_precision, make_problem
 from distaccum.report import Report, make_report
-from distaccum.step import Accumulator
-from distaccum.trainer import Heldout, Rhythm, Trainer
-from distaccum.wrap import StrategyName, wrap
+from distaccum.trainer import Rhythm, Trainer
+from distaccum.wrap import StrategyName
 
 
 @dataclass(frozen=True)
@@ -60,17 +58,22 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         checkpoints = Checkpoints(folder, world, keep=saving.keep, asynchronous=saving.asynchronous)
         found = resume.find(config, job.run_dir, checkpoints, world)
         config = replace(config, accum=resume.keep_effective_batch(config.accum, found, world.size))
+    kept = resume.kept_micro(found, job.config, world.size)
+    config, micro_told = settled(config, problem, world, kept, anew=found is not None)
     arithmetic = batch_arithmetic(config, problem, world.size)
     plan = make_plan(config, problem, arithmetic)
     steps = num_steps(config, plan)
     weights = config.init_weights if found is None else None
     limit = overlap_limit(config, problem, arithmetic.micro_size) if world.size > 1 else None
-    accumulator = make_accumulator(config, problem, world, weights, limit)
+    budget = Budget(Meter(world.device, config.limits.memory_bytes), config.accum.on_oom)
+    with budget.building():
+        accumulator = make_accumulator(config, problem, world, weights, limit)
     schedule = schedule_of(config, problem, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
     facts = resume.facts_of(config, job.config, problem, plan, world)
-    progress = None if found is None else resume.load(found, accumulator, facts, steps)
+    with budget.building():
+        progress = None if found is None else resume.load(found, accumulator, facts, steps)
     # Only now, as a start that is refused must leave everything as it was.
     removed = [] if checkpoints is None else checkpoints.clean()
     heldout_plan = Plan(
@@ -85,12 +88,16 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         sections, told = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
         report = make_report(job.run_dir, config.logger, {**asdict(config), **told})
         report.start(sections, told)
-        for text in [*removed, *(found.passed_over if found is not None else ())]:
+        for text in [*micro_told, *removed, *(found.passed_over if found is not None else ())]:
             report.note(text)
         if found is not None and progress is not None:
             report.resume(progress.step, list(resume.told(found, facts, progress)))
         elif begun:
             report.resume(0, ["begins anew: an earlier start has left no checkpoint"])
+        try:
+            budget.predicted = predicted(config, problem, world.size)
+        except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot
+            report.note(f"plan: memory was not predicted ({type(error).__name__}: {str(error).splitlines()[0]})")
     trainer = Trainer(
         plan,
         loader,
@@ -102,67 +109,12 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         preemption,
         None if checkpoints is None else Saver(checkpoints, config.checkpoint, facts),
         report,
+        budget,
         counts_tokens=problem.unit == "token",
     )
     if progress is not None:
         trainer.resume(progress)
     return Training(problem, trainer, report, evaluated, baseline)
-
-
-def make_accumulator(
-    config: Config, problem: Problem, world: World, weights: str | None = None, overlap_limit: int | None = None
-) -> Accumulator:
-    """The model, wrapped, with its optimizer and all that one step needs; its weights drawn, or from a file."""
-    precision, accum = config.precision, config.accum
-    model = make_model(config, problem, world.device)
-    if weights is not None:
-        load_weights(model, Path(weights))
-    blocks = problem.blocks_of(model)
-    if config.nn.checkpoint:
-        checkpoint_blocks(blocks)
-    if config.nn.compile:
-        compile_blocks(blocks)
-    reduce_dtype = _torch(config.parallel.reduce_dtype)
-    wrapped = wrap(model, blocks, config.parallel, world, precision.name.sharded_policy(reduce_dtype))
-    loss_scale = LossScale(precision.loss_scale, precision.loss_scale_growth_windows)
-    return Accumulator(
-        wrapped,
-        make_optimizer(wrapped, config.optim),
-        in_precision(config, problem.objective),
-        sync=accum.sync,
-        clip_norm=config.optim.clip_norm,
-        seed=config.train.seed,
-        nonfinite=accum.nonfinite,
-        audit=accum.audit,
-        accum_dtype=_torch(accum.dtype),
-        reduce_dtype=reduce_dtype,
-        loss_scale=loss_scale if precision.name is Precision.fp16 else None,
-        overlap_micros=accum.overlap_micros,
-        overlap_limit=overlap_limit,
-        blocks=blocks,
-    )
-
-
-def batch_schedule(config: Config, problem: Problem) -> BatchSchedule | None:
-    """The effective batch along the training; None where it is one."""
-    accum = config.accum
-    if accum.schedule is None:
-        return None
-    schedule = BatchSchedule(entries_of(accum.schedule), accum.schedule_unit, accum.ramp)
-    return schedule.in_samples(problem.tokens_per_sample)
-
-
-def batch_arithmetic(config: Config, problem: Problem, world_size: int) -> BatchArithmetic:
-    """The effective batch, as asked for in samples or tokens, for so many ranks; with a schedule, the first one."""
-    accum, schedule = config.accum, batch_schedule(config, problem)
-    if schedule is not None:
-        micro_size = solve(world_size, schedule.largest, accum.micro).micro_size
-        solved = [solve(world_size, size, micro_size, ragged=accum.ragged) for _, size in schedule.entries]
-        return solved[0]
-    effective_batch = accum.effective_batch
-    if accum.effective_tokens is not None:
-        effective_batch = samples_of_tokens(accum.effective_tokens, problem.tokens_per_sample)
-    return solve(world_size, effective_batch, accum.micro, accum.num_micros, accum.ragged)
 
 
 def make_plan(config: Config, problem: Problem, arithmetic: BatchArithmetic) -> Plan:
@@ -198,10 +150,6 @@ def schedule_of(config: Config, problem: Problem, plan: Plan, optimizer: Optimiz
         total *= problem.tokens_per_sample or 1
     scale = replace(scale, base_batch=plan.effective_batch if scale.base_batch is None else scale.base_batch)
     return LRSchedule(optimizer, config.optim.schedule, total, scale)
-
-
-def _torch(dtype: SumDtype | None) -> torch.dtype | None:
-    return None if dtype is None else dtype.torch
 
 
 @contextmanager

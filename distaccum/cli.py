@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-USAGE = """usage: distaccum train | verify | plan [OVERRIDE ...]
+USAGE = """usage: distaccum train | verify | plan | profile [OVERRIDE ...]
        distaccum export RUN TARGET
 
   train    train a model: distaccum train parallel=ddp accum.effective_batch=64 accum.micro=4 launch.nproc_per_node=2
@@ -14,6 +14,7 @@ USAGE = """usage: distaccum train | verify | plan [OVERRIDE ...]
            distaccum train launch=slurm launch.nodes=2 launch.gpus_per_node=4 ... submits a batch job
   verify   prove that configuration: one window against one big batch on one process in float64; exit code 1 if not
   plan     run nothing; print batch arithmetic, memory, network and schedules: distaccum plan ... world_size=64
+  profile  measure this machine in seconds, with the configured model on its ranks, and write machine.json
   export   the weights of a run folder's newest checkpoint, or of a checkpoint, for other programs: TARGET.safetensors,
            or for a Hugging Face model a folder that from_pretrained reads; back: distaccum train init_weights=FILE
 
@@ -21,7 +22,7 @@ OVERRIDE is Hydra's: group=choice, key=value, --cfg job (print the configuration
 key=1,2,4 'key=range(1,5)' 'key=choice(a,b)', and with hydra/sweeper=optuna 'key=interval(0.1,1)'."""
 
 
-WORDS = ("train", "verify", "plan", "export")
+WORDS = ("train", "verify", "plan", "profile", "export")
 
 
 def main() -> None:
@@ -38,6 +39,7 @@ def main() -> None:
     # Imported here, so that help and mistakes cost nothing.
     from distaccum.commands.check import check
     from distaccum.commands.plan import plan
+    from distaccum.commands.profile import profile
     from distaccum.commands.train import train
     from distaccum.commands.verify import verify
     from distaccum.config import config_dir
@@ -46,7 +48,7 @@ def main() -> None:
 
     if word == "plan":  # nothing runs, so that there is no run folder
         overrides += ["hydra.run.dir=.", "hydra.output_subdir=null"]
-    task = {"train": train, "verify": verify, "plan": plan}[word]
+    task = {"train": train, "verify": verify, "plan": plan, "profile": profile}[word]
     program = None if word == "plan" else Program(command=word, sweep_key="logger.group")
     sys.exit(launch(overrides, config_dir=config_dir(), check=check, task=task, summarise=tell_sweep, program=program))
 

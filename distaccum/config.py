@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distaccum.batch_arithmetic import Ragged
 from distaccum.batch_schedule import Ramp, ScheduleUnit
 from distaccum.budget import OnOutOfMemory
 from distaccum.checkpoint.saver import CheckpointConfig
@@ -28,7 +29,7 @@ from distaccum.nn.precision import Precision
 from distaccum.optim import OptimConfig
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit
-from distaccum.plan import LastWindow, Ragged
+from distaccum.plan import LastWindow
 from distaccum.report import LoggerConfig
 from distaccum.step import NonFinite
 from distaccum.wrap import ParallelConfig

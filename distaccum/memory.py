@@ -53,16 +53,19 @@ class Tracker(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, limit: int | None = None, kind: str = "cpu") -> None:
+    def __init__(self, limit: int | None = None, kind: str = "cpu", *, weightless: bool = False) -> None:
         """Count from nothing.
 
         Args:
             limit: bytes; None: any number.
             kind: the type of device whose tensors count.
+            weightless: whether those without memory count, and those only. DTensor asks such tensors for shapes, which
+                must not be taken for real ones.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.kind = kind
+        self.weightless = weightless
         self.live = 0  # bytes now
         self.peak = 0  # the most since the beginning, or since `reset_peak`
         self._sizes: dict[int, int] = {}
@@ -110,7 +113,7 @@ class Tracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key not in self._sizes:
+        if key not in self._sizes and (storage.device.type == "meta") is self.weightless:
             self._watched[key] = weakref.ref(storage, lambda _: self._gone(key))
             self._sizes[key] = 0
             self._now(key, storage.nbytes())

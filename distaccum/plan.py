@@ -6,37 +6,14 @@ world size decides nothing but who computes which micro.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from distaccum.batch_arithmetic import (
-    DEFAULT_MICRO,
-    BatchArithmetic,
-    Ragged,
-    nearest_batches,
-    require_positive,
-    samples_of_tokens,
-    solve,
-)
+from distaccum.batch_arithmetic import require_positive
 from distaccum.batch_schedule import FOREVER, BatchSchedule
 from distaccum.errors import ConfigError
 from distaccum.shuffle import permuted, round_keys
-
-__all__ = [
-    "DEFAULT_MICRO",
-    "BatchArithmetic",
-    "LastWindow",
-    "Micro",
-    "Plan",
-    "Ragged",
-    "Window",
-    "nearest_batches",
-    "random_key",
-    "samples_of_tokens",
-    "solve",
-]
 
 
 class LastWindow(Enum):
@@ -210,12 +187,6 @@ class Plan:
             else:
                 window = self.window(window.step + 1, window.next_start)
         return window
-
-
-def random_key(seed: int, step: int, number: int) -> int:
-    """The seed, in [0, 2^63), of all randomness in one micro: dropout and augmentation, on any world size."""
-    digest = hashlib.blake2b(f"micro {seed} {step} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _ceil(number: int, unit: int) -> int:

@@ -150,6 +150,9 @@ class _Weighed:
     def counted(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
         return self.objective.weighed(self.dataset.counted(indices))
 
+    def longest(self, count: int) -> list[int]:
+        return self.dataset.longest(count)
+
 
 def _language_model(config: Config, text: TextDataset) -> tuple[Callable[[], nn.Module], SupportsObjective]:
     model = config.model

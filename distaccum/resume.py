@@ -29,6 +29,9 @@ _UNSAID = (
     "accum.audit",
 )  # fmt: skip
 
+# What the memory of a micro-batch depends on.
+_IN_MEMORY = ("accum.", "data.", "device", "limits.", "model.", "nn.", "optim.name", "parallel.", "precision.")
+
 
 def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) -> Checkpoint | None:
     """The checkpoint to go on from, the same on all ranks; None to begin anew. Call it on every rank.
@@ -62,6 +65,7 @@ def facts_of(
     """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
     facts = {
         "identity": _identity(config, problem, plan),
+        "micro_size": plan.micro_size,
         "config": composed,
         "world_size": world.size,
         "versions": {
@@ -85,6 +89,18 @@ def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, worl
     if any(now[name] is not None for name in names[:3]) or any(before[name] != now[name] for name in names):
         return accum
     return replace(accum, num_micros=None, effective_batch=int(checkpoint.facts["identity"]["accum.effective_batch"]))
+
+
+def kept_micro(checkpoint: Checkpoint | None, composed: Mapping[str, Any], world_size: int) -> int | None:
+    """The micro size of before, where ranks and all settings that its memory depends on are as they were; else None.
+
+    What `accum.micro=auto` found once is not looked for again, so that a run goes on bit for bit.
+    """
+    if checkpoint is None or checkpoint.facts["world_size"] != world_size:
+        return None
+    then, here = (dict(_flat(config)) for config in (checkpoint.facts["config"], composed))
+    same = all(then.get(key) == here.get(key) for key in {*then, *here} if key.startswith(_IN_MEMORY))
+    return checkpoint.facts.get("micro_size") if same else None
 
 
 def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, Any], steps: int) -> Progress:

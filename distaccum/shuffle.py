@@ -1,4 +1,4 @@
-"""The order of samples: a permutation that needs no memory, so that any position of any epoch is found at once."""
+"""What looks random and is a function of the seed: the order of samples, and what happens inside micros."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ def round_keys(seed: int, epoch: int) -> list[int]:
     """Of the permutation of one epoch."""
     digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=48).digest()
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8)]
+
+
+def random_key(seed: int, step: int, number: int) -> int:
+    """The seed, in [0, 2^63), of all randomness in one micro: dropout and augmentation, on any world size."""
+    digest = hashlib.blake2b(f"micro {seed} {step} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def permuted(index: int, size: int, keys: list[int]) -> int:

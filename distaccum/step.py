@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any, Protocol
@@ -141,7 +141,10 @@ class Accumulator:
                 if any(parameter.grad is not None for parameter in parameters):
                     self.optimizer.zero_grad()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
-                last_backward = self._compute(forwards)
+                if self.agree_on_oom:  # all of it, the last backward too
+                    last_backward = shortage.run(strategy, agreement, forwards, self.overlap.run)
+                else:
+                    last_backward = self.overlap.run(forwards)
                 agreement.padding, sums = forwards.last_micro, forwards.sums
                 strategy.send_statistics()
                 # The one small collective of the window. It hides behind the last backward; only where gradients are
@@ -210,13 +213,6 @@ class Accumulator:
     def control_traffic(self) -> Traffic:
         """What the small collectives of a window send: one, where the window after it is known ahead."""
         return self._agreement.traffic(1 + self.agree_on_oom)
-
-    def _compute(self, forwards: Forwards) -> Callable[[], None]:
-        """All of a window but its last backward; where memory has to be agreed on, all of it."""
-        if not self.agree_on_oom:
-            return self.overlap.run(forwards)
-        shortage.run(self.strategy, self._agreement, forwards, self.overlap.run)
-        return lambda: None
 
     def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""

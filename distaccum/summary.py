@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from distaccum.batch_arithmetic import BatchArithmetic
 from distaccum.config import Config
 from distaccum.nn.batchnorm import BatchNormMode, has_batchnorm
 from distaccum.parallel.ledger import Traffic
-from distaccum.plan import BatchArithmetic, LastWindow, Plan
+from distaccum.plan import LastWindow, Plan
 from distaccum.problem import Problem
 from distaccum.report import size
 from distaccum.step import Accumulator

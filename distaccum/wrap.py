@@ -65,9 +65,10 @@ def wrap(
             bucket_cap_mb=config.bucket_mb,
             gradient_as_bucket_view=False,  # it saves memory only where gradients are not set to None
         )
-    mesh = init_device_mesh(
-        world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=_NAMES[name]
-    )
+    # torch takes meshes of equal names for equal and keeps what it has worked out for one: that of a group that sends
+    # nothing must not be found again for a group that does.
+    names = tuple(f"{dim} in {world.group.group_name}" for dim in _NAMES[name])
+    mesh = init_device_mesh(world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=names)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distaccum.batch_arithmetic import DEFAULT_MICRO, Ragged, samples_of_tokens, solve
 from distaccum.batch_schedule import BatchSchedule, Ramp, ScheduleUnit, entries_of
 from distaccum.errors import ConfigError
-from distaccum.plan import DEFAULT_MICRO, LastWindow, Plan, Ragged, random_key, samples_of_tokens, solve
+from distaccum.plan import LastWindow, Plan
+from distaccum.shuffle import random_key
 
 sizes = st.integers(1, 60)
 schedules = st.builds(

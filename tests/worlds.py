@@ -19,7 +19,7 @@ START_TIMEOUT_S = 60.0
 PRELOADED = [
     "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.profiler",
     "torch.testing", "numpy", "hydra", "distaccum", "distaccum.launch", "distaccum.commands.plan",
-    "distaccum.commands.train", "distaccum.commands.verify", "distaccum.report.sweep",
+    "distaccum.commands.profile", "distaccum.commands.train", "distaccum.commands.verify", "distaccum.report.sweep",
 ]  # fmt: skip
 
 

@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
+from distaccum.assembly import batch_arithmetic
 from distaccum.batch_arithmetic import BatchArithmetic, nearest_batches
-from distaccum.build import batch_arithmetic, make_plan, num_steps, schedule_of
+from distaccum.build import make_plan, num_steps, schedule_of
 from distaccum.config import Config, typed
 from distaccum.errors import ConfigError
-from distaccum.footprint import activations
 from distaccum.launch import Job
 from distaccum.optim import make_optimizer
-from distaccum.parallel.base import Sync
 from distaccum.plan import Plan
-from distaccum.predict import (
-    Sends,
-    Setup,
-    control_sends,
-    describe,
-    gradient_sends,
-    memory,
-    states_of,
-)
-from distaccum.predict.shapes import ModelShape, Policy, Strategy
-from distaccum.problem import Problem, make_problem, meta_model
+from distaccum.planning.auto import machine_of
+from distaccum.planning.candidates import Candidate, Candidates, choose, front
+from distaccum.planning.footprint import Footprint
+from distaccum.planning.limits import usable_bytes
+from distaccum.planning.setups import POLICIES
+from distaccum.predict import ModelShape, Sends, Setup, control_sends, gradient_sends
+from distaccum.predict.machine import Machine
+from distaccum.problem import Problem, make_problem
 from distaccum.report import Console, size
-from distaccum.report.table import table
+from distaccum.report.human import count
+from distaccum.report.table import Cell, table
 from distaccum.report.textplot import plot
+from distaccum.schedules.overlap import AUTO
 from distaccum.summary import batch_section
-from distaccum.wrap import StrategyName, chosen, mesh_shape
+from distaccum.wrap import StrategyName
 
-POLICIES: dict[Strategy, tuple[Policy, ...]] = {
-    "single": ("boundary",),
-    "ddp": ("boundary", "every"),
-    "fsdp": ("boundary", "keep", "every"),
-    "hsdp": ("boundary", "keep", "shard", "every"),
-}
 PLOTTED_STEPS = 400  # at most so many points of a schedule are computed
+WORLDS = (1, 8, 64, 512, 4096, 16384)  # ranks for which the same training is told
+TIMES = ["time", "waiting"]  # columns, where speeds are known
+MOST_ROWS = 12  # of the plans that no other one beats
 
 
 def plan(job: Job) -> None:
-    """Print the arithmetic, the memory of a rank, the traffic of a step and the schedules. Trains and sends nothing.
+    """Print what the training would be and need, and the other ways of running it. Trains and sends nothing.
 
     Raises:
         ConfigError: for what `train` would refuse on so many ranks.
@@ -52,61 +48,41 @@ def plan(job: Job) -> None:
     config = typed(job.config)
     world_size = config.world_size or config.launch.world_size or job.world_size
     problem = make_problem(config)
+    machine = machine_of(config)
+    on_gpus = config.device.value != "cpu" and torch.cuda.is_available()
+    usable = usable_bytes(config, torch.device("cuda" if on_gpus else "cpu"))
+    footprint = Footprint(config, problem)
+    candidates = Candidates(config, problem, world_size, machine, footprint)
+    chosen, why = choose(candidates.open(), usable)
+    asked, config = config, as_chosen(config, chosen)
     arithmetic = batch_arithmetic(config, problem, world_size)
     windows = make_plan(config, problem, arithmetic)
     steps = num_steps(config, windows)
-    setup = _setup(config, world_size)
-    model = describe_model(config, problem)
     console = Console()
     console.start_block(
         {
             "effective batch": {**batch_section(arithmetic, windows, problem), "nearest": _nearest(arithmetic)},
             "training": {
                 "steps": f"{steps:,}, {windows.start_of(steps) / windows.num_samples:.2f} epochs",
-                "model": f"{config.model.name}, {sum(p.numel for p in model.parameters):,} parameters",
-                "ranks": f"{world_size}, {setup.strategy}, sync {setup.sync}",
+                "model": f"{config.model.name}, {sum(p.numel for p in footprint.model.parameters):,} parameters",
+                "ranks": f"{world_size}, {chosen.setup.strategy}, sync {chosen.setup.sync}",
             },
         }
     )
-    console.line(_memory(config, problem, setup, model, arithmetic))
-    console.line(_network(setup, model, arithmetic, world_size))
+    console.line(_memory(footprint, chosen))
+    console.line(_network(chosen.setup, footprint.model, arithmetic, world_size))
+    console.line(_plans(front(candidates.all()), chosen, why, usable))
+    console.line(_worlds(asked, problem, machine, footprint, usable))
     console.line(_schedules(config, problem, windows, steps))
 
 
-def describe_model(config: Config, problem: Problem) -> ModelShape:
-    """The shapes of the configured model."""
-    model = meta_model(config, problem)
-    return describe(model, problem.blocks_of(model))
-
-
-def _setup(config: Config, world_size: int) -> Setup:
-    name = chosen(config.parallel.name, world_size)
-    sharded = name in (StrategyName.fsdp, StrategyName.hsdp)
-    mesh = mesh_shape(name, config.parallel.replicas, world_size) if sharded else ()
-    precision, parallel, accum = config.precision.name, config.parallel, config.accum
-    strategies: dict[StrategyName, Strategy] = {
-        StrategyName.single: "single",
-        StrategyName.ddp: "ddp",
-        StrategyName.fsdp: "fsdp",
-        StrategyName.hsdp: "hsdp",
-    }
-    strategy = strategies[name]
-    asked = "boundary" if accum.sync is Sync.auto or strategy == "single" else accum.sync.value
-    sync = next((policy for policy in POLICIES[strategy] if policy == asked), None)
-    if sync is None:
-        raise ConfigError(f"accum.sync={asked} cannot be kept by {strategy}. Use one of {list(POLICIES[strategy])}.")
-    return Setup(
-        strategy=strategy,
-        sync=sync,
-        world_size=world_size,
-        replicas=mesh[0] if len(mesh) == 2 else 1,
-        compute=precision.compute_dtype if precision.compute_dtype is not precision.parameter_dtype else None,
-        accumulate=None if accum.dtype is None else accum.dtype.torch,
-        reduce=None if parallel.reduce_dtype is None else parallel.reduce_dtype.torch,
-        reshard_after_forward=parallel.reshard_after_forward,
-        find_unused_parameters=parallel.find_unused_parameters and not parallel.static_graph,
-        bucket_mb=parallel.bucket_mb,
-    )
+def as_chosen(config: Config, chosen: Candidate) -> Config:
+    """The configuration with the choice in the place of `auto`."""
+    if config.accum.micro == AUTO:
+        config = replace(config, accum=replace(config.accum, micro=chosen.micro_size))
+    if config.parallel.name is StrategyName.auto:
+        config = replace(config, parallel=replace(config.parallel, name=StrategyName(chosen.setup.strategy)))
+    return config
 
 
 def _nearest(arithmetic: BatchArithmetic) -> str:
@@ -116,13 +92,12 @@ def _nearest(arithmetic: BatchArithmetic) -> str:
     return f"does not divide; the nearest that do: {f'{below} or ' if below else ''}{above}"
 
 
-def _memory(config: Config, problem: Problem, setup: Setup, model: ModelShape, arithmetic: BatchArithmetic) -> str:
-    states = states_of(config.optim.name.value, config.optim.momentum)
-    micros = arithmetic.num_micros
-    one, two = (activations(config, problem, factor * arithmetic.micro_size) for factor in (1, 2))
-    whole = one + (two - one) * (micros - 1)  # linear in the samples, beside what autocast keeps of the parameters
-    accumulated = memory(model, setup, states, micros, one)
-    at_once = memory(model, setup, states, 1, whole)  # the same effective batch without accumulation
+def _memory(footprint: Footprint, chosen: Candidate) -> str:
+    """Part by part with accumulation, and for the same effective batch without it."""
+    setup, micros, micro = chosen.setup, chosen.num_micros, chosen.micro_size
+    both = ((micro, micros), (micro * micros, 1))
+    accumulated, at_once = (footprint.memory(setup, samples, number) for samples, number in both)
+    peaks = [footprint.peak(setup, micro, micros, chosen.overlap_micros), footprint.peak(setup, micro * micros, 1)]
     names = {
         "weights": "weights and buffers",
         "gradients": "gradients",
@@ -132,15 +107,20 @@ def _memory(config: Config, problem: Problem, setup: Setup, model: ModelShape, a
         "buckets": "DDP's buckets",
         "messages": "messages of the reduction",
         "activations": "activations for the backward",
-        "total": "together at most",
     }
-    rows = []
+    rows: list[list[Cell]] = []
     for name, text in names.items():
-        both = getattr(accumulated, name), getattr(at_once, name)
-        if any(both):
-            rows.append([text, *map(size, both)])
-    with_it = f"{micros} x {arithmetic.micro_size} samples"
-    return table(["memory per rank", with_it, f"1 x {micros * arithmetic.micro_size} samples"], rows) + "\n"
+        values = getattr(accumulated, name), getattr(at_once, name)
+        if any(values):
+            rows.append([text, *map(size, values)])
+    rows.append(["peak, as not all live at once", *(size(peak.total) for peak in peaks)])
+    rows.append(["  in", *(peak.moment for peak in peaks)])
+    columns = [
+        "memory per rank (parts do not all live at once)",
+        f"{micros} x {micro} samples",
+        f"1 x {micro * micros}",
+    ]
+    return table(columns, rows) + "\n"
 
 
 def _network(setup: Setup, model: ModelShape, arithmetic: BatchArithmetic, world_size: int) -> str:
@@ -151,13 +131,76 @@ def _network(setup: Setup, model: ModelShape, arithmetic: BatchArithmetic, world
         sends = gradient_sends(model, replace(setup, sync=policy), arithmetic.num_micros)
         chosen_one = " (chosen)" if policy == setup.sync else ""
         rows += [_row(f"{policy}{chosen_one}: {entry.what}", entry) for entry in sends]
-    rows += [_row(f"each: {entry.what}", entry) for entry in control_sends(world_size, num_terms=1)]
+    rows += [
+        _row(f"each: {entry.what}", entry) for entry in control_sends(world_size, num_terms=1, rows=1 + setup.apart)
+    ]
     columns = ["network per step and rank", "collectives", "bytes", "sent by a ring"]
     return table(columns, rows) + "\n"
 
 
 def _row(name: str, entry: Sends) -> list[str | int]:
     return [name, entry.count, size(entry.num_bytes), size(entry.card_bytes)]
+
+
+def _plans(others: Sequence[Candidate], chosen: Candidate, why: str, usable: int | None) -> str:
+    """Those that no other one beats, and the one that would be run."""
+    rows = []
+    for one in [*others[:MOST_ROWS], *([] if chosen in others[:MOST_ROWS] else [chosen])]:
+        fits = "" if usable is None or one.peak.total <= usable else ", too much"
+        rows.append(
+            [
+                f"{'>' if one == chosen else ' '} {one.setup.strategy} {one.setup.sync}",
+                one.overlap_micros,
+                f"{one.num_micros} x {one.micro_size}",
+                "yes" if one.checkpoint else "no",
+                f"{size(one.peak.total)}{fits}",
+                count(one.flops),
+                size(one.sent_bytes),
+                *_time(one),
+            ]
+        )
+    columns = ["plans that no other one beats", "T", "micros", "checkpoint", "peak memory", "FLOPs", "sent by a ring"]
+    times = TIMES if chosen.time is not None else []
+    more = len(others) - MOST_ROWS
+    left = f"  and {more} more, which take less memory and cost more\n" if more > 0 else ""
+    return f"{table([*columns, *times], rows)}\n{left}> {chosen}: {why}\n"
+
+
+def _worlds(config: Config, problem: Problem, machine: Machine | None, footprint: Footprint, usable: int | None) -> str:
+    """The same training on more and more ranks: the effective batch stays, so that each has less to do."""
+    rows: list[list[Cell]] = []
+    for ranks in WORLDS:
+        there = _on_ranks(config, ranks)
+        candidates = Candidates(there, problem, ranks, machine, footprint)
+        try:
+            one, _ = choose(candidates.open(), usable)
+        except ConfigError as error:
+            blank = [None] * (4 + 2 * (machine is not None))
+            rows.append([f"{ranks:,}", f"refused: {str(error).split('. ')[0]}", *blank])
+            continue
+        arithmetic = batch_arithmetic(as_chosen(there, one), problem, ranks)
+        idle = max(0, ranks - -(-arithmetic.effective_batch // arithmetic.micro_size))
+        plan = f"{one.setup.strategy} {one.setup.sync}"
+        peak, sent = size(one.peak.total), size(one.sent_bytes)
+        rows.append([f"{ranks:,}", plan, f"{one.num_micros} x {one.micro_size}", idle, peak, sent, *_time(one)])
+    columns = ["on so many ranks", "plan", "micros", "ranks without", "peak memory", "sent by a ring"]
+    return table([*columns, *(TIMES if machine is not None else [])], rows) + "\n"
+
+
+def _time(one: Candidate) -> list[str]:
+    if one.time is None:
+        return []
+    return [f"{one.time.total_s:.3g} s", f"{one.time.exposed_s / one.time.total_s:.0%}"]
+
+
+def _on_ranks(config: Config, ranks: int) -> Config:
+    """One process needs no strategy, and one strategy cannot serve several ranks."""
+    name = config.parallel.name
+    if ranks == 1:
+        name = StrategyName.single
+    elif name is StrategyName.single:
+        name = StrategyName.ddp
+    return replace(config, parallel=replace(config.parallel, name=name))
 
 
 def _schedules(config: Config, problem: Problem, windows: Plan, steps: int) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
-from distaccum.build import batch_arithmetic, make_accumulator, make_plan, num_steps, ranks, schedule_of
+from distaccum.assembly import batch_arithmetic, make_accumulator
+from distaccum.build import make_plan, num_steps, ranks, schedule_of
 from distaccum.config import Config, typed
 from distaccum.data.loader import Loader
 from distaccum.errors import ProofError
 from distaccum.launch import Job
 from distaccum.parallel.world import World
+from distaccum.planning.auto import settled
 from distaccum.problem import make_problem, plain_model
 from distaccum.proof.prove import verify as prove
 from distaccum.proof.result import Proof
@@ -41,6 +43,10 @@ def verify(job: Job) -> None:
 def prove_configuration(config: Config, world: World) -> Proof:
     """Build what `train` would build, and prove its first window. Call it on every rank."""
     problem = make_problem(config)
+    config, told = settled(config, problem, world)
+    if world.rank == 0:
+        for text in told:
+            Console().line(text)
     plan = make_plan(config, problem, batch_arithmetic(config, problem, world.size))
     accumulator = make_accumulator(config, problem, world)
     schedule_of(config, problem, plan, accumulator.optimizer, num_steps(config, plan)).set(0)

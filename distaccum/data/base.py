@@ -34,3 +34,7 @@ class Dataset(Protocol):
         The objective stays the owner of the weight: what is said here is compared with it when the content is read.
         """
         ...
+
+    def longest(self, count: int) -> list[int]:
+        """The numbers of this many samples, at most `len`, of which a micro-batch takes most memory, longest first."""
+        ...

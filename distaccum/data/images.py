@@ -120,6 +120,10 @@ class ImageDataset:
         """The number of labels in `batch(indices)`: each image has one."""
         return len(indices)
 
+    def longest(self, count: int) -> list[int]:
+        """Images have one size: the first ones, at most `len`."""
+        return list(range(count))
+
 
 def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
     """The training and the held-out images, the same on every rank, without communication.

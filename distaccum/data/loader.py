@@ -17,8 +17,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from distaccum.data.base import Dataset
 from distaccum.data.window import MicroBatches
-from distaccum.plan import Micro, Plan, Window, random_key
+from distaccum.plan import Micro, Plan, Window
 from distaccum.processes import tie_to_parent
+from distaccum.shuffle import random_key
 
 
 class Loader:

@@ -130,6 +130,13 @@ class TextDataset:
         """The number of labels other than -100 in `batch(indices)`, exact, from the index alone. No text is read."""
         return int(self._spans(indices)[1].sum())
 
+    def longest(self, count: int) -> list[int]:
+        """The numbers of this many samples with most predicted tokens, at most `len`, longest first."""
+        if self.tokens_per_sample is not None:
+            return list(range(count))
+        lengths = self._spans(range(len(self)))[1]
+        return [int(sample) for sample in np.argsort(-lengths, kind="stable")[:count]]
+
     def bytes_of(self, indices: Sequence[int]) -> int:
         """The bytes of text that the `counted(indices)` predicted tokens stand for; the end of a file stands for none.
 

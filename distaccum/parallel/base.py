@@ -8,10 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from distaccum import torch_private
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.nn.batchnorm import PooledStatistics, collectives, pooled_statistics
@@ -53,6 +51,9 @@ class Strategy(ABC):
         self.grad_scale = float(world.size)
         self.sums: GradientSums | None = None  # where this strategy's own accumulation is in another dtype than asked
         self.statistics: PooledStatistics | None = pooled_statistics(model)  # BatchNorm's, where ranks merge them
+        # In which the micros communicate, those that are not the last one too.
+        communicates = sync is Sync.every or collectives(model)
+        self.groups = [world.group] if world.group is not None and communicates else []
 
     @abstractmethod
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
@@ -99,15 +100,6 @@ class Strategy(ABC):
                 self.statistics.commit()
             else:
                 self.statistics.forget()
-
-    @property
-    def groups(self) -> list[dist.ProcessGroup]:
-        """In which the forwards and backwards of micros that are not the last one communicate too."""
-        return [self.world.group] if self.world.group is not None and collectives(self.model) else []
-
-    def sent(self) -> list[int]:
-        """How many collectives this rank has issued in each of `groups`."""
-        return torch_private.issued(self.groups)
 
     def after_micro(self) -> None:
         """Call after each backward: moves its gradients into sums of the dtype that was asked for."""

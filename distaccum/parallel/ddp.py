@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,11 +52,6 @@ class DDP(Strategy):
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip
-
-    @property
-    def groups(self) -> list[dist.ProcessGroup]:
-        """With `every` own sums travel after each micro."""
-        return [self.model.process_group] if self.sync is Sync.every else super().groups
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -26,16 +25,12 @@ class FSDP(Strategy):
 
     def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, mesh: DeviceMesh) -> None:
         """Refuse what would be wrong in silence; the flags of the policy are set per micro."""
-        reason = ""
-        if sync is Sync.auto:
-            # Without a memory model the safe choice: its memory is what the user saw in the first micro.
-            sync, reason = (
-                Sync.boundary,
-                "gathers per micro, reduces once: no more memory than one micro and its gradients",
-            )
+        reason = "the least memory of those that reduce once" if sync is Sync.auto else ""
+        sync = Sync.boundary if sync is Sync.auto else sync
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
+        self.groups = torch_private.sharding_groups(model)
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
         self.replicas = mesh.size(0) if self._replicated else 1
@@ -66,11 +61,6 @@ class FSDP(Strategy):
             self._module.set_reshard_after_backward(last)
         self._module.set_is_last_backward(True)
         return nullcontext()
-
-    @property
-    def groups(self) -> list[dist.ProcessGroup]:
-        """Of shards, and of replicas."""
-        return torch_private.sharding_groups(self.model)
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """Parameters must be there while one block after the other is computed for several micros."""

@@ -19,9 +19,7 @@ from distaccum.parallel.world import World
 def recognise(
     model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDtypes | None = None, *, apart: bool = False
 ) -> Strategy:
-    """The strategy for a plain module, a DistributedDataParallel or an FSDP2 module. Wraps nothing.
-
-    With `apart`, DDP sends nothing before all backwards are done.
+    """The strategy for a plain module, a DDP (`apart`: it sends nothing before all is computed) or an FSDP2 module.
 
     Raises:
         ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.

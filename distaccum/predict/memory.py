@@ -52,14 +52,14 @@ def memory(model: ModelShape, setup: Setup, states: OptimizerStates, num_micros:
         setup: how it is spread.
         states: of the optimizer.
         num_micros: per rank in a window; 1 is a window without accumulation.
-        activations: bytes saved for the backward of one micro, from `saved_bytes`.
+        activations: bytes saved for the backward of one micro, from `trace`.
     """
     shards = setup.shards
     local = {p.name: p.shard(shards) for p in model.parameters}
     own_sums = setup.own_sums(model)
     gradients = sum(local[p.name] * p.dtype.itemsize for p in model.trained)
     return Memory(
-        weights=sum(local[p.name] * p.dtype.itemsize for p in model.parameters) + model.buffer_bytes,
+        weights=weight_bytes(model, setup),
         gradients=gradients,
         accumulation=_accumulation(model, setup, num_micros, own_sums),
         optimizer=sum(
@@ -70,6 +70,11 @@ def memory(model: ModelShape, setup: Setup, states: OptimizerStates, num_micros:
         messages=_messages(model, setup, own_sums),
         activations=activations,
     )
+
+
+def weight_bytes(model: ModelShape, setup: Setup) -> int:
+    """Parameters (shards with their padding) and buffers."""
+    return sum(p.shard(setup.shards) * p.dtype.itemsize for p in model.parameters) + model.buffer_bytes
 
 
 def _accumulation(model: ModelShape, setup: Setup, num_micros: int, own_sums: bool) -> int:

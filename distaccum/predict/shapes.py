@@ -33,7 +33,11 @@ class ParameterShape:
 
     def shard(self, shards: int) -> int:
         """Numbers on rank 0, which holds most: FSDP2 splits the first dimension, rounded up."""
-        return math.prod(self.shape[1:]) * -(-self.shape[0] // shards) if self.shape else 1
+        return math.prod(self.local(shards))
+
+    def local(self, shards: int) -> tuple[int, ...]:
+        """The shape of rank 0's shard."""
+        return (-(-self.shape[0] // shards), *self.shape[1:]) if self.shape else ()
 
     def padded(self, shards: int) -> int:
         """Numbers in the whole with each rank's shard padded to the size of the first."""
@@ -72,6 +76,7 @@ class Setup:
     reshard_after_forward: bool  # fsdp, hsdp
     find_unused_parameters: bool  # ddp
     bucket_mb: float  # ddp
+    apart: bool = False  # ddp: gradients travel after the window, since a shortage of memory is agreed on first
 
     @property
     def sharded(self) -> bool:
@@ -101,7 +106,8 @@ class Setup:
             return self.sync == "every" and any(
                 not self.accumulated(p) is p.dtype is _wide(p.dtype) for p in model.trained
             )
-        return any(not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained)
+        apart = self.apart and self.strategy == "ddp"
+        return apart or any(not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained)
 
 
 def describe(model: nn.Module, blocks: Sequence[nn.Module]) -> ModelShape:

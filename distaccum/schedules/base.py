@@ -13,7 +13,8 @@ from distaccum.data.window import MicroBatches, halved, one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
 from distaccum.parallel.base import Strategy
-from distaccum.plan import random_key
+from distaccum.shuffle import random_key
+from distaccum.torch_private import issued
 
 
 class Forwards:
@@ -59,7 +60,7 @@ class Forwards:
         self._micros = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
         self.done = 0  # rounds whose forward was begun
-        self.sent_before = strategy.sent()  # the newest of them
+        self.sent_before: list[int] = []  # the newest of them, in each of the strategy's groups
         self._unsent = 0  # rounds that send nothing
         self._sending = self.began  # when the others began
         self._gradient: Tensor | None = None  # what every micro's backward begins with
@@ -67,7 +68,7 @@ class Forwards:
     def root(self) -> tuple[Tensor, Tensor]:
         """Where the next round's backward begins and with what gradient, as the strategy wants it scaled."""
         self.done += 1
-        self.sent_before = self._strategy.sent()
+        self.sent_before = issued(self._strategy.groups)
         return self._micro(self.done - 1) if self.done <= len(self._window) else self._nothing()
 
     def give_up(self) -> None:

@@ -20,7 +20,7 @@ def run(
     agreement: Agreement,
     forwards: Forwards,
     compute: Callable[[Forwards], Callable[[], None]],
-) -> None:
+) -> Callable[[], None]:
     """Compute a window, all its backwards included, and agree on whether every rank could.
 
     Args:
@@ -28,6 +28,9 @@ def run(
         agreement: tells all ranks.
         forwards: of the window.
         compute: the schedule, see `microbatch.run`.
+
+    Returns:
+        What is left: nothing.
 
     Raises:
         OutOfMemoryError: on all ranks alike. The caller drops what was computed.
@@ -51,6 +54,7 @@ def run(
         agreement.padding = forwards.last_micro
         ranks = f"rank{'s' if len(short) > 1 else ''} {', '.join(map(str, short))}"
         raise OutOfMemoryError(f"Out of memory on {ranks}{f': {said}' if said else '.'}")
+    return lambda: None
 
 
 def _make_up(strategy: Strategy, forwards: Forwards) -> None:

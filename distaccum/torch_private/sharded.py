@@ -54,10 +54,10 @@ def clear_sharded_gradients(model: nn.Module) -> None:
     2.12 on) leaves the former too.
     """
     reset = getattr(model, "reset_iter_state", None)
-    if reset is not None:
-        reset()
-    else:
+    if reset is None:
         _reset_pass(model)
+    elif hasattr(_state(model)._comm_ctx, "all_gather_state"):  # else nothing was ever begun, and it would fail
+        reset()
     for group, _ in _fsdp_groups(model):
         group._partial_reduce_output = None
         for param in group.fsdp_params:

@@ -707,7 +707,7 @@ def test_trap_22_a_rank_that_raises_takes_the_others_down() -> None:
 
 
 def test_trap_23_never_another_effective_batch_than_asked_for() -> None:
-    from distaccum.plan import Ragged, solve
+    from distaccum.batch_arithmetic import Ragged, solve
 
     arithmetic = solve(world_size=8, effective_batch=100, micro_size=5)
     assert (arithmetic.effective_batch, arithmetic.num_micros, arithmetic.even) == (100, 3, False)

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distaccum as da
-from distaccum import torch_private
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.predict import ModelShape, Setup, describe
 from distaccum.predict.shapes import Policy, Strategy
+from distaccum.torch_private.sharded import _fsdp_groups
 
 VOCABULARY, TOKENS = 37, 6
 OBJECTIVE = da.CausalLM(shift=False)
@@ -135,7 +135,7 @@ def measured(name: str, dtype: torch.dtype, setup: Setup, optimizer: tuple[str, 
     accumulator.step(window)
     for numbers in seen.values():
         numbers.clear()
-    groups = [group for group, _ in torch_private._fsdp_groups(model)]
+    groups = [group for group, _ in _fsdp_groups(model)]
     with _Watch(lambda: seen["gathered"].append(held(gathered(groups)))) if groups else nullcontext():
         accumulator.step(window)
     states = [value for state in optim.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -171,7 +171,7 @@ def held(tensors: Iterable[Tensor]) -> int:
 def unreduced(model: nn.Module) -> list[Tensor]:
     """What FSDP2 keeps of gradients off the parameters."""
     found = []
-    for group, _ in torch_private._fsdp_groups(model):
+    for group, _ in _fsdp_groups(model):
         found.append(group._partial_reduce_output)
         for param in group.fsdp_params:
             found.append(param.unsharded_accumulated_grad)

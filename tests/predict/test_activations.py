@@ -12,8 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.nn.blocks import checkpoint_blocks
-from distaccum.predict import saved_bytes
+from distaccum.nn.blocks import blocks_of, checkpoint_blocks
+from distaccum.predict import trace
 
 
 def meta_micro(size: int) -> dict[str, Tensor]:
@@ -23,6 +23,11 @@ def meta_micro(size: int) -> dict[str, Tensor]:
 def in_bf16(model: nn.Module, micro: Any) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return OBJECTIVE.loss_sum(model, micro)
+
+
+def saved_bytes(model: nn.Module, loss_sum: Any, micro: Any) -> int:
+    """What a traced micro keeps for its backward."""
+    return trace(model, blocks_of, loss_sum, micro, 1).saved
 
 
 def counted(model: nn.Module, loss_sum: Any, micro: Any) -> int:

@@ -30,13 +30,14 @@ from faults import Fault, installed
 from worlds import forked
 
 import distaccum.commands.train
+from distaccum.batch_arithmetic import BatchArithmetic, solve
 from distaccum.build import make_plan
 from distaccum.checkpoint.store import Checkpoint
 from distaccum.commands.check import check
 from distaccum.config import config_dir, typed
 from distaccum.launch import Job
 from distaccum.parallel.world import World
-from distaccum.plan import BatchArithmetic, Plan, solve
+from distaccum.plan import Plan
 from distaccum.problem import make_problem
 from distaccum.report.metrics import read_metrics, standing
 from distaccum.schedules import base
