@@ -27,7 +27,7 @@ from distaccum.memory import Meter
 from distaccum.optim import LRSchedule, ScheduleUnit
 from distaccum.parallel.world import World
 from distaccum.plan import Plan
-from distaccum.planning.auto import predicted, settled
+from distaccum.planning.auto import machine_of, predicted, settled
 from distaccum.planning.footprint import overlap_limit
 from distaccum.preempt import Preemption
 from distaccum.problem import Problem, in_precision, make_problem
@@ -50,6 +50,7 @@ class Training:
 def build(config: Config, job: Job, world: World, preemption: Preemption) -> Training:
     """Make model, data, plan and all collaborators, go on from a checkpoint, and draw the start block on rank 0."""
     torch.use_deterministic_algorithms(config.train.deterministic)
+    machine = machine_of(config)
     problem = make_problem(config)
     checkpoints = found = None
     if config.checkpoint.keep:
@@ -59,7 +60,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         found = resume.find(config, job.run_dir, checkpoints, world)
         config = replace(config, accum=resume.keep_effective_batch(config.accum, found, world.size))
     kept = resume.kept_micro(found, job.config, world.size)
-    config, micro_told = settled(config, problem, world, kept, anew=found is not None)
+    config, micro_told = settled(config, problem, world, machine, kept, anew=found is not None)
     arithmetic = batch_arithmetic(config, problem, world.size)
     plan = make_plan(config, problem, arithmetic)
     steps = num_steps(config, plan)
@@ -95,7 +96,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         elif begun:
             report.resume(0, ["begins anew: an earlier start has left no checkpoint"])
         try:
-            budget.predicted = predicted(config, problem, world.size)
+            budget.predicted = predicted(config, problem, world.size, machine)
         except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot
             report.note(f"plan: memory was not predicted ({type(error).__name__}: {str(error).splitlines()[0]})")
     trainer = Trainer(

@@ -24,7 +24,7 @@ from distaccum.version import __version__
 
 # What may differ between two starts of a run without a word: it does not change what is learned.
 _UNSAID = (
-    "run_dir", "resume", "init_weights", "checkpoint", "logger", "launch", "loader", "device", "world_size",
+    "run_dir", "resume", "init_weights", "checkpoint", "logger", "launch", "loader", "device", "machine", "world_size",
     "experiment", "train.log_every_steps", "train.evaluate_every_steps", "train.timeout_s", "train.max_minutes",
     "accum.audit",
 )  # fmt: skip

@@ -66,6 +66,7 @@ def plan(job: Job) -> None:
                 "steps": f"{steps:,}, {windows.start_of(steps) / windows.num_samples:.2f} epochs",
                 "model": f"{config.model.name}, {sum(p.numel for p in footprint.model.parameters):,} parameters",
                 "ranks": f"{world_size}, {chosen.setup.strategy}, sync {chosen.setup.sync}",
+                **({} if machine is None else {"speeds": _speeds(config, footprint.model, machine)}),
             },
         }
     )
@@ -83,6 +84,15 @@ def as_chosen(config: Config, chosen: Candidate) -> Config:
     if config.parallel.name is StrategyName.auto:
         config = replace(config, parallel=replace(config.parallel, name=StrategyName(chosen.setup.strategy)))
     return config
+
+
+def _speeds(config: Config, model: ModelShape, machine: Machine) -> str:
+    """Where times come from, and whether they can be trusted."""
+    here = f"{config.model.name}, {sum(p.numel for p in model.parameters):,} parameters"
+    text = f"{machine.model} in {machine.precision}, {machine.ranks} rank(s) on {machine.device}, {machine.date}"
+    if (machine.model, machine.precision) == (here, config.precision.name.value):
+        return f"measured with {text}"
+    return f"measured with {text}; this model or precision is another one, so that times are rough"
 
 
 def _nearest(arithmetic: BatchArithmetic) -> str:

@@ -20,7 +20,13 @@ from distaccum.wrap import StrategyName, chosen
 
 
 def settled(
-    config: Config, problem: Problem, world: World, kept: int | None = None, *, anew: bool = False
+    config: Config,
+    problem: Problem,
+    world: World,
+    machine: Machine | None = None,
+    kept: int | None = None,
+    *,
+    anew: bool = False,
 ) -> tuple[Config, list[str]]:
     """The configuration with what each `auto` stands for, and what people have to know of it. Call it on every rank.
 
@@ -28,6 +34,7 @@ def settled(
         config: any; without `auto` it is returned as it is.
         problem: of the configuration.
         world: the ranks of the run.
+        machine: tells times, by which plans are compared; None: by work and messages.
         kept: the micro size that was found before in a run that goes on; None: it is found here.
         anew: whether the run goes on all the same, on other ranks or with other settings.
 
@@ -38,7 +45,7 @@ def settled(
     told: list[str] = []
     if usable is not None and is_open(config, world.size):
         rows, _ = world.share([float(usable)]).read()  # GPUs may differ, and all ranks must choose alike
-        config, told = resolved(config, problem, world.size, int(min(row[0] for row in rows)), machine_of(config))
+        config, told = resolved(config, problem, world.size, int(min(row[0] for row in rows)), machine)
     if config.accum.micro != AUTO:
         return config, told
     if kept is not None:
@@ -78,11 +85,11 @@ def resolved(
     return replace(config, parallel=parallel, accum=accum), [f"{', '.join(keys)}: {why}"]
 
 
-def predicted(config: Config, problem: Problem, world_size: int) -> Predicted:
+def predicted(config: Config, problem: Problem, world_size: int, machine: Machine | None) -> Predicted:
     """What a step of a configuration without `auto` should need on rank 0."""
     name = chosen(config.parallel.name, world_size)
     config = replace(config, parallel=replace(config.parallel, name=name))
-    one = Candidates(config, problem, world_size, machine_of(config), Footprint(config, problem)).configured()
+    one = Candidates(config, problem, world_size, machine, Footprint(config, problem)).configured()
     return Predicted(one.peak.total, one.peak.moment, None if one.time is None else one.time.total_s)
 
 

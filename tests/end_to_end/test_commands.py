@@ -10,6 +10,8 @@ from pathlib import Path
 
 from commands import command_line
 
+from distaccum.predict.machine import KINDS, Link, Machine
+
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -80,3 +82,34 @@ def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
     done = command_line(["plan", "world_size=6", "accum.sync=shard"], tmp_path)
     assert done.returncode == 2
     assert "accum.sync=shard cannot be kept by ddp" in done.stderr
+
+
+def test_plan_compares_and_chooses(tmp_path: Path) -> None:
+    """Speeds made up: a link so slow that what is sent decides, and no limit of memory but the one given."""
+    links = {kind: Link((1, 2**30), (1e-4, 100.0)) for kind in KINDS}
+    Machine("cpu", 1, "gpt, 1 parameters", "fp32", 1e-3, 1e10, 1e-9, 2, links, False, {}, "today").save(
+        tmp_path / "machine.json"
+    )
+    command = ["plan", "world_size=4", "data.seq_len=64", "accum.effective_batch=64", "accum.micro=auto"]
+    done = command_line([*command, "limits.memory=24MiB", "machine=machine.json", "device=cpu"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("this model or precision is another one, so that times are rough" in line for line in lines)
+    plans = [line for line in lines if line.startswith(("> ", "  ")) and line.endswith("%")]
+    assert sum(line.startswith(">") for line in plans) == 1
+    times = [float(line.split()[-3]) for line in plans if not line.startswith(">")]
+    assert times == sorted(times)  # the cheapest first, and each of those after it takes less memory
+    assert any("too much" in line for line in plans)
+    (why,) = [line for line in lines if line.startswith("> ") and ": the fastest" in line]
+    assert " of 22.8 MiB)" in why
+    worlds = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0].replace(",", "").isdigit()]
+    assert worlds == ["1", "8", "64", "512", "4,096", "16,384"]
+
+
+def test_plan_tells_the_memory_of_every_rank_count_without_running(tmp_path: Path) -> None:
+    command = ["plan", "world_size=16384", "parallel=fsdp", "accum.sync=keep", "data.seq_len=16", "accum.micro=1"]
+    done = command_line([*command, "accum.num_micros=2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "16384, fsdp, sync keep" in done.stdout
+    assert "peak, as not all live at once" in done.stdout
+    assert "no limit of memory is known" in done.stdout

@@ -17,7 +17,7 @@ SMALL = [
     "data=path", "data.seq_len=16", "data.heldout_fraction=0.2", "model.num_layers=1", "model.width=16",
     "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch=12", "optim.schedule.warmup=1", "train.steps=4",
     "train.heldout_samples=4", "loader.workers=0", "device=cpu", "checkpoint.every.steps=2", "checkpoint.best=false",
-    "launch.nproc_per_node=2", "parallel=fsdp",
+    "launch.nproc_per_node=2", "parallel=fsdp", "accum.sync=boundary",
 ]  # fmt: skip
 
 
