@@ -16,9 +16,9 @@ from distaccum.launch import Job
 from distaccum.optim import make_optimizer
 from distaccum.plan import Plan
 from distaccum.planning.auto import machine_of
-from distaccum.planning.candidates import Candidate, Candidates, choose, front
+from distaccum.planning.candidates import Candidate, Candidates, front
 from distaccum.planning.footprint import Footprint
-from distaccum.planning.limits import usable_bytes
+from distaccum.planning.limits import require_limit, usable_bytes
 from distaccum.planning.setups import POLICIES
 from distaccum.predict import ModelShape, Sends, Setup, control_sends, gradient_sends
 from distaccum.predict.machine import Machine
@@ -53,7 +53,9 @@ def plan(job: Job) -> None:
     usable = usable_bytes(config, torch.device("cuda" if on_gpus else "cpu"))
     footprint = Footprint(config, problem)
     candidates = Candidates(config, problem, world_size, machine, footprint)
-    chosen, why = choose(candidates.open(), usable)
+    if config.accum.micro == AUTO:
+        require_limit(usable)
+    chosen, why = candidates.choice(usable)
     asked, config = config, as_chosen(config, chosen)
     arithmetic = batch_arithmetic(config, problem, world_size)
     windows = make_plan(config, problem, arithmetic)
@@ -183,7 +185,7 @@ def _worlds(config: Config, problem: Problem, machine: Machine | None, footprint
         there = _on_ranks(config, ranks)
         candidates = Candidates(there, problem, ranks, machine, footprint)
         try:
-            one, _ = choose(candidates.open(), usable)
+            one, _ = candidates.choice(usable)
         except ConfigError as error:
             blank = [None] * (4 + 2 * (machine is not None))
             rows.append([f"{ranks:,}", f"refused: {str(error).split('. ')[0]}", *blank])

@@ -9,7 +9,7 @@ from distaccum.budget import Predicted
 from distaccum.config import Config
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
-from distaccum.planning.candidates import Candidates, choose
+from distaccum.planning.candidates import Candidates
 from distaccum.planning.finder import find_micro
 from distaccum.planning.footprint import Footprint
 from distaccum.planning.limits import usable_bytes
@@ -74,7 +74,7 @@ def resolved(
     if usable is None or not is_open(config, world_size):
         return config, []
     candidates = Candidates(config, problem, world_size, machine, Footprint(config, problem))
-    best, why = choose(candidates.open(), usable)
+    best, why = candidates.choice(usable)
     setup, keys = best.setup, []
     if config.parallel.name is StrategyName.auto:
         keys.append(f"parallel=auto: {setup.strategy}")

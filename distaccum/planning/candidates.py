@@ -95,6 +95,16 @@ class Candidates:
             time=time,
         )
 
+    def choice(self, usable: int | None) -> tuple[Candidate, str]:
+        """What a training would run, and why.
+
+        Args:
+            usable: bytes that a rank may take; None: no limit is known, and `auto` stays what it is without one.
+        """
+        if usable is None:
+            return self.configured(), "as configured; auto chooses where a limit of memory is known (limits.memory)"
+        return choose(self.open(), usable)
+
     def configured(self) -> Candidate:
         """As the configuration says, and as a training takes what it leaves open where no memory is short."""
         accum = self._config.accum
@@ -177,20 +187,18 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
     return kept
 
 
-def choose(candidates: Sequence[Candidate], usable: int | None) -> tuple[Candidate, str]:
+def choose(candidates: Sequence[Candidate], usable: int) -> tuple[Candidate, str]:
     """The cheapest one that fits, and why it is this one.
 
     Args:
         candidates: the simplest first, which is taken where costs are equal.
-        usable: bytes that a rank may take; None: any number.
+        usable: bytes that a rank may take.
 
     Returns:
         Where none fits, the one that takes least, and that it does not fit.
     """
     cheapest = min(candidates, key=lambda one: one.cost)
     by = "the fastest" if cheapest.time is not None else "the least work, then the least sent"
-    if usable is None:
-        return cheapest, f"{by}; no limit of memory is known"
     fitting = [one for one in candidates if one.peak.total <= usable]
     if not fitting:
         least = min(candidates, key=lambda one: one.peak.total)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from distaccum.assembly import effective_batches
 from distaccum.batch_arithmetic import Ragged, solve
 from distaccum.batch_schedule import Ramp
@@ -17,7 +15,7 @@ from distaccum.nn.precision import Precision
 from distaccum.optim.optimizer import OptimName
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
-from distaccum.planning.limits import usable_bytes
+from distaccum.planning.limits import require_limit, usable_bytes
 from distaccum.planning.rehearsal import Rehearsal, rehearse
 from distaccum.problem import Problem
 from distaccum.report import size as human
@@ -45,7 +43,8 @@ def find_micro(config: Config, problem: Problem, world: World) -> Found:
     Raises:
         ConfigError: on all ranks, where no size fits, and for settings that leave limit or effective batch open.
     """
-    sizes, usable = _sizes(config, problem, world.size), _usable(config, world.device)
+    sizes = _sizes(config, problem, world.size)
+    usable = require_limit(usable_bytes(config, world.device))
     rehearsed: dict[int, list[tuple[Rehearsal, int]]] = {}  # by size; of each rank, and what it may take
 
     def fits(place: int) -> bool:
@@ -129,16 +128,6 @@ def _sizes(config: Config, problem: Problem, ranks: int) -> list[int]:
     # A window's micros are as even as they can be: 24 samples in micros of at most 13 are two of 12.
     sizes = {-(-samples // number) for samples in windows for number in range(1, samples + 1)}
     return sorted(size for size in sizes if size <= most)
-
-
-def _usable(config: Config, device: torch.device) -> int:
-    usable = usable_bytes(config, device)
-    if usable is None:
-        raise ConfigError(
-            "accum.micro=auto on the CPU needs a limit: it does not say how much memory a rank may take. Give "
-            "limits.memory, such as limits.memory=2GiB for each rank, or accum.micro a number."
-        )
-    return usable
 
 
 def _too_little(config: Config, world: World, rows: list[tuple[Rehearsal, int]]) -> str:
