@@ -10,6 +10,7 @@ from distaccum.batch_arithmetic import Ragged, solve
 from distaccum.config import Config
 from distaccum.parallel.base import Sync
 from distaccum.planning.footprint import Footprint
+from distaccum.planning.limits import batches_for_auto
 from distaccum.planning.setups import POLICIES, setup_of, spread
 from distaccum.predict import Peak, Setup, gradient_sends
 from distaccum.predict.machine import Machine
@@ -64,7 +65,8 @@ class Candidates:
         self._world_size = world_size
         self._machine = machine
         self._footprint = footprint
-        self._batch = max(effective_batches(config, problem), default=None)
+        batches = (batches_for_auto if config.accum.micro == AUTO else effective_batches)(config, problem)
+        self._batch = max(batches, default=None)
         self._blocks = len({p.group for p in footprint.model.parameters}) - 1
 
     def weigh(

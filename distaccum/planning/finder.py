@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from distaccum.assembly import effective_batches
 from distaccum.batch_arithmetic import Ragged, solve
-from distaccum.batch_schedule import Ramp
 from distaccum.config import Config
 from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
@@ -15,7 +14,7 @@ from distaccum.nn.precision import Precision
 from distaccum.optim.optimizer import OptimName
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
-from distaccum.planning.limits import require_limit, usable_bytes
+from distaccum.planning.limits import batches_for_auto, require_limit, usable_bytes
 from distaccum.planning.rehearsal import Rehearsal, rehearse
 from distaccum.problem import Problem
 from distaccum.report import size as human
@@ -105,20 +104,7 @@ def _on_all_ranks(
 
 def _sizes(config: Config, problem: Problem, ranks: int) -> list[int]:
     """The sizes that the largest micro of a window can have, in rising order, where all ranks have work."""
-    accum, batches = config.accum, effective_batches(config, problem)
-    if not batches or accum.num_micros is not None:
-        others = f"accum.num_micros={accum.num_micros} and " if accum.num_micros is not None else ""
-        raise ConfigError(
-            f"accum.micro=auto with {others}{'an' if batches else 'no'} effective batch: the number of micros follows "
-            "from the size that is found, and the effective batch stays what it is. Give accum.micro=auto and "
-            "accum.effective_batch (or effective_tokens, or schedule) and leave accum.num_micros null; or give two of "
-            "accum.effective_batch, accum.micro and accum.num_micros as numbers."
-        )
-    if accum.schedule is not None and accum.ramp is Ramp.linear:
-        raise ConfigError(
-            "accum.micro=auto with accum.ramp=linear: the ramp goes in multiples of the micro size, so that effective "
-            "batches would depend on the memory there is. Give accum.micro a number, or use accum.ramp=jump."
-        )
+    accum, batches = config.accum, batches_for_auto(config, problem)
     for batch in batches:
         solve(ranks, batch, 1, ragged=accum.ragged)  # refuses what no size can serve
     windows = [min(batch, len(problem.train)) for batch in batches]

@@ -1,11 +1,14 @@
-"""What a rank may take of its device's memory."""
+"""What a rank may take of its device's memory, and what `accum.micro=auto` has to know."""
 
 from __future__ import annotations
 
 import torch
 
+from distaccum.assembly import effective_batches
+from distaccum.batch_schedule import Ramp
 from distaccum.config import Config
 from distaccum.errors import ConfigError
+from distaccum.problem import Problem
 
 
 def usable_bytes(config: Config, device: torch.device) -> int | None:
@@ -28,3 +31,26 @@ def require_limit(usable: int | None) -> int:
             "limits.memory, such as limits.memory=2GiB for each rank, or accum.micro a number."
         )
     return usable
+
+
+def batches_for_auto(config: Config, problem: Problem) -> list[int]:
+    """The effective batches that accum.micro=auto must not change.
+
+    Raises:
+        ConfigError: where the configuration leaves them open, or makes them depend on the micro size.
+    """
+    accum, batches = config.accum, effective_batches(config, problem)
+    if not batches or accum.num_micros is not None:
+        others = f"accum.num_micros={accum.num_micros} and " if accum.num_micros is not None else ""
+        raise ConfigError(
+            f"accum.micro=auto with {others}{'an' if batches else 'no'} effective batch: the number of micros follows "
+            "from the size that is found, and the effective batch stays what it is. Give accum.micro=auto and "
+            "accum.effective_batch (or effective_tokens, or schedule) and leave accum.num_micros null; or give two of "
+            "accum.effective_batch, accum.micro and accum.num_micros as numbers."
+        )
+    if accum.schedule is not None and accum.ramp is Ramp.linear:
+        raise ConfigError(
+            "accum.micro=auto with accum.ramp=linear: the ramp goes in multiples of the micro size, so that effective "
+            "batches would depend on the memory there is. Give accum.micro a number, or use accum.ramp=jump."
+        )
+    return batches
