@@ -12,12 +12,12 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
 
 def test_it_measures_what_is_predicted(tmp_path: Path) -> None:
     words = [sys.executable, str(PROGRAM), "--smoke", "--out", str(tmp_path / "found.json")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=110)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=115)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["num_micros"] for row in found["flat"]] == [1, 2, 4]
     assert len(found["table"]) == 8
-    assert len(found["spread"]) == 18
+    assert len(found["spread"]) == 9
     for row in [*found["flat"], *found["table"], *found["spread"]]:
         assert 0.9 < row["predicted"] / row["measured"] < 1.1, row
     peaks = [row["measured"] for row in found["flat"]]
