@@ -291,6 +291,7 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
             right.barh(place, width, left=start, color=colours[part], height=0.62)
             start += width
         right.plot([row["measured"] / 2**20] * 2, [place - 0.36, place + 0.36], color="black", linewidth=1.6)
+        right.plot(row["predicted"] / 2**20, place, "o", mfc="none", mec="black", markersize=7)
     for place, part in enumerate(PARTS):
         right.text(0.22 * place, 1.02, part, transform=right.transAxes, color=colours[part], weight="bold")
     right.set_yticks(
@@ -300,7 +301,7 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
             for r in reversed(rows)
         ],
     )
-    right.set_xlabel("MiB; the black line is the measured peak")
+    right.set_xlabel("MiB; line: measured peak, ring: predicted")
     right.set_title(f"{rows[0]['model']}: 32 samples in micros and at once", loc="left", pad=22)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
