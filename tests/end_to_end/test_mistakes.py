@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["+accum.mikro=4"], r"There is no key accum\.mikro\. Did you mean accum\.micro\?"),
         (["+model.layers=4"], r"There is no key model\.layers\. Did you mean model\.num_layers\?"),
         (["+optim.schedule.steps=4"], r"There is no key optim\.schedule\.steps"),
-        (["accum.micro=four"], r"accum\.micro: Value 'four' of type 'str' could not be converted to Integer"),
+        (["accum.micro=four"], r"accum\.micro is 'four'; give a number of samples, auto"),
         (["accum.micro=2.5"], r"accum\.micro"),
         (["accum.ragged=maybe"], r"accum\.ragged: Invalid value 'maybe', expected one of \[allow, refuse\]"),
         (["accum.sync=sometimes"], r"accum\.sync: Invalid value 'sometimes'"),
