@@ -98,7 +98,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         try:
             budget.predicted = predicted(config, problem, world.size, machine)
         except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot
-            report.note(f"plan: memory was not predicted ({type(error).__name__}: {str(error).splitlines()[0]})")
+            report.note(f"plan: memory was not predicted ({type(error).__name__}: {error})".splitlines()[0])
     trainer = Trainer(
         plan,
         loader,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distaccum.budget import Predicted
 from distaccum.config import Config
+from distaccum.errors import ConfigError
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
 from distaccum.planning.candidates import Candidates
@@ -45,7 +46,12 @@ def settled(
     told: list[str] = []
     if usable is not None and is_open(config, world.size):
         rows, _ = world.share([float(usable)]).read()  # GPUs may differ, and all ranks must choose alike
-        config, told = resolved(config, problem, world.size, int(min(row[0] for row in rows)), machine)
+        try:
+            config, told = resolved(config, problem, world.size, int(min(row[0] for row in rows)), machine)
+        except ConfigError:
+            raise
+        except Exception as error:  # a model may do what tensors without memory cannot; the same on all ranks
+            told = [f"auto as without a limit, as memory cannot be predicted here ({_line(error)})"]
     if config.accum.micro != AUTO:
         return config, told
     if kept is not None:
@@ -55,6 +61,10 @@ def settled(
         kept = found.micro_size
         told.append(found.text + ("; found anew, as ranks or settings are others than before" if anew else ""))
     return replace(config, accum=replace(config.accum, micro=kept)), told
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def is_open(config: Config, world_size: int) -> bool:

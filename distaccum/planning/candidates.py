@@ -19,9 +19,10 @@ from distaccum.predict.time import StepTime, step_time
 from distaccum.problem import Problem
 from distaccum.report import size as human
 from distaccum.schedules.overlap import AUTO
-from distaccum.wrap import StrategyName, chosen
+from distaccum.wrap import StrategyName
 
 ACCURACY = 0.1  # of predicted peaks
+FOR_MEASUREMENT = ("ddp", "every")  # it sends more and keeps no less
 TAILS = (1, 2, 4, 8)  # overlap_micros that are looked at, where the time that they save can be told
 
 
@@ -118,12 +119,14 @@ class Candidates:
 
     def open(self) -> list[Candidate]:
         """Those among which `auto` chooses: of strategy, policy and micro size what the configuration leaves open."""
-        config, ways = self._config, self._ways()
-        if config.parallel.name is not StrategyName.auto:
-            ways = [way for way in ways if way[0] == chosen(config.parallel.name, self._world_size).value]
+        config, own = self._config, self.configured()
+        strategy = own.setup.strategy
+        if config.parallel.name is StrategyName.auto:
+            ways = self._ways()
+        else:
+            ways = [(strategy, policy) for policy in POLICIES[strategy] if (strategy, policy) != FOR_MEASUREMENT]
         if config.accum.sync is not Sync.auto:
-            ways = [way for way in ways if way[1] == config.accum.sync.value or way[0] == "single"]
-        own = self.configured()
+            ways = [way for way in ways if way[1] == own.setup.sync] or [(strategy, own.setup.sync)]
         sizes = self.sizes() if config.accum.micro == AUTO else [own.micro_size]
         tail = own.overlap_micros
         return [self.weigh(self._spread(*way), size, tail) for way in ways for size in sizes]
@@ -159,8 +162,7 @@ class Candidates:
         replicas = self._config.parallel.replicas or 2
         if self._config.parallel.name is StrategyName.hsdp or (ranks % replicas == 0 and 1 < replicas < ranks):
             strategies.append("hsdp")
-        # DDP with `every` is for measurement: it sends more and keeps no less.
-        return [(s, policy) for s in strategies for policy in POLICIES[s] if (s, policy) != ("ddp", "every")]
+        return [(s, policy) for s in strategies for policy in POLICIES[s] if (s, policy) != FOR_MEASUREMENT]
 
     def _spread(self, strategy: Strategy, policy: Policy) -> Setup:
         return spread(self._config, self._world_size, strategy, policy)

@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distaccum.commands.check import check
 from distaccum.config import Config, config_dir, typed
 from distaccum.parallel.base import Sync
-from distaccum.planning.auto import resolved
+from distaccum.parallel.world import World
+from distaccum.planning.auto import resolved, settled
 from distaccum.planning.candidates import Candidate, Candidates, choose, front
 from distaccum.planning.footprint import Footprint
 from distaccum.planning.setups import setup_of
@@ -88,16 +90,20 @@ def test_the_fastest_that_fits(by_hand: Any) -> None:
 
 
 def test_what_is_given_is_kept(problem: Problem, text: list[str]) -> None:
-    def ways(*overrides: str) -> set[tuple[str, str, int]]:
+    def ways(*overrides: str, ranks: int = 4) -> set[tuple[str, str, int]]:
         config = configured(*SMALL, *text, *overrides)
-        found = Candidates(config, problem, 4, None, Footprint(config, problem)).open()
+        found = Candidates(config, problem, ranks, None, Footprint(config, problem)).open()
         return {(one.setup.strategy, one.setup.sync, one.micro_size) for one in found}
 
     hsdp = {("hsdp", policy, 2) for policy in ("boundary", "keep", "shard", "every")}
     fsdp = {("fsdp", policy, 2) for policy in ("boundary", "keep", "every")}
     assert ways() == {("ddp", "boundary", 2)} | fsdp | hsdp
+    assert ways(ranks=1) == ways("parallel=single", ranks=1) == {("single", "boundary", 2)}
+    assert ways("parallel=fsdp", ranks=1) == fsdp  # one rank may be spread as if it were several
+    assert ways("parallel=ddp", ranks=1) == {("ddp", "boundary", 2)}
     assert ways("parallel=ddp") == {("ddp", "boundary", 2)}
     assert ways("parallel=fsdp", "accum.sync=keep") == {("fsdp", "keep", 2)}
+    assert ways("parallel=ddp", "accum.sync=every") == {("ddp", "every", 2)}
     assert ways("parallel=ddp", "accum.micro=auto") == {("ddp", "boundary", size) for size in (1, 2, 4, 8)}
     assert ways("parallel=ddp", "accum.micro=auto", "accum.effective_batch=24") == {
         ("ddp", "boundary", size) for size in (1, 2, 4, 6)
@@ -133,3 +139,19 @@ def test_auto_is_what_the_memory_allows(problem: Problem, text: list[str]) -> No
     assert told.startswith("parallel=auto: fsdp, accum.sync=auto: keep: the least work, then the least sent of those")
     assert "ddp boundary" in told
     assert "nothing is predicted to fit" in chosen(every // 2)[2]
+
+
+def test_what_cannot_be_predicted_is_told_and_runs_as_without_a_limit(
+    problem: Problem, text: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untraceable(*_: Any) -> None:
+        raise NotImplementedError("depends on data\nand more")
+
+    monkeypatch.setattr(Footprint, "peak", untraceable)
+    config = configured(*SMALL, *text, "parallel=fsdp", "limits.memory=1GiB")
+    alone = World(0, 1, torch.device("cpu"), None)
+    found, told = settled(config, problem, alone)
+    assert found == config
+    assert told == [
+        "auto as without a limit, as memory cannot be predicted here (NotImplementedError: depends on data)"
+    ]
