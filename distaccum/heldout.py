@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from distaccum.data.base import Dataset
-from distaccum.data.window import to_device
+from distaccum.data.device import to_device
 from distaccum.loss import SupportsObjective, sums_of, weights_of
 from distaccum.parallel.base import Strategy
 from distaccum.plan import Plan

@@ -19,7 +19,7 @@ from torch import nn
 from distaccum.assembly import batch_arithmetic
 from distaccum.build import ranks
 from distaccum.config import Config, typed
-from distaccum.data.window import to_device
+from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.launch import Job

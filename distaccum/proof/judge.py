@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distaccum import torch_private
-from distaccum.data.window import to_device
+from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import wide
 from distaccum.loss import SupportsObjective, weights_of

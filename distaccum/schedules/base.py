@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distaccum.agreement import Announced
 from distaccum.clock import Mark, mark, seconds_between
-from distaccum.data.window import MicroBatches, halved, one_ahead, to_device
+from distaccum.data.device import halved, one_ahead, to_device
+from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
 from distaccum.parallel.base import Strategy
