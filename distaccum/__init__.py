@@ -12,6 +12,7 @@ from .errors import DivergenceError as DivergenceError
 from .errors import LedgerError as LedgerError
 from .errors import OutOfMemoryError as OutOfMemoryError
 from .errors import ProofError as ProofError
+from .errors import StateWarning as StateWarning
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
 from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM

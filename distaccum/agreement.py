@@ -51,7 +51,8 @@ class Outcome:
 
     sums: list[float]  # the loss sums by term, over all micros and ranks
     grad_norm: float  # L2, of the complete gradient
-    trouble: str | None  # what is not finite, and where; None if all is
+    trouble: str | None = None  # what is not finite, and where; None if all is
+    loss_finite: bool = True  # where it is, what is not finite may be the loss scale's fault
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Agreement:
         if broken:
             rank, micro = broken[0], int(rows[broken[0]][-1])
             trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
-        return Outcome(sums, grad_norm, trouble)
+        return Outcome(sums, grad_norm, trouble, loss_finite=not broken)
 
     def shortage(self, short: bool) -> list[int]:
         """The ranks that ran out of memory in the current window, in one more row. Call it on every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,11 +13,22 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from distaccum.agreement import Agreement, Announced, Asking
+from distaccum.agreement import Agreement, Announced, Asking, Outcome
+from distaccum.checks import (
+    check_owned,
+    check_schedule_left,
+    check_surroundings,
+    check_window,
+    outside,
+    own_optimizer,
+    own_scheduler,
+    parameters_of,
+)
 from distaccum.clock import mark
 from distaccum.data.window import MicroBatches
-from distaccum.errors import ConfigError, DivergenceError, choice
+from distaccum.errors import ConfigError, DivergenceError, StateWarning, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
@@ -28,7 +40,9 @@ from distaccum.parallel.recognise import recognise
 from distaccum.record import StepRecord
 from distaccum.schedules import microbatch, shortage
 from distaccum.schedules.base import Forwards
+from distaccum.schedules.first_window import Moved, check_cut
 from distaccum.schedules.overlap import Overlap
+from distaccum.schedules.randomness import kept
 
 # What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
 # anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
@@ -65,6 +79,7 @@ class Accumulator:
         overlap_limit: int | None = None,
         blocks: Sequence[nn.Module] | None = None,
         agree_on_oom: bool = False,
+        check_cut: bool = True,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
 
@@ -88,17 +103,22 @@ class Accumulator:
             blocks: along which they are computed, in the model's order; None: as `nn.blocks.blocks_of` finds them.
             agree_on_oom: where memory runs out in the micros of a window, on any rank, all ranks raise OutOfMemoryError
                 and stand as before it. Costs a small collective a window, and under DDP the overlap with the backward.
+            check_cut: whether the first micro-batch is also computed in two halves, so that a mean in the place of a
+                sum is refused. False: samples are meant to meet in the loss.
 
         Raises:
-            ConfigError: for a model, a policy or an option that cannot be served.
+            ConfigError: for a model, an optimizer, a scheduler, a policy or an option that cannot be served.
         """
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
-        self.strategy = recognise(model, sync, GradientDtypes(accum_dtype, reduce_dtype), apart=agree_on_oom)
-        self.optimizer = optimizer
+        self.optimizer = own_optimizer(optimizer)
+        others = outside(model, self.optimizer)
+        self.strategy = recognise(
+            model, sync, GradientDtypes(accum_dtype, reduce_dtype), apart=agree_on_oom, others=others
+        )
         self.objective = objective
         self.clip_norm = clip_norm
-        self.scheduler = scheduler
+        self.scheduler = own_scheduler(scheduler)
         self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
@@ -111,6 +131,18 @@ class Accumulator:
         blocks = blocks_of(self.strategy.evaluation_model) if blocks is None else blocks
         self.overlap = Overlap(self.strategy, overlap_micros, blocks, overlap_limit)
         self._settled = True  # whether the strategy is as it is after a window
+        self._check_cut = check_cut
+        self._moved: Moved | None = Moved(self.strategy.model)  # until the first window has been computed
+        self._know_parameters()
+        self._owned_parameters()
+        growing = sum(parameter.requires_grad for parameter in self._others)
+        if growing and self.strategy.world.rank == 0:
+            warnings.warn(
+                f"{growing} trained parameter(s) of the model are not in the optimizer. Their gradients are computed "
+                "and sent, and cleared with each window; freeze them before the model is wrapped.",
+                StateWarning,
+                stacklevel=2,
+            )
 
     def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
         """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
@@ -125,11 +157,15 @@ class Accumulator:
             OutOfMemoryError: on all ranks, with `agree_on_oom`; the window may be tried again in smaller micros.
             LedgerError: when an audited window sent something else than its forecast.
         """
-        window = window if isinstance(window, MicroBatches) else MicroBatches(list(window), len(window))
         agreement, strategy = self._agreement, self.strategy
+        check_surroundings(strategy.world.device)
+        check_schedule_left(self.scheduler)
+        window = window if isinstance(window, MicroBatches) else MicroBatches(check_window(window), len(window))
+        parameters = self._owned_parameters()
         agreement.asking = asking
-        with self._nothing_left_behind():
+        with self._nothing_left_behind(), self._generators_kept():
             agreement.meet(window)
+            self._look_once()
             self._settle()
             chosen = self.overlap.choose()
             asked_before = agreement.asked
@@ -137,9 +173,8 @@ class Accumulator:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
                     return self._skip(window, announced, chosen)
-                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
                 if any(parameter.grad is not None for parameter in parameters):
-                    self.optimizer.zero_grad()  # what ran through this model before is not the window's
+                    self._clear()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
                 if self.agree_on_oom:  # all of it, the last backward too
                     last_backward = shortage.run(strategy, agreement, forwards, self.overlap.run)
@@ -160,23 +195,17 @@ class Accumulator:
                 end = mark(strategy.world.device)
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
-            if outcome.trouble is not None and not self._may_skip:
+            if outcome.trouble is not None and not self._may_skip(outcome):
                 raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
+            losses = announced.denominator.means(outcome.sums)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            if outcome.trouble is None:
+                if self.clip_norm is not None:
+                    clip(gradients, outcome.grad_norm, self.clip_norm)
+                self.optimizer.step()
+            strategy.keep_statistics(outcome.trouble is None)
 
-        strategy.keep_statistics(outcome.trouble is None)
-        if self.loss_scale is not None:
-            self.loss_scale.update(outcome.trouble is None)
-        losses = announced.denominator.means(outcome.sums)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        if outcome.trouble is None:
-            if self.clip_norm is not None:
-                clip(gradients, outcome.grad_norm, self.clip_norm)
-            self.optimizer.step()
-            self.steps += 1
-            if self.scheduler is not None:
-                self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.num_windows += 1
+        self._end_window(outcome, sum(losses.values()))
         return StepRecord(
             step=self.steps,
             loss=sum(losses.values()),
@@ -207,7 +236,8 @@ class Accumulator:
     def abort(self) -> None:
         """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
         self.strategy.abort()
-        self.optimizer.zero_grad()
+        self._clear()
+        self._know_parameters()
         self._agreement.forget()
 
     def control_traffic(self) -> Traffic:
@@ -243,17 +273,67 @@ class Accumulator:
             num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
         )  # fmt: skip
 
-    @property
-    def _may_skip(self) -> bool:
+    def _end_window(self, outcome: Outcome, loss: float) -> None:
+        """Leave the boundary whole before anything may fail: gradients cleared, all counted, then the schedule."""
+        updated = outcome.trouble is None
+        self._clear()
+        self.num_windows += 1
+        self.steps += updated
+        if self.loss_scale is not None and (updated or outcome.loss_finite):
+            self.loss_scale.update(updated)
+        if self._moved is not None:
+            if self.strategy.world.rank == 0:
+                self._moved.tell()
+            self._moved = None
+        if updated and isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)  # the same number on all ranks
+        elif updated and self.scheduler is not None:
+            self.scheduler.step()
+
+    def _know_parameters(self) -> None:
+        """Note whose gradients the strategy completes, and which trained parameters the optimizer does not have."""
+        owned = self.strategy.owned()
+        self._owned = None if owned is None else frozenset(map(id, owned))
+        own = set(map(id, parameters_of(self.optimizer)))
+        self._others = [p for p in self.strategy.model.parameters() if id(p) not in own]
+
+    def _owned_parameters(self) -> list[nn.Parameter]:
+        """List the optimizer's parameters, each of which the strategy completes."""
+        parameters = parameters_of(self.optimizer)
+        if self._owned is not None and not self._owned.issuperset(map(id, parameters)):
+            check_owned(self.strategy.model, parameters, self._owned)
+        return parameters
+
+    def _clear(self) -> None:
+        """Forget all gradients, those that no update reads too, which would grow from window to window."""
+        self.optimizer.zero_grad()
+        for parameter in self._others:
+            parameter.grad = None
+
+    def _look_once(self) -> None:
+        """Before the first window: is the loss a sum?"""
+        if self._check_cut and self._agreement.padding is not None:
+            self._check_cut = False
+            check_cut(self.strategy, self.objective, self._agreement.padding)
+
+    def _generators_kept(self) -> AbstractContextManager[None]:
+        """Inside of micro-batches randomness is ours where a seed is given; the user's is as it was."""
+        return nullcontext() if self.seed is None else kept(self.strategy.world.device)
+
+    def _may_skip(self, outcome: Outcome) -> bool:
         """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
-        return self.nonfinite is NonFinite.skip or (self.loss_scale is not None and self.loss_scale.can_shrink)
+        may_cure = outcome.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
+        return self.nonfinite is NonFinite.skip or may_cure
 
     @contextmanager
     def _nothing_left_behind(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            try:
+                self.abort()
+            except Exception as another:  # the first one is what happened
+                error.add_note(f"Clearing the window failed too: {type(another).__name__}: {another}")
             raise
 
     def _ledger(self) -> AbstractContextManager[Ledger | None]:
