@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -61,6 +61,14 @@ def own_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
+def move(scheduler: Any, loss: float) -> None:
+    """Move the learning rate once, after an update; on a plateau by the window's loss, which all ranks agree on."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
 def check_schedule_left(scheduler: Any) -> None:
     """Refuse a window whose update is one more than the schedule was made for.
 
@@ -104,58 +112,6 @@ def check_window(window: Any) -> Sequence[Any]:
             "of da.windows(loader, ...), or da.windows.split(batch, K) for one batch that is to be cut."
         )
     return window
-
-
-def outside(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """List the trained parameters of the optimizer that the model does not have.
-
-    Raises:
-        ConfigError: when none of its parameters belongs to the model.
-    """
-    own = {id(parameter) for parameter in model.parameters()}
-    parameters = parameters_of(optimizer)
-    if not any(id(parameter) in own for parameter in parameters):
-        raise ConfigError(
-            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so that nothing of it would "
-            "be trained. Make the optimizer after the model was wrapped (fully_shard makes new parameters), and over "
-            "model.parameters() of this very model, not of a copy."
-        )
-    return [parameter for parameter in parameters if id(parameter) not in own and parameter.requires_grad]
-
-
-def check_owned(model: nn.Module, parameters: Sequence[nn.Parameter], owned: frozenset[int]) -> None:
-    """Refuse trained parameters whose gradients nobody sums over ranks.
-
-    Args:
-        model: the wrapped model.
-        parameters: those of the optimizer.
-        owned: the ids of those whose gradients are summed.
-
-    Raises:
-        ConfigError: for the first one that is not.
-    """
-    strange = [p for p in parameters if id(p) not in owned and p.requires_grad]
-    if not strange:
-        return
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    known = [names[id(p)] for p in strange if id(p) in names]
-    if known:
-        raise ConfigError(
-            f"The gradients of {len(known)} trained parameter(s) ({known[0]}, ...) would stay on each rank: they were "
-            "frozen or not there when the model was wrapped, or DistributedDataParallel was told to ignore them. Wrap "
-            "the model, and make the accumulator, after parameters are thawed or added."
-        )
-    raise ConfigError(
-        f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the first of shape "
-        f"{list(strange[0].shape)}, so their gradients would stay on each rank. Put what they belong to (a criterion, "
-        "a temperature) into the module that is wrapped, and compute the loss in its forward; or leave them out of the "
-        "optimizer."
-    )
-
-
-def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    """List all parameters of an optimizer."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _inside(wrapper: Any, name: str) -> Any:

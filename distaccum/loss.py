@@ -93,14 +93,20 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
                 "everything counted in the micro-batch: use reduction='sum', or end with .sum()."
                 f"{logs if isinstance(value, tuple) else ''}"
             )
+        if value.itemsize < 4:
+            # What is divided by is rounded to the dtype of the sum, and so is the whole gradient.
+            raise ConfigError(
+                f"The objective's loss_sum for '{name}' is in {value.dtype}, where the division by its count is off by "
+                "up to 4e-3, and with it each gradient. Sum in float32: losses.float().sum(), or give logits.float() to "
+                "the loss."
+            )
         has_graph = has_graph or value.requires_grad
     if not has_graph:
         raise ConfigError(
             "The objective's loss_sum does not depend on any parameter that is trained (it has no graph). "
             "Compute it from the model's output, without .item() or torch.no_grad()."
         )
-    # The count is divided by in the sum's dtype, and 16 bits round it.
-    return [value.float() if value.itemsize < 4 else value for value in (sums[name] for name in terms)]
+    return [sums[name] for name in terms]
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,27 +12,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from distaccum.agreement import Agreement, Announced, Asking, Outcome
-from distaccum.checks import (
-    check_owned,
-    check_schedule_left,
-    check_surroundings,
-    check_window,
-    outside,
-    own_optimizer,
-    own_scheduler,
-    parameters_of,
-)
+from distaccum.checks import check_schedule_left, check_surroundings, check_window, move, own_optimizer, own_scheduler
 from distaccum.clock import mark
 from distaccum.data.window import MicroBatches
-from distaccum.errors import ConfigError, DivergenceError, StateWarning, choice
+from distaccum.errors import ConfigError, DivergenceError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
 from distaccum.loss import Denominator, SupportsObjective
 from distaccum.nn.blocks import blocks_of
+from distaccum.ownership import Parameters, outside
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
@@ -112,10 +102,8 @@ class Accumulator:
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
         self.optimizer = own_optimizer(optimizer)
-        others = outside(model, self.optimizer)
-        self.strategy = recognise(
-            model, sync, GradientDtypes(accum_dtype, reduce_dtype), apart=agree_on_oom, others=others
-        )
+        dtypes = GradientDtypes(accum_dtype, reduce_dtype)
+        self.strategy = recognise(model, sync, dtypes, apart=agree_on_oom, others=outside(model, self.optimizer))
         self.objective = objective
         self.clip_norm = clip_norm
         self.scheduler = own_scheduler(scheduler)
@@ -133,16 +121,7 @@ class Accumulator:
         self._settled = True  # whether the strategy is as it is after a window
         self._check_cut = check_cut
         self._moved: Moved | None = Moved(self.strategy.model)  # until the first window has been computed
-        self._know_parameters()
-        self._owned_parameters()
-        growing = sum(parameter.requires_grad for parameter in self._others)
-        if growing and self.strategy.world.rank == 0:
-            warnings.warn(
-                f"{growing} trained parameter(s) of the model are not in the optimizer. Their gradients are computed "
-                "and sent, and cleared with each window; freeze them before the model is wrapped.",
-                StateWarning,
-                stacklevel=2,
-            )
+        self._parameters = Parameters(self.optimizer, self.strategy)
 
     def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
         """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
@@ -161,9 +140,9 @@ class Accumulator:
         check_surroundings(strategy.world.device)
         check_schedule_left(self.scheduler)
         window = window if isinstance(window, MicroBatches) else MicroBatches(check_window(window), len(window))
-        parameters = self._owned_parameters()
+        parameters = self._parameters.updated()
         agreement.asking = asking
-        with self._nothing_left_behind(), self._generators_kept():
+        with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
             agreement.meet(window)
             self._look_once()
             self._settle()
@@ -174,7 +153,7 @@ class Accumulator:
                 if not announced.denominator.counts:
                     return self._skip(window, announced, chosen)
                 if any(parameter.grad is not None for parameter in parameters):
-                    self._clear()  # what ran through this model before is not the window's
+                    self._parameters.clear()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
                 if self.agree_on_oom:  # all of it, the last backward too
                     last_backward = shortage.run(strategy, agreement, forwards, self.overlap.run)
@@ -186,6 +165,9 @@ class Accumulator:
                 # sharded it comes after, because their norm takes a collective anyway and rides on this one.
                 told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
                 last_backward()
+                if self._moved is not None:
+                    self._moved.tell(strategy.world.rank)
+                    self._moved = None
                 strategy.deliver()
                 gradients = strategy.gradients(parameters)
                 if self.loss_scale is not None:
@@ -236,8 +218,8 @@ class Accumulator:
     def abort(self) -> None:
         """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
         self.strategy.abort()
-        self._clear()
-        self._know_parameters()
+        self._parameters.clear()
+        self._parameters.renew()
         self._agreement.forget()
 
     def control_traffic(self) -> Traffic:
@@ -276,49 +258,19 @@ class Accumulator:
     def _end_window(self, outcome: Outcome, loss: float) -> None:
         """Leave the boundary whole before anything may fail: gradients cleared, all counted, then the schedule."""
         updated = outcome.trouble is None
-        self._clear()
+        self._parameters.clear()
         self.num_windows += 1
         self.steps += updated
         if self.loss_scale is not None and (updated or outcome.loss_finite):
             self.loss_scale.update(updated)
-        if self._moved is not None:
-            if self.strategy.world.rank == 0:
-                self._moved.tell()
-            self._moved = None
-        if updated and isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)  # the same number on all ranks
-        elif updated and self.scheduler is not None:
-            self.scheduler.step()
-
-    def _know_parameters(self) -> None:
-        """Note whose gradients the strategy completes, and which trained parameters the optimizer does not have."""
-        owned = self.strategy.owned()
-        self._owned = None if owned is None else frozenset(map(id, owned))
-        own = set(map(id, parameters_of(self.optimizer)))
-        self._others = [p for p in self.strategy.model.parameters() if id(p) not in own]
-
-    def _owned_parameters(self) -> list[nn.Parameter]:
-        """List the optimizer's parameters, each of which the strategy completes."""
-        parameters = parameters_of(self.optimizer)
-        if self._owned is not None and not self._owned.issuperset(map(id, parameters)):
-            check_owned(self.strategy.model, parameters, self._owned)
-        return parameters
-
-    def _clear(self) -> None:
-        """Forget all gradients, those that no update reads too, which would grow from window to window."""
-        self.optimizer.zero_grad()
-        for parameter in self._others:
-            parameter.grad = None
+        if updated:
+            move(self.scheduler, loss)
 
     def _look_once(self) -> None:
         """Before the first window: is the loss a sum?"""
         if self._check_cut and self._agreement.padding is not None:
             self._check_cut = False
             check_cut(self.strategy, self.objective, self._agreement.padding)
-
-    def _generators_kept(self) -> AbstractContextManager[None]:
-        """Inside of micro-batches randomness is ours where a seed is given; the user's is as it was."""
-        return nullcontext() if self.seed is None else kept(self.strategy.world.device)
 
     def _may_skip(self, outcome: Outcome) -> bool:
         """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""

@@ -155,6 +155,9 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode) -> nn.Module:
             statistics. Nothing was changed then.
     """
     if mode is BatchNormMode.micro:
+        for layer in model.modules():
+            if isinstance(layer, tuple(_CONVERTED)):
+                layer.left_alone = True  # type: ignore[assignment]  # chosen, so that nobody warns of it
         return model
     layers = [(name or "the model", module) for name, module in model.named_modules()]
     layers = [(name, module) for name, module in layers if isinstance(module, (*_CONVERTED, *_LAZY))]

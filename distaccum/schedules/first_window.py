@@ -80,18 +80,18 @@ class Moved:
         self._model = model
         self._before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
 
-    def tell(self) -> None:
-        """Warn of the buffers that are not as they were, once."""
+    def tell(self, rank: int) -> None:
+        """Warn on rank 0 of the buffers that are not as they were. Call it once, before statistics are written."""
         moved = [name for name, buffer in self._model.named_buffers() if not _equal(self._before.get(name), buffer)]
         moved = [name for name in moved if not _left_alone(self._model, name)]
-        if moved:
+        if moved and rank == 0:
             warnings.warn(
                 f"{len(moved)} buffer(s) of the model ({', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}) are "
                 "moved by each forward: K times in a window, by each rank's micro-batches on their own, and not once "
                 "as by one big batch. BatchNorm: da.convert_batchnorm(model, 'pooled') before it is wrapped. Others: "
                 "move them once per update, after Accumulator.step.",
                 StateWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

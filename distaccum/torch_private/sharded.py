@@ -72,7 +72,7 @@ def forget_forwards(model: nn.Module) -> None:
     """Forget forwards that no backward followed: FSDP2 keeps their order, by which a backward gathers ahead."""
     for group, _ in _fsdp_groups(model):
         group._post_forward_indices.clear()
-        group.comm_ctx.post_forward_order.clear()
+        getattr(group.comm_ctx, "post_forward_order", []).clear()  # not there before the first forward
 
 
 def reduce_unused_parameters(model: nn.Module) -> None:
