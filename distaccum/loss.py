@@ -97,8 +97,8 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
             # What is divided by is rounded to the dtype of the sum, and so is the whole gradient.
             raise ConfigError(
                 f"The objective's loss_sum for '{name}' is in {value.dtype}, where the division by its count is off by "
-                "up to 4e-3, and with it each gradient. Sum in float32: losses.float().sum(), or give logits.float() to "
-                "the loss."
+                "up to 4e-3, and with it each gradient. Sum in float32: losses.float().sum(), or give logits.float() "
+                "to the loss."
             )
         has_graph = has_graph or value.requires_grad
     if not has_graph:

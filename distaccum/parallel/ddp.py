@@ -84,22 +84,15 @@ class DDP(Strategy):
         left_out = None if self.sums is not None else torch_private.ddp_unreduced(self.model)
         if left_out is not None:
             names = {id(parameter): name for name, parameter in self.model.module.named_parameters()}
-            parameters = [self._reduced[number] for number in left_out]
-            frozen = [names[id(p)] for p in parameters if not p.requires_grad]
-            unused = [names[id(p)] for p in parameters if p.requires_grad]
-            causes = []
-            if frozen:
-                causes.append(
-                    f"{_named(frozen)} frozen after DistributedDataParallel was made: freeze before, or make it anew"
-                )
-            if unused or not frozen:
-                causes.append(
-                    f"{_named(unused or ['a parameter'])} not used in the last micro-batch of this rank: use "
-                    "DistributedDataParallel(..., find_unused_parameters=True)"
-                )
+            causes = [
+                f"{names[id(p)]} is {'not used in the last micro-batch' if p.requires_grad else 'frozen since'}"
+                for p in (self._reduced[number] for number in left_out)
+            ]
             raise ConfigError(
-                f"The last backward of the window did not reduce all gradients: {'; '.join(causes)}. Nothing was "
-                "updated."
+                f"The last backward of the window did not reduce {len(left_out)} parameter(s) that "
+                f"DistributedDataParallel was made for ({'; '.join(causes[:3])}), so gradients are this rank's own. "
+                "Nothing was updated. Use DistributedDataParallel(..., find_unused_parameters=True) where not every "
+                "micro-batch uses every parameter, and freeze parameters before it is made."
             )
         super().deliver()
 
@@ -152,8 +145,3 @@ class DDP(Strategy):
         # is the same on all ranks is itself, so only what was added since is summed later.
         warm_up = first and self.model.static_graph and self._windows_begun <= 1
         return last or warm_up or self.sync is Sync.every
-
-
-def _named(names: list[str]) -> str:
-    """Write the first of some parameters' names, and how many there are."""
-    return f"{names[0]} is" if len(names) == 1 else f"{len(names)} parameters ({names[0]}, ...) are"
