@@ -177,6 +177,7 @@ class Accumulator:
                 self.scheduler.step()
         self.optimizer.zero_grad()
         self.num_windows += 1
+        window.stepped = True
         return StepRecord(
             step=self.steps,
             loss=sum(losses.values()),
@@ -211,15 +212,15 @@ class Accumulator:
         self._agreement.forget()
 
     def control_traffic(self) -> Traffic:
-        """What the small collectives of a window send: one, where the window after it is known ahead."""
+        """What the small collectives of a step send: one. Another precedes it where a window is not read ahead."""
         return self._agreement.traffic(1 + self.agree_on_oom)
 
     def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
         deque(window, maxlen=0)  # a stream goes on behind it
-        if window.upcoming is not None:
-            self._agreement.on(window.upcoming)
-        self.num_windows += 1
+        self._agreement.skip(window.upcoming)
+        self.num_windows += announced.rounds > 0  # what no rank has a micro-batch of is no window
+        window.stepped = True
         weights = announced.denominator.weights
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(
