@@ -144,7 +144,9 @@ class Accumulator:
         agreement.asking = asking
         with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
             agreement.meet(window)
-            self._look_once()
+            if self._check_cut and agreement.padding is not None:
+                check_cut(strategy, self.objective, agreement.padding)
+                self._check_cut = False
             self._settle()
             chosen = self.overlap.choose()
             asked_before = agreement.asked
@@ -187,6 +189,7 @@ class Accumulator:
                 self.optimizer.step()
             strategy.keep_statistics(outcome.trouble is None)
 
+        window.stepped = True
         self._end_window(outcome, sum(losses.values()))
         return StepRecord(
             step=self.steps,
@@ -223,15 +226,15 @@ class Accumulator:
         self._agreement.forget()
 
     def control_traffic(self) -> Traffic:
-        """What the small collectives of a window send: one, where the window after it is known ahead."""
+        """What the small collectives of a step send: one. Another precedes it where a window is not read ahead."""
         return self._agreement.traffic(1 + self.agree_on_oom)
 
     def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
         deque(window, maxlen=0)  # a stream goes on behind it
-        if window.upcoming is not None:
-            self._agreement.on(window.upcoming)
-        self.num_windows += 1
+        self._agreement.skip(window.upcoming)
+        self.num_windows += announced.rounds > 0  # what no rank has a micro-batch of is no window
+        window.stepped = True
         weights = announced.denominator.weights
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(
@@ -265,12 +268,6 @@ class Accumulator:
             self.loss_scale.update(updated)
         if updated:
             move(self.scheduler, loss)
-
-    def _look_once(self) -> None:
-        """Before the first window: is the loss a sum?"""
-        if self._check_cut and self._agreement.padding is not None:
-            self._check_cut = False
-            check_cut(self.strategy, self.objective, self._agreement.padding)
 
     def _may_skip(self, outcome: Outcome) -> bool:
         """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
