@@ -60,12 +60,13 @@ def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) 
 
 
 def facts_of(
-    config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, world: World
+    config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, warmup: int, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
     facts = {
         "identity": _identity(config, problem, plan),
         "micro_size": plan.micro_size,
+        "warmup": warmup,
         "config": composed,
         "world_size": world.size,
         "versions": {
@@ -144,13 +145,19 @@ def told(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -
     if before["world_size"] != now["world_size"]:
         ranks += f" then, {now['world_size']} now: micros are dealt anew, the effective batch is the same"
     yield f"continues after step {progress.step} from {checkpoint.path} ({ranks})"
-    then, here = (dict(_flat(each["config"])) for each in (before, now))
+    then, here = _settings(before), _settings(now)
     for key in sorted({*then, *here}):
         if not key.startswith(_UNSAID) and then.get(key) != here.get(key):
             yield f"other settings than before: {key} {then.get(key)} -> {here.get(key)}"
     for name, found in now["versions"].items():
         if before["versions"].get(name) != found:
             yield f"another version than before: {name} {before['versions'].get(name)} -> {found}"
+
+
+def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration key by key, with the warm-up that `auto` came to: of another length it is another one."""
+    settings = dict(_flat(facts["config"]))
+    return {**settings, "optim.schedule.warmup": facts.get("warmup", settings.get("optim.schedule.warmup"))}
 
 
 def _identity(config: Config, problem: Problem, plan: Plan) -> dict[str, Any]:
