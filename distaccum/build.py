@@ -31,8 +31,9 @@ from distaccum.planning.auto import machine_of, predicted, settled
 from distaccum.planning.footprint import overlap_limit
 from distaccum.preempt import Preemption
 from distaccum.problem import Problem, in_precision, make_problem
+from distaccum.progress import Rhythm
 from distaccum.report import Report, make_report
-from distaccum.trainer import Rhythm, Trainer
+from distaccum.trainer import Trainer
 from distaccum.wrap import StrategyName
 
 
@@ -92,9 +93,9 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         for text in [*micro_told, *removed, *(found.passed_over if found is not None else ())]:
             report.note(text)
         if found is not None and progress is not None:
-            report.resume(progress.step, list(resume.told(found, facts, progress)))
+            report.resume(progress.step, progress.windows, list(resume.told(found, facts, progress)))
         elif begun:
-            report.resume(0, ["begins anew: an earlier start has left no checkpoint"])
+            report.resume(0, 0, ["begins anew: an earlier start has left no checkpoint"])
         try:
             budget.predicted = predicted(config, problem, world.size, machine)
         except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot

@@ -30,7 +30,7 @@ class LastWindow(Enum):
 class Micro:
     """What one rank sends through one forward and backward: consecutive samples of the shuffled stream."""
 
-    step: int  # the window's step, from 0
+    step: int  # the window's number, from 0
     number: int  # global within the window, from 0: the same whatever the world size
     start: int  # position in the training's stream of samples (all epochs)
     size: int  # samples, at least 1
@@ -40,7 +40,7 @@ class Micro:
 class Window:
     """All micros, over all ranks, that make one optimizer step."""
 
-    step: int  # from 0
+    step: int  # its number, from 0: that of the step it makes, where no window before it was skipped
     epoch: int  # the epoch of its first sample, from 0
     start: int  # position of its first sample in the stream; with `step`, all that a resumed run has to know
     size: int  # samples
@@ -211,4 +211,3 @@ class Plan:
 
 def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)
-

@@ -17,9 +17,9 @@ from distaccum.errors import CheckpointError, ConfigError
 from distaccum.parallel.world import World
 from distaccum.plan import Plan
 from distaccum.problem import Problem
+from distaccum.progress import Progress
 from distaccum.report.plain import to_plain
 from distaccum.step import Accumulator
-from distaccum.trainer import Progress
 from distaccum.version import __version__
 
 # What may differ between two starts of a run without a word: it does not change what is learned.
@@ -126,16 +126,25 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
             "manifest.json holds the configuration), or begin anew with another run_dir. To change the effective batch "
             "in the middle of a training use accum.schedule."
         )
-    progress = Progress(**checkpoint.facts["progress"])
-    if progress.step > steps:
+    progress = _progress(checkpoint.facts)
+    if progress.windows > steps:
         raise ConfigError(
-            f"{checkpoint.path} has {progress.step} steps already, and the training has {steps} (train.steps or "
+            f"{checkpoint.path} has {progress} already, and the training has {steps} (train.steps or "
             "train.epochs). Give more, or begin anew with another run_dir."
         )
     make_optimizer_state(model, optimizer, there, checkpoint.facts["optimizer"])
     checkpoint.load({**model_tensors(model), **optimizer_tensors(model, optimizer)})
     accumulator.load_state_dict(checkpoint.facts["accumulator"])
     return progress
+
+
+def _progress(facts: Mapping[str, Any]) -> Progress:
+    """Where the training stands. Checkpoints of older versions have windows only, under the name of steps."""
+    saved = dict(facts["progress"])
+    if "windows" not in saved:
+        step = int(facts["accumulator"]["steps"])
+        saved |= {"windows": saved["step"], "step": step, "evaluated_step": min(saved["evaluated_step"], step)}
+    return Progress(**saved)
 
 
 def told(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -> Iterator[str]:

@@ -12,7 +12,6 @@ import torch
 from distaccum.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
 
-
 AUTO = "auto"  # a warm-up that follows the length of the training, see `with_warmup`
 MOST_WARMUP_STEPS = 20  # of such a warm-up
 

@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-    """Without what a resumed run has done again: records of steps that came after the one it went on from.
+    """Without what a resumed run has done again: records of windows that came after the one it went on from.
 
     A run that was killed has recorded steps which its newest checkpoint does not have.
     """
@@ -92,7 +92,9 @@ def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _is_later(record: dict[str, object], resumed: dict[str, object]) -> bool:
-    step, last = record.get("step"), resumed.get("step")
+    # Windows, as one that was skipped has the number of the step before it; a held-out loss has its step's number only.
+    name = "window" if "window" in record and "window" in resumed else "step"
+    step, last = record.get(name), resumed.get(name)
     return isinstance(step, int) and isinstance(last, int) and step > last
 
 

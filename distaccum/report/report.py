@@ -66,13 +66,14 @@ class Report:
                 self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
 
     def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
-        """Record one optimizer step: always a record "step" and a W&B row `train/*`, a progress line when `show`.
+        """Record one window and the step it made: a record "step" and a W&B row `train/*`, a progress line when `show`.
 
         Args:
-            fields: `step` (int) and any of epoch, samples, tokens, loss, grad_norm, lr, weight, skipped, samples_per_s,
-                tokens_per_s, data_wait_share, comm_share (shares of 1), peak_memory_bytes; other names are recorded
-                too. Python numbers: a tensor would have to be read from the device here.
-            total_steps: of the whole run.
+            fields: `step` (int; the one before, where the window was skipped) and any of window, epoch, samples,
+                tokens, loss, grad_norm, lr, weight, skipped, samples_per_s, tokens_per_s, data_wait_share, comm_share
+                (shares of 1), peak_memory_bytes; other names are recorded too. Python numbers: a tensor would have to
+                be read from the device here.
+            total_steps: of the whole run, as far as is known.
             show: for a log file the caller owns the interval. A terminal's bar follows every step all the same.
         """
         self._metrics.write("step", **fields)
@@ -96,9 +97,9 @@ class Report:
         self._metrics.write("note", text=text)
         self._console.line(text)
 
-    def resume(self, step: int, texts: Sequence[str]) -> None:
-        """Say from where the run goes on; records of later steps, of an earlier start, stand no more."""
-        self._metrics.write(RESUME, step=step, text=" ".join(texts))
+    def resume(self, step: int, windows: int, texts: Sequence[str]) -> None:
+        """Say from where the run goes on; records of later windows, of an earlier start, stand no more."""
+        self._metrics.write(RESUME, step=step, window=windows, text=" ".join(texts))
         for text in texts:
             self._console.line(text)
 
