@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from distaccum.report.console import Console
 from distaccum.report.curve import draw_curve
 from distaccum.report.human import Field, duration, step_texts
 from distaccum.report.metrics import RESUME, MetricsFile
-from distaccum.report.wandb_run import WandbMode, WandbRun
+from distaccum.report.wandb_run import WandbMode, WandbRun, allowed
 
 _AXES = ("step", "loss", "samples", "tokens")
 
@@ -157,14 +158,17 @@ def make_report(
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
     wandb = None
-    if config.name is LoggerName.wandb:
+    mode, told = allowed(config.mode, os.environ) if config.name is LoggerName.wandb else (None, "")
+    if told:
+        console.line(told)
+    if mode is not None:
         wandb = WandbRun(
             run_dir=run_dir,
             project=config.project,
             entity=config.entity,
             name=config.run_name,
             group=config.group,
-            mode=config.mode,
+            mode=mode,
             config=run_config,
             init_timeout_s=config.init_timeout_s,
             warn=console.line,
