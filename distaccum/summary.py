@@ -111,12 +111,12 @@ def _precision(config: Config) -> str:
 
 
 def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> str:
-    micro, micros, ranks = arithmetic.micro_size, arithmetic.num_micros, arithmetic.world_size
-    text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {micro * micros * ranks} samples"
-    if not arithmetic.even:
-        text = (
-            f"{arithmetic.effective_batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
-        )
+    batch, micros, ranks = arithmetic.effective_batch, arithmetic.num_micros, arithmetic.world_size
+    number = -(-batch // arithmetic.micro_size)  # of all ranks; their sizes differ by one at most, see Window
+    micro = -(-batch // number)
+    text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {batch} samples"
+    if micro * micros * ranks != batch:
+        text = f"{batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
     tokens = f" ({arithmetic.effective_batch * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
     return f"{text}{tokens} per optimizer step"
 
