@@ -45,7 +45,7 @@ class Device(Enum):
 
 @dataclass
 class AccumConfig:
-    """How micro-batches make an effective batch, see plan.solve."""
+    """How micro-batches make an effective batch, see batch_arithmetic.solve."""
 
     effective_batch: int | None
     effective_tokens: int | None

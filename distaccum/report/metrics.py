@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: the truth about a run. One JSON object a line, on disk when `write` returns.
+"""`metrics.jsonl`: the truth about a run. One JSON object a line, handed to the system when `write` returns.
 
 W&B keeps its rows in memory for seconds (a run killed a second after 100 rows had none of them); this file loses at
-most the line being written.
+most the line being written. A crash of the machine may take what the system had not yet brought to the disk.
 """
 
 from __future__ import annotations
