@@ -17,8 +17,8 @@ from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
 from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM
 from .loss import Objective as Objective
-from .nn.batchnorm import BatchNormMode as BatchNormMode
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm
+from .nn.batchnorm_layers import BatchNormMode as BatchNormMode
 from .objectives import CausalLM as CausalLM
 from .objectives import Classification as Classification
 from .objectives import Regression as Regression

@@ -24,7 +24,7 @@ from distaccum.memory import parse_bytes
 from distaccum.models.gpt import GPTConfig
 from distaccum.models.hf import HFConfig
 from distaccum.models.resnet import ResNetConfig
-from distaccum.nn.batchnorm import BatchNormMode
+from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.nn.precision import Precision
 from distaccum.optim import OptimConfig
 from distaccum.parallel.base import Sync

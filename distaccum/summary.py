@@ -8,7 +8,8 @@ from torch import nn
 
 from distaccum.batch_arithmetic import BatchArithmetic
 from distaccum.config import Config
-from distaccum.nn.batchnorm import BatchNormMode, has_batchnorm
+from distaccum.nn.batchnorm import has_batchnorm
+from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.optim import AUTO, MOST_WARMUP_STEPS, LRSchedule, ScheduleConfig
 from distaccum.parallel.ledger import Traffic
 from distaccum.plan import LastWindow, Plan

@@ -35,9 +35,7 @@ def verify(job: Job) -> None:
         console.line(shown(proof))
         console.line(f"details of every parameter: {job.run_dir / 'verify.json'}")
     if not proof.holds:
-        failed = [line.name for line in proof.lines if not line.holds]
-        failed += [] if proof.network_agrees else ["the ledger"]
-        raise ProofError(f"This configuration is not proven: {', '.join(failed)} beyond the tolerance.")
+        raise ProofError(f"This configuration is not proven: {proof.failures}")
 
 
 def prove_configuration(config: Config, world: World) -> Proof:

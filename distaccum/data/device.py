@@ -25,7 +25,12 @@ def to_device(micro: Any, device: torch.device) -> Any:
     Returns:
         The object that was given where all tensors are on the device, otherwise a new one: what was given stays.
     """
-    return mapped(micro, lambda leaf: _moved(leaf, device), _moves_itself)
+    return mapped(micro, lambda leaf: _moved(leaf, device), moves_itself)
+
+
+def moves_itself(value: Any) -> bool:
+    """Whether an object is moved by a method `to` of its own."""
+    return callable(getattr(type(value), "to", None))
 
 
 def halves(micro: Any) -> tuple[Any, Any] | None:
@@ -71,10 +76,6 @@ def one_ahead(micros: Iterable[Any], device: torch.device) -> Iterator[tuple[Any
         ahead = current
     if ahead is not None:
         yield ahead
-
-
-def _moves_itself(value: Any) -> bool:
-    return callable(getattr(type(value), "to", None))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -158,4 +159,4 @@ def _has_tensors(value: Any) -> bool:
 
 def _opened(value: Any) -> Parts | None:
     """The parts of a container; None for sequences with a class that knows more about them, such as PackedSequence."""
-    return None if isinstance(value, list | tuple) and _moves_itself(value) else parts(value)
+    return None if isinstance(value, list | tuple) and moves_itself(value) else parts(value)

@@ -92,37 +92,39 @@ class NormaliseTogether(torch.autograd.Function):
         var: Tensor,  # [C] likewise, biased
         share: Tensor,  # [] float64: 1 / n, or 0 where the samples of this rank did not enter mean and var
         eps: float,
+        group: dist.ProcessGroup | None,  # in which mean and var were taken
     ) -> Tensor:
         """Local."""
+        ctx.group = group
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), share)
         return normalise(x, mean, var, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """One all-reduce on every rank, whichever gradients are asked for here."""
+        """One all-reduce on every rank of the group, whichever gradients are asked for here."""
         x, weight, mean, inverse_std, share = ctx.saved_tensors
         dims, channels = _other_dims(x), _along_channels(x)
         g = gradient.to(mean.dtype)
         z = (x - mean.view(channels)) * inverse_std.view(channels)
         own = torch.stack([g.sum(dims, dtype=torch.float64), (g * z).sum(dims, dtype=torch.float64)])
-        mean_g, mean_gz = (all_reduced(own.clone()) * share).to(mean.dtype)
+        mean_g, mean_gz = (all_reduced(own.clone(), ctx.group) * share).to(mean.dtype)
         scale = inverse_std if weight is None else inverse_std * weight.to(mean.dtype)
         dx = (g - mean_g.view(channels) - z * mean_gz.view(channels)) * scale.view(channels)
         dbias, dweight = (None, None) if weight is None else own.to(weight.dtype)
-        return dx.to(x.dtype), dweight, dbias, None, None, None, None
+        return dx.to(x.dtype), dweight, dbias, None, None, None, None, None
 
 
-def several_ranks() -> bool:
-    """Whether there is anybody to share statistics with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def several_ranks(group: dist.ProcessGroup | None) -> bool:
+    """Whether there is anybody in a group to share statistics with; None: among all ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def all_reduced(table: Tensor) -> Tensor:
-    """The sum over all ranks, in place where their group serves the table's device. Alone: the table."""
-    if not several_ranks():
+def all_reduced(table: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over a group (None: all ranks), in place where it serves the table's device. Alone: the table."""
+    if not several_ranks(group):
         return table
-    group = dist.group.WORLD
+    group = group or dist.group.WORLD
     assert group is not None
     travelling = table if is_served(group, table.device) else table.cpu()
     dist.all_reduce(travelling, group=group)

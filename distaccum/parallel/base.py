@@ -51,7 +51,8 @@ class Strategy(ABC):
         self.reason = reason
         self.grad_scale = float(world.size)
         self.sums: GradientSums | None = None  # where this strategy's own accumulation is in another dtype than asked
-        self.statistics: PooledStatistics | None = pooled_statistics(model)  # BatchNorm's, where ranks merge them
+        # BatchNorm's, where ranks merge them
+        self.statistics: PooledStatistics | None = pooled_statistics(model, world.group)
         # In which the micros communicate, those that are not the last one too.
         communicates = sync is Sync.every or collectives(model)
         self.groups = [world.group] if world.group is not None and communicates else []

@@ -16,7 +16,7 @@ from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import wide
 from distaccum.loss import SupportsObjective, weights_of
-from distaccum.nn.batchnorm import BatchNormMode
+from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.proof import reference
 from distaccum.proof.observed import Observed
 from distaccum.proof.result import Line, Proof
@@ -54,8 +54,8 @@ class Judge:
         self.mode = mode
         self.device = accumulator.strategy.world.device
 
-    def proof(self, done: Observed, rounds: list[list[Any]]) -> Proof:
-        """Compare; `rounds` are the micro-batches of all ranks, those of one round together."""
+    def proof(self, done: Observed, rounds: list[list[Any]], state: Line | None) -> Proof:
+        """Compare; `rounds` are the micro-batches of all ranks, those of one round together; `state`: what moves."""
         micros = [micro for row in rounds for micro in row]
         big = self.combine(micros)
         weights = reference.combined_weights(self.objective, micros)
@@ -84,6 +84,8 @@ class Judge:
         ]
         if exact.running and (self.mode is BatchNormMode.pooled or len(groups) == 1):
             lines.append(self._running(done, exact, rounded))
+        if state is not None:
+            lines.append(state)
         if len(groups) > 1:
             one = self._clipped(self._exact([big], weights).gradients)
             distance = max(_relative(done.gradients[name], one[name], SMALL * _norm(one)) for name in one)
@@ -116,13 +118,7 @@ class Judge:
 
     def _rounded(self, groups: Sequence[Any], weights: Mapping[str, float], scale: float) -> reference.Computed:
         """The same in the precision of the accumulator: how far rounding alone leads away."""
-        strategy = self.accumulator.strategy
-        stored = next(strategy.model.parameters()).dtype
-        sharded = next(torch_private.sharded_groups(strategy.model), None)
-        computed = stored if sharded is None else sharded.compute_dtype  # FSDP2 casts parameters and inputs itself
-        moved = [to_device(group, self.device) for group in groups]
-        cast = moved if computed is stored else [reference.cast(group, self.device, computed) for group in groups]
-        model = copy.deepcopy(self.model).to(computed)
+        model, cast = in_own_precision(self.accumulator, self.model, groups)
         return reference.compute(model, self.accumulator.objective, cast, weights, scale)
 
     def _clipped(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,6 +184,19 @@ class Judge:
         weights = {name: done.before[name] for name in moved}
         stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / size
         return Line("update", error, 2 * stored + self._order, "optimizer on one process, same gradient")
+
+
+def in_own_precision(
+    accumulator: Accumulator, model: nn.Module, micros: Sequence[Any]
+) -> tuple[nn.Module, list[Any]]:  # fmt: skip
+    """Copy a plain model, and micro-batches to its device, in the precision in which the accumulator computes."""
+    strategy = accumulator.strategy
+    stored, device = next(strategy.model.parameters()).dtype, strategy.world.device
+    sharded = next(torch_private.sharded_groups(strategy.model), None)
+    computed = stored if sharded is None else sharded.compute_dtype  # FSDP2 casts parameters and inputs itself
+    moved = [to_device(micro, device) for micro in micros]
+    cast = moved if computed is stored else [reference.cast(micro, device, computed) for micro in moved]
+    return copy.deepcopy(model).to(computed), cast
 
 
 def _worst(judged: Mapping[str, tuple[float, float]]) -> str:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, LedgerError
 from distaccum.parallel.ledger import Audit
+from distaccum.proof.state import Kept
 from distaccum.record import StepRecord
 from distaccum.step import Accumulator
 
@@ -80,12 +81,16 @@ def observe(accumulator: Accumulator, micros: Sequence[Any], window: Any) -> Obs
 
 
 @contextmanager
-def restored(accumulator: Accumulator) -> Iterator[None]:
-    """Dropout off, every window audited; afterwards everything as before."""
-    model, optimizer = accumulator.strategy.model, accumulator.optimizer
-    tensors = [*model.parameters(), *model.buffers()]
-    kept = [tensor.detach().clone() for tensor in tensors]
-    optimizer_state = copy.deepcopy(optimizer.state_dict())
+def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
+    """Enter for a window that leaves no trace: dropout is off, every window audited; afterwards all is as before.
+
+    Args:
+        accumulator: whose model, optimizer, objective, counters and schedule stay as they are.
+        others: further objectives that are called meanwhile.
+    """
+    strategy = accumulator.strategy
+    model = strategy.model
+    kept = Kept(strategy.evaluation_model, accumulator.optimizer, accumulator.objective, *others)
     modes = [(module, module.training) for module in model.modules()]
     counters = (accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit)
     scheduler, loss_scale = accumulator.scheduler, accumulator.loss_scale
@@ -98,15 +103,14 @@ def restored(accumulator: Accumulator) -> Iterator[None]:
     try:
         yield
     finally:
-        accumulator.abort()
-        accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit = counters
-        accumulator.scheduler, accumulator.loss_scale = scheduler, loss_scale
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for tensor, value in zip(tensors, kept, strict=True):
-                tensor.copy_(value)
-        optimizer.load_state_dict(optimizer_state)
+        try:
+            accumulator.abort()
+        finally:
+            accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit = counters
+            accumulator.scheduler, accumulator.loss_scale = scheduler, loss_scale
+            for module, training in modes:
+                module.training = training
+            kept.put_back()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +10,14 @@ from torch import nn
 
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective
-from distaccum.nn.batchnorm import BatchNormMode, mode_of, unconverted
+from distaccum.nn.batchnorm import mode_of, unconverted
+from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.proof import reference
-from distaccum.proof.judge import Judge
+from distaccum.proof.judge import Judge, in_own_precision
+from distaccum.proof.moved import line_of, moved_by_forwards
 from distaccum.proof.observed import observe, restored, whole
 from distaccum.proof.result import Proof
+from distaccum.proof.state import copied
 from distaccum.step import Accumulator
 
 
@@ -42,32 +44,73 @@ def verify(
         combine: makes one micro-batch of a list of them; by default tensors are joined along their first dimension.
 
     Raises:
-        ConfigError: for micro-batches that cannot be combined, or a missing plain model.
+        ConfigError: for micro-batches that cannot be combined, a missing plain model, layers that cannot compute on one
+            process, and an optimizer of other parameters than the model's.
     """
     strategy = accumulator.strategy
     world = strategy.world
+    _check(accumulator)
     micros = list(window)
     told = world.gather_objects(micros)
     rounds = [[micros[i] for micros in told if i < len(micros)] for i in range(max(len(micros) for micros in told))]
     if not rounds:
         raise ConfigError("verify() got a window without any micro-batch. Give it the micro-batches of one step.")
-    model = _plain(accumulator, plain)
-    mode = mode_of(strategy.model)
-    with restored(accumulator):
-        _match(strategy.evaluation_model, model, frozen=mode is BatchNormMode.frozen)
+    source, objective = strategy.evaluation_model, objective or accumulator.objective
+    modes = {name: module.training for name, module in source.named_modules()}
+    with restored(accumulator, objective):
+        model = _plain(accumulator, plain)
+        mode = mode_of(strategy.model)
+        _match(source, model, frozen=mode is BatchNormMode.frozen)
         observed = observe(accumulator, micros, window)
-    outcome: Proof | Exception | None = None
-    if world.rank == 0:
-        try:
-            judge = Judge(accumulator, model, objective or accumulator.objective, combine, mode)
-            outcome = judge.proof(observed, rounds)
-        except Exception as error:  # the others wait for a word
-            outcome = error
-    lent = world.lend(outcome, 0)
+        everywhere = [micro for row in rounds for micro in row]
+        own, two = in_own_precision(accumulator, model, [(micros or everywhere)[0], everywhere[-1]])
+        state = line_of(_moved(accumulator, own, modes, two), source, len(everywhere))
+        outcome: Proof | Exception | None = None
+        if world.rank == 0:
+            try:
+                outcome = Judge(accumulator, model, objective, combine, mode).proof(observed, rounds, state)
+            except Exception as error:  # the others wait for a word
+                outcome = error
+        lent = world.lend(outcome, 0)
     if isinstance(lent, Exception):
         raise lent
     assert isinstance(lent, Proof)
     return lent
+
+
+def _check(accumulator: Accumulator) -> None:
+    """Refuse what one process cannot compute, before anything is touched."""
+    source = accumulator.strategy.evaluation_model
+    known = {id(parameter) for parameter in accumulator.strategy.model.parameters()}
+    known |= {id(parameter) for parameter in source.parameters()}
+    strangers = [p for group in accumulator.optimizer.param_groups for p in group["params"] if id(p) not in known]
+    if strangers:
+        raise ConfigError(
+            f"verify() compares the parameters of the model, and the optimizer holds {len(strangers)} that are none of "
+            f"its own (of shape {list(strangers[0].shape)}), so that nothing would be said about them. Make them part "
+            "of the model that is given to the accumulator: register them, or the module that holds them, in it."
+        )
+    synced = [name for name, m in source.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    if synced:
+        raise ConfigError(
+            f"verify() compares with one process, and {synced[0]} is a torch.nn.SyncBatchNorm, which meets the other "
+            "ranks in each forward. Build the model with nn.BatchNorm and write da.convert_batchnorm(model, 'sync')."
+        )
+
+
+def _moved(accumulator: Accumulator, model: nn.Module, modes: Mapping[str, bool], micros: Sequence[Any]) -> set[str]:
+    """What the forwards of any rank move. What one rank raises, all raise."""
+    found: set[str] | Exception
+    try:
+        found = moved_by_forwards(model, modes, accumulator.objective, *micros)
+    except Exception as error:
+        found = error
+    names: set[str] = set()
+    for rank in accumulator.strategy.world.gather_objects(found):
+        if isinstance(rank, Exception):
+            raise rank
+        names |= rank
+    return names
 
 
 def _plain(accumulator: Accumulator, given: nn.Module | None) -> nn.Module:
@@ -77,7 +120,10 @@ def _plain(accumulator: Accumulator, given: nn.Module | None) -> nn.Module:
             "verify() needs a plain model beside one that FSDP2 has sharded: verify(accumulator, window, "
             "plain=make_model()), made by the same code, with any weights."
         )
-    model = unconverted(copy.deepcopy(strategy.evaluation_model) if given is None else given)
+    own = {id(tensor) for tensor in (*strategy.evaluation_model.parameters(), *strategy.evaluation_model.buffers())}
+    if given is None or any(id(tensor) in own for tensor in (*given.parameters(), *given.buffers())):
+        given = copied(strategy.evaluation_model if given is None else given)
+    model = unconverted(given)
     names, plain_names = dict(strategy.evaluation_model.named_parameters()), dict(model.named_parameters())
     if names.keys() != plain_names.keys():
         other = sorted(names.keys() ^ plain_names.keys())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distaccum.data.containers import Parts, mapped, parts, rebuilt, tensors_in
+from distaccum.data.device import moves_itself, to_device
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, sums_of, weights_of
 
@@ -93,18 +96,13 @@ class _Inputs:
 
 
 def combined(micros: Sequence[Any]) -> Any:
-    """Several micro-batches as one: tensors joined along their first dimension.
+    """Make one micro-batch of several: tensors joined along their first dimension, containers in their own class.
 
     Sequences of different lengths are padded at their end, under the names in `PADDING`.
 
     Raises:
         ConfigError: for micro-batches of other structure, and other tensors that differ in shape.
     """
-    first = micros[0]
-    if isinstance(first, Mapping):
-        return {key: _joined(str(key), [micro[key] for micro in micros]) for key in first}
-    if isinstance(first, tuple | list):
-        return type(first)(_joined(str(i), [micro[i] for micro in micros]) for i in range(len(first)))
     return _joined("the micro-batch", micros)
 
 
@@ -118,19 +116,32 @@ def combined_weights(objective: SupportsObjective, micros: Sequence[Any]) -> dic
 
 
 def cast(micro: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A micro-batch on a device with its floating-point tensors in a dtype."""
-    if isinstance(micro, Tensor):
-        return micro.to(device, dtype if micro.is_floating_point() else micro.dtype)
-    if isinstance(micro, Mapping):
-        return {key: cast(value, device, dtype) for key, value in micro.items()}
-    if isinstance(micro, tuple | list):
-        return type(micro)(cast(value, device, dtype) for value in micro)
-    return micro
+    """Move a micro-batch to a device, with the floating-point tensors that can be seen in it in a dtype."""
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(dtype) if leaf.is_floating_point() else leaf
+        made = copy.copy(leaf)
+        vars(made).update({name: mapped(value, change, is_leaf) for name, value in vars(leaf).items()})
+        return made
+
+    def is_leaf(value: Any) -> bool:
+        own = parts(value) is None and moves_itself(value) and hasattr(value, "__dict__")
+        return isinstance(value, Tensor) or own
+
+    return mapped(to_device(micro, device), change, is_leaf)
 
 
 def _joined(name: str, values: Sequence[Any]) -> Any:
+    if name != "the micro-batch" and isinstance(values[0], list):
+        opened = None  # its items may be samples
+    else:
+        opened = [None if isinstance(v, tuple | list) and moves_itself(v) else parts(v) for v in values]
+    kinds = {type(value) for value in values}
+    if opened is not None and None not in opened and len(kinds) == 1:
+        return _together(name, values[0], [part for part in opened if part is not None])
     if not all(isinstance(value, Tensor) and value.ndim for value in values):
-        if all(not isinstance(value, Tensor) and value == values[0] for value in values):
+        if next(tensors_in(list(values)), None) is None and all(value == values[0] for value in values):
             return values[0]
         raise ConfigError(_advice(f"'{name}' is {type(values[0]).__name__}, and differs between micro-batches"))
     shapes = {tuple(value.shape[1:]) for value in values}
@@ -140,6 +151,19 @@ def _joined(name: str, values: Sequence[Any]) -> Any:
         raise ConfigError(_advice(f"'{name}' has the shapes {sorted(shapes)} in different micro-batches"))
     width = max(value.shape[1] for value in values)
     return torch.cat([nn.functional.pad(v, (0, width - v.shape[1]), value=PADDING[name]) for v in values])
+
+
+def _together(name: str, first: Any, opened: Sequence[Parts]) -> Any:
+    """Join containers of one class, each of their parts for itself."""
+    if any(one.keys() != other.keys() for those in opened for one, other in zip(those, opened[0], strict=True)):
+        raise ConfigError(_advice(f"'{name}' holds other names in different micro-batches"))
+    items = {key: _joined(str(key), [those.items[key] for those in opened]) for key in opened[0].items}
+    attributes = {}
+    for key, value in opened[0].attributes.items():
+        # What a class keeps for itself belongs to no sample, unless it holds the tensors.
+        own = key.startswith("_") and next(tensors_in(value), None) is None
+        attributes[key] = value if own else _joined(key, [those.attributes[key] for those in opened])
+    return rebuilt(first, Parts(items, attributes))
 
 
 def _advice(reason: str) -> str:

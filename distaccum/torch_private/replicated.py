@@ -87,8 +87,12 @@ def ddp_unreduced(model: DistributedDataParallel) -> list[int] | None:
 
 def reset_ddp(model: DistributedDataParallel) -> None:
     """Give a DDP module a new reducer. One whose backward was interrupted refuses the next forward for good."""
-    group, device_ids = model.process_group, model.device_ids
-    state = model.__getstate__()
     del model.reducer  # its hooks on the parameters go with it
-    model.__setstate__(state)
-    model.process_group, model.device_ids = group, device_ids
+    # As DDP's own __setstate__ does it, which serves the default process group only.
+    parameters, sparse = model._build_params_for_reducer()
+    names = model._build_debug_param_to_name_mapping(parameters)
+    model._ddp_init_helper(parameters, sparse, names, model.static_graph)
+    if model.static_graph:
+        model.reducer._set_static_graph()
+        assert model.logger is not None
+        model.logger._set_static_graph()
