@@ -153,7 +153,7 @@ MISTAKES: dict[str, Callable[[Case], bool]] = {
     "generator_as_window": lambda case: True,
     "list_of_optimizers": lambda case: True,
     "plateau_scheduler": lambda case: not case.has("group_added"),
-    "lbfgs": lambda case: True,
+    "lbfgs": lambda case: case.scheduler != "one_cycle" and not case.has("group_added"),
     "one_cycle_past_its_end": lambda case: case.mask != "hollow_window" and not case.has("group_added"),
     "denominator_none": lambda case: True,
     "denominator_nan": lambda case: True,
