@@ -19,6 +19,8 @@ from distaccum.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import Shared, World
 
+UNKNOWN, REFUSED = -1, -2  # instead of a number of micro-batches: not read yet; cannot be counted
+
 
 class Request(Flag):
     """What a rank asks of all. Every rank learns it at the same boundary, whoever asked."""
@@ -77,24 +79,32 @@ class Agreement:
         self.requested = Request.none  # by any rank, in the rows that were read last
         self.padding: Any = None  # a micro-batch to compute with weight 0 where this rank has none
         self.asked = 0  # rows that were shared so far
+        self._complaint = "Its own error says why."  # or why this rank cannot count a window
+        self._obstacle = ""  # why a window is not announced
 
     def meet(self, window: MicroBatches) -> None:
         """Before the first window: agree on the objective's terms too, and lend a micro-batch to ranks that have none.
 
         Raises:
-            ConfigError: on all ranks, when their objectives have different terms.
+            ConfigError: on all ranks, when their objectives have different terms, or one cannot count its window.
         """
         if self.terms is not None:
             return
         first = window.peek()
-        own = None if first is None else list(weights_of(self._objective, first))
-        told = self._world.gather_objects((own, self._totals(window, own or [])))
-        having = [rank for rank, (terms, _) in enumerate(told) if terms is not None]
+        try:
+            own = None if first is None else list(weights_of(self._objective, first))
+            row = (own, self._totals(window, own or []), "")
+        except ConfigError as error:
+            row = (None, (REFUSED, []), str(error))
+        told = self._world.gather_objects(row)
+        if refusing := [(rank, why) for rank, (_, _, why) in enumerate(told) if why]:
+            raise ConfigError(_uncounted(*refusing[0]))
+        having = [rank for rank, (terms, _, _) in enumerate(told) if terms is not None]
         terms = (told[having[0]][0] if having else None) or []
         if any(told[rank][0] != terms for rank in having):
             named = {rank: told[rank][0] for rank in having}
             raise ConfigError(f"Ranks have objectives with different terms: {named}. Use one objective on all ranks.")
-        rows = [[float(count), *(totals or [0.0] * len(terms))] for _, (count, totals) in told]
+        rows = [[float(count), *(totals or [0.0] * len(terms))] for _, (count, totals), _ in told]
         if having:
             self.terms = terms
             lent = self._world.lend(first, having[0]) if len(having) < self._world.size else None
@@ -107,18 +117,15 @@ class Agreement:
         From now on the windows of the same source ask here before they are handed out.
 
         Raises:
-            ConfigError: where other ranks are not at the beginning of a window.
+            ConfigError: on all ranks, where one cannot count its micro-batches; where other ranks are not at the
+                beginning of a window.
         """
         if window.source is not None:
             window.source.announcer = self
         if self._announced is None or self._announced[0] is not window:
             self._read(self.ask(window, asks=False))  # what a rank asks of all is told at the end of the window
         if self._announced is None or self._announced[0] is not window:
-            raise ConfigError(
-                f"Rank {self._world.rank} is at the beginning of a window, and other ranks are at the end of one. "
-                "Every rank must iterate over the windows of an epoch and pass the same ones to Accumulator.step; to "
-                "look at a micro-batch on one rank, read it from the loader."
-            )
+            raise ConfigError(self._obstacle)
         return self._announced[1]
 
     def skip(self, upcoming: MicroBatches | None) -> None:
@@ -143,7 +150,10 @@ class Agreement:
         """
         self.asked += 1
         terms = self.terms or []
-        count, totals = self._totals(upcoming, terms)
+        try:
+            count, totals = self._totals(upcoming, terms)
+        except ConfigError as error:  # all ranks refuse the window together, when it begins
+            self._complaint, count, totals = str(error), REFUSED, [0.0] * len(terms)
         request = self.asking.request() if asks and self.asking is not None else Request.none
         known, measured = [float(count), *totals, float(request.value)], []
         if norm_share is None:
@@ -206,7 +216,14 @@ class Agreement:
     def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
         counts = [int(row[0]) for row in rows]
         if min(counts) < 0:
-            return  # some rank does not know it yet
+            self._obstacle = (
+                _uncounted(counts.index(REFUSED), self._complaint)
+                if REFUSED in counts
+                else f"Rank {self._world.rank} is at the beginning of a window, and other ranks are at the end of one. "
+                "Every rank must iterate over the windows of an epoch and pass the same ones to Accumulator.step; to "
+                "look at a micro-batch on one rank, read it from the loader."
+            )
+            return
         if window.source is not None and window.source.whole and min(counts) == 0:
             counts, rows = [0], []  # it is dropped on all ranks
         weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
@@ -214,11 +231,22 @@ class Agreement:
         self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))
 
     def _totals(self, window: MicroBatches | None, terms: list[str]) -> tuple[int, list[float]]:
-        """This rank's number of micros in a window and their weights by term; -1 of a window that it does not know."""
+        """This rank's number of micros in a window and their weights by term.
+
+        Raises:
+            ConfigError: for counts that are no numbers, and for terms that come and go.
+        """
         if window is None:
-            return -1, [0.0] * len(terms)
+            return UNKNOWN, [0.0] * len(terms)
         if window.weights is not None:
             weights = [checked_weights(weight) for weight in window.weights]
         else:
             weights = [weights_of(self._objective, micro) for micro in window]
+        strange = [list(weight) for weight in weights if weight.keys() != set(terms)]
+        if strange and terms:
+            raise ConfigError(f"The objective's weight has the terms {terms}, and {strange[0]} in another micro-batch.")
         return len(window), [math.fsum(weight[name] for weight in weights) for name in terms]
+
+
+def _uncounted(rank: int, why: str) -> str:
+    return f"The micro-batches of rank {rank} cannot be counted. {why}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -52,24 +52,10 @@ class DDP(Strategy):
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip
 
-    @contextmanager
-    def micro(self, *, first: bool, last: bool) -> Iterator[None]:
-        """Let DDP synchronise with the boundary only. It reads the flag in its forward.
-
-        Raises:
-            ConfigError: for a forward past DDP, which then would not reduce.
-        """
+    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Let DDP synchronise with the boundary only, where a forward past DDP is refused. It reads the flag there."""
         self._windows_begun += first
-        try:
-            with torch_private.ddp_synchronises(self.model, self.sums is None and self._synced(first, last)):
-                yield
-        except torch_private.PassedBy:
-            raise ConfigError(
-                "The objective did not compute the last micro-batch through the DistributedDataParallel module, so its "
-                "gradients would stay on this rank. Call the model that the objective is given, with gradients, as "
-                "model(...): not model.module(...) or a method of model.module. For a loss inside of the model, put it "
-                "into forward()."
-            ) from None
+        return torch_private.ddp_synchronises(self.model, self.sums is None and self._synced(first, last))
 
     def owned(self) -> list[nn.Parameter] | None:
         """List what DDP's reducer was made for: parameters thawed or added since are not among them."""

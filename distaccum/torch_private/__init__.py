@@ -9,7 +9,6 @@ from distaccum.torch_private.groups import silence as silence
 from distaccum.torch_private.groups import silent_group as silent_group
 from distaccum.torch_private.modules import composed as composed
 from distaccum.torch_private.modules import seen_through as seen_through
-from distaccum.torch_private.replicated import PassedBy as PassedBy
 from distaccum.torch_private.replicated import ddp_buckets as ddp_buckets
 from distaccum.torch_private.replicated import ddp_obstacle as ddp_obstacle
 from distaccum.torch_private.replicated import ddp_parameters as ddp_parameters

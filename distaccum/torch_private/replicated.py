@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distaccum.errors import ConfigError
+
 
 def ddp_obstacle(model: DistributedDataParallel) -> str | None:
     """Why this DDP module cannot accumulate, or None. The constructor's arguments are kept in private attributes."""
@@ -31,10 +33,6 @@ def ddp_buckets(model: DistributedDataParallel) -> int:
     data = model._get_ddp_logging_data()
     sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
     return len([size for size in str(sizes).split(",") if size.strip()])
-
-
-class PassedBy(Exception):  # noqa: N818 - never seen by users
-    """A forward did not go through the DistributedDataParallel module."""
 
 
 class _Unchanged(TorchDispatchMode):
@@ -60,7 +58,7 @@ def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iter
     """Decide whether forwards inside prepare the reduction, whatever `no_sync()` around them says.
 
     Raises:
-        PassedBy: on leaving, when it was to synchronise and the last forward did not go through DDP with gradients.
+        ConfigError: on leaving, when it was to synchronise and the last forward went past DDP.
     """
     flag = model.require_backward_grad_sync
     model.require_backward_grad_sync = synchronised
@@ -69,7 +67,12 @@ def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iter
     try:
         yield
         if synchronised and model.require_forward_param_sync is not True:
-            raise PassedBy
+            raise ConfigError(
+                "The objective did not compute the last micro-batch through the DistributedDataParallel module, so its "
+                "gradients would stay on this rank. Call the model that the objective is given, with gradients, as "
+                "model(...): not model.module(...) or a method of model.module. For a loss inside of the model, put it "
+                "into forward()."
+            )
     finally:
         model.require_backward_grad_sync = flag
         model.require_forward_param_sync = bool(model.require_forward_param_sync)

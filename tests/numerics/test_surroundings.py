@@ -450,3 +450,31 @@ def test_a_first_error_is_not_hidden_by_the_clean_up(monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyError, match="the first") as caught:
         accumulator.step([column(1.0)])
     assert "Clearing the window failed too" in caught.value.__notes__[0]
+
+
+def one_rank_cannot_count(when: str) -> str:
+    """A denominator that is no number on rank 1 only, in the first window or a later one, read ahead or not."""
+    model = DistributedDataParallel(linear())
+    calls = [0]
+
+    def weight(x: Tensor) -> float:
+        calls[0] += 1
+        late = when == "first" or calls[0] > 2
+        return float("nan") if dist.get_rank() == 1 and late else len(x)
+
+    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, weight), check_cut=False)
+    micros = [column(2.0)] * 4
+    loader: Any = (micro for micro in micros) if when == "streamed" else micros
+
+    def train() -> None:
+        for window in da.windows(loader, num_micros=1):
+            accumulator.step(window)
+
+    return f"{refusal(train)} {accumulator.steps} {value(model)}"
+
+
+@pytest.mark.parametrize(("when", "steps"), [("first", 0), ("later", 1), ("streamed", 1)])
+def test_a_denominator_that_is_no_number_on_one_rank(two_ranks: World, when: str, steps: int) -> None:
+    for text in two_ranks.run(one_rank_cannot_count, when):
+        assert "The micro-batches of rank 1 cannot be counted" in text
+        assert text.endswith(f" {steps} {-2.0 * steps + 0.0}"), text
