@@ -4,7 +4,7 @@ from .agreement import Request as Request
 from .arguments import CarriedOver as CarriedOver
 from .arguments import from_training_arguments as from_training_arguments
 from .data.window import MicroBatches as MicroBatches
-from .data.window import windows as windows
+from .data.windows import windows as windows
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DistaccumError as DistaccumError
@@ -12,6 +12,7 @@ from .errors import DivergenceError as DivergenceError
 from .errors import LedgerError as LedgerError
 from .errors import OutOfMemoryError as OutOfMemoryError
 from .errors import ProofError as ProofError
+from .errors import StateWarning as StateWarning
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
 from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM

@@ -51,7 +51,8 @@ class Outcome:
 
     sums: list[float]  # the loss sums by term, over all micros and ranks
     grad_norm: float  # L2, of the complete gradient
-    trouble: str | None  # what is not finite, and where; None if all is
+    trouble: str | None = None  # what is not finite, and where; None if all is
+    loss_finite: bool = True  # where it is, what is not finite may be the loss scale's fault
 
 
 @dataclass(frozen=True)
@@ -101,24 +102,49 @@ class Agreement:
         self._announce(window, rows)
 
     def on(self, window: MicroBatches) -> Announced:
-        """The numbers of this window: asked for one window ago, or now where nobody could know it then."""
+        """The numbers of this window: asked for one window ago, or now where some rank could not know it then.
+
+        From now on the windows of the same source ask here before they are handed out.
+
+        Raises:
+            ConfigError: where other ranks are not at the beginning of a window.
+        """
+        if window.source is not None:
+            window.source.announcer = self
         if self._announced is None or self._announced[0] is not window:
-            self._read(self.ask(window))
-        assert self._announced is not None
+            self._read(self.ask(window, asks=False))  # what a rank asks of all is told at the end of the window
+        if self._announced is None or self._announced[0] is not window:
+            raise ConfigError(
+                f"Rank {self._world.rank} is at the beginning of a window, and other ranks are at the end of one. "
+                "Every rank must iterate over the windows of an epoch and pass the same ones to Accumulator.step; to "
+                "look at a micro-batch on one rank, read it from the loader."
+            )
         return self._announced[1]
 
-    def ask(self, upcoming: MicroBatches | None, sums: Tensor | None = None, norm_share: Tensor | None = None) -> Asked:
+    def skip(self, upcoming: MicroBatches | None) -> None:
+        """Tell the row of a window of which nothing is computed."""
+        self._read(self.ask(upcoming))
+
+    def ask(
+        self,
+        upcoming: MicroBatches | None,
+        sums: Tensor | None = None,
+        norm_share: Tensor | None = None,
+        *,
+        asks: bool = True,
+    ) -> Asked:
         """Start to tell this rank's row; returns at once.
 
         Args:
-            upcoming: the next window, or None where it is not known yet (then it is not on any rank).
+            upcoming: the next window, or None where this rank does not know it yet (then it is announced later).
             sums: [micros, terms] float64, this rank's loss sums of the current window.
             norm_share: [] float64, this rank's share of the squared gradient norm, where gradients are sharded.
+            asks: whether to read what this rank asks of all.
         """
         self.asked += 1
         terms = self.terms or []
         count, totals = self._totals(upcoming, terms)
-        request = self.asking.request() if self.asking is not None else Request.none
+        request = self.asking.request() if asks and self.asking is not None else Request.none
         known, measured = [float(count), *totals, float(request.value)], []
         if norm_share is None:
             known.append(0.0)
@@ -151,7 +177,7 @@ class Agreement:
         if broken:
             rank, micro = broken[0], int(rows[broken[0]][-1])
             trouble = f"loss not finite on rank {rank}, its micro {micro} (global {micro * len(rows) + rank})"
-        return Outcome(sums, grad_norm, trouble)
+        return Outcome(sums, grad_norm, trouble, loss_finite=not broken)
 
     def shortage(self, short: bool) -> list[int]:
         """The ranks that ran out of memory in the current window, in one more row. Call it on every rank."""
@@ -178,15 +204,19 @@ class Agreement:
         return rows, own
 
     def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
-        weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
         counts = [int(row[0]) for row in rows]
+        if min(counts) < 0:
+            return  # some rank does not know it yet
+        if window.source is not None and window.source.whole and min(counts) == 0:
+            counts, rows = [0], []  # it is dropped on all ranks
+        weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
         window.rounds = max(counts)
         self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))
 
     def _totals(self, window: MicroBatches | None, terms: list[str]) -> tuple[int, list[float]]:
-        """This rank's number of micros in a window and their weights by term."""
+        """This rank's number of micros in a window and their weights by term; -1 of a window that it does not know."""
         if window is None:
-            return 0, [0.0] * len(terms)
+            return -1, [0.0] * len(terms)
         if window.weights is not None:
             weights = [checked_weights(weight) for weight in window.weights]
         else:

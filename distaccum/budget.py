@@ -75,8 +75,8 @@ class Budget:
                 ) from None
 
     @contextmanager
-    def step(self, plan: Plan, window: Window, world_size: int) -> Iterator[None]:
-        """Enter around each step.
+    def step(self, number: int, plan: Plan, window: Window, world_size: int) -> Iterator[None]:
+        """Enter around each step, whose number is for messages.
 
         Raises:
             OutOfMemoryError: on this rank, where memory ran out and it was not agreed on.
@@ -91,7 +91,7 @@ class Budget:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(self._letter(_line(error), plan, window, world_size)) from None
+                raise OutOfMemoryError(self._letter(_line(error), number, plan, window, world_size)) from None
         self._steps += 1
         if len(self._seconds) < TIMED_STEPS and self._steps > MEASURED_STEPS:
             self._seconds.append(time.perf_counter() - began)
@@ -109,9 +109,9 @@ class Budget:
             texts.append(f"a step {predicted.step_s:.3g} s predicted, {measured_s:.3g} s measured")
         return ["plan: " + "; ".join(texts)]
 
-    def _letter(self, line: str, plan: Plan, window: Window, world_size: int) -> str:
+    def _letter(self, line: str, number: int, plan: Plan, window: Window, world_size: int) -> str:
         micro, peak = window.micro_size, size(self._meter.peak_bytes)
-        text = f"Step {window.step + 1} ran out of memory in micro-batches of {micro} sample(s), peak {peak}: {line}"
+        text = f"Step {number} ran out of memory in micro-batches of {micro} sample(s), peak {peak}: {line}"
         if micro == 1:
             return f"{text} One sample cannot be halved: {REMEDIES}."
         smaller = solve(world_size, plan.largest_batch, -(-micro // 2))

@@ -24,15 +24,16 @@ from distaccum.errors import ConfigError
 from distaccum.heldout import Heldout
 from distaccum.launch import Job
 from distaccum.memory import Meter
-from distaccum.optim import LRSchedule, ScheduleUnit
+from distaccum.optim import MOST_WARMUP_STEPS, LRSchedule, ScheduleUnit, with_warmup
 from distaccum.parallel.world import World
 from distaccum.plan import Plan
 from distaccum.planning.auto import machine_of, predicted, settled
 from distaccum.planning.footprint import overlap_limit
 from distaccum.preempt import Preemption
 from distaccum.problem import Problem, in_precision, make_problem
+from distaccum.progress import Rhythm
 from distaccum.report import Report, make_report
-from distaccum.trainer import Rhythm, Trainer
+from distaccum.trainer import Trainer
 from distaccum.wrap import StrategyName
 
 
@@ -72,7 +73,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     schedule = schedule_of(config, problem, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(problem.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
-    facts = resume.facts_of(config, job.config, problem, plan, world)
+    facts = resume.facts_of(config, job.config, problem, plan, schedule.warmup, world)
     with budget.building():
         progress = None if found is None else resume.load(found, accumulator, facts, steps)
     # Only now, as a start that is refused must leave everything as it was.
@@ -86,15 +87,15 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     report, baseline = None, problem.baseline(evaluated)
     if world.rank == 0:
         begun = (job.run_dir / "metrics.jsonl").exists()
-        sections, told = summary.start_block(config, problem, arithmetic, plan, steps, accumulator, baseline)
+        sections, told = summary.start_block(config, problem, arithmetic, plan, steps, schedule, accumulator, baseline)
         report = make_report(job.run_dir, config.logger, {**asdict(config), **told})
         report.start(sections, told)
         for text in [*micro_told, *removed, *(found.passed_over if found is not None else ())]:
             report.note(text)
         if found is not None and progress is not None:
-            report.resume(progress.step, list(resume.told(found, facts, progress)))
+            report.resume(progress.step, progress.windows, list(resume.told(found, facts, progress)))
         elif begun:
-            report.resume(0, ["begins anew: an earlier start has left no checkpoint"])
+            report.resume(0, 0, ["begins anew: an earlier start has left no checkpoint"])
         try:
             budget.predicted = predicted(config, problem, world.size, machine)
         except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot
@@ -140,17 +141,25 @@ def num_steps(config: Config, plan: Plan) -> int:
 
 def schedule_of(config: Config, problem: Problem, plan: Plan, optimizer: Optimizer, steps: int) -> LRSchedule:
     """The learning rate along the training."""
-    unit, scale = config.optim.schedule.unit, config.optim.scale
-    total = steps if unit is ScheduleUnit.steps else plan.start_of(steps)
-    if unit is ScheduleUnit.tokens:
-        if problem.tokens_per_sample is None and config.optim.schedule.total is None:
-            raise ConfigError(
-                "optim.schedule.unit=tokens cannot tell where the training ends, as samples differ in length. Give "
-                "optim.schedule.total in tokens, or use unit=steps or samples."
-            )
-        total *= problem.tokens_per_sample or 1
+    schedule, scale = config.optim.schedule, config.optim.scale
+    total = schedule_position(schedule.unit, problem, plan, steps)
+    if total is None and schedule.total is None:
+        raise ConfigError(
+            "optim.schedule.unit=tokens cannot tell where the training ends, as samples differ in length. Give "
+            "optim.schedule.total in tokens, or use unit=steps or samples."
+        )
+    tenth = schedule_position(schedule.unit, problem, plan, min(MOST_WARMUP_STEPS, steps // 10))
     scale = replace(scale, base_batch=plan.effective_batch if scale.base_batch is None else scale.base_batch)
-    return LRSchedule(optimizer, config.optim.schedule, total, scale)
+    return LRSchedule(optimizer, with_warmup(schedule, total, tenth), total, scale)
+
+
+def schedule_position(unit: ScheduleUnit, problem: Problem, plan: Plan, step: int) -> int | None:
+    """Where a training stands before a step, in the unit of its schedule; None for tokens of unknown number."""
+    if unit is ScheduleUnit.steps:
+        return step
+    if unit is ScheduleUnit.samples:
+        return plan.start_of(step)
+    return None if problem.tokens_per_sample is None else plan.consumed(step) * problem.tokens_per_sample
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Device(Enum):
 
 @dataclass
 class AccumConfig:
-    """How micro-batches make an effective batch, see plan.solve."""
+    """How micro-batches make an effective batch, see batch_arithmetic.solve."""
 
     effective_batch: int | None
     effective_tokens: int | None
@@ -182,6 +182,11 @@ def typed(composed: dict[str, Any]) -> Config:
     micro = config.accum.micro
     if micro not in (None, "auto") and (isinstance(micro, bool) or not isinstance(micro, int)):
         raise ConfigError(f"accum.micro is {micro!r}; give a number of samples, auto for the most that fit, or null.")
+    warmup = config.optim.schedule.warmup
+    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int)):
+        raise ConfigError(
+            f"optim.schedule.warmup is {warmup!r}; give a whole number of optim.schedule.unit, 0 for none, or auto."
+        )
     if not 0 <= config.limits.margin < 1:
         raise ConfigError(f"limits.margin is {config.limits.margin}; it is a share of the memory, from 0 on below 1.")
     _ = config.limits.memory_bytes  # refused here where it is no amount

@@ -37,6 +37,10 @@ class ProofError(DistaccumError, AssertionError):
 E = TypeVar("E", bound=Enum)
 
 
+class StateWarning(UserWarning):
+    """Something is accepted that one would rather know of. Python's warning filters silence it."""
+
+
 def choice(kind: type[E], value: E | str, name: str) -> E:
     """The member of an Enum that a user named.
 

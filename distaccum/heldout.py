@@ -30,24 +30,23 @@ def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
     """
     world, window, objective = strategy.world, heldout.plan.window(), heldout.objective
     own = window.deal(world.rank, world.size)
-    terms: list[str] = []
-    totals: torch.Tensor | None = None  # [2, terms] float64: sums and weights
+    (padding,) = window.deal(0, window.num_micros)  # what a rank computes that has fewer, and counts in nothing
+    weights: dict[str, float] = {}
+    totals: torch.Tensor | None = None  # [terms] float64, on the device until the end: the host does not wait for it
     with strategy.evaluating() as model:
-        for index in range(len(window.deal(0, world.size))):
+        for index in range(-(-window.num_micros // world.size)):
             counts = index < len(own)
-            micro = own[index] if counts else window.micros[0]
+            micro = own[index] if counts else padding
             batch = heldout.dataset.batch(heldout.plan.samples(micro), torch.Generator())
-            weights = weights_of(objective, batch)
-            terms = list(weights)
-            sums = sums_of(objective, model, to_device(batch, world.device), terms)
-            pair = torch.stack(
-                [torch.stack([s.double() for s in sums]).cpu(), torch.tensor([*weights.values()], dtype=torch.float64)]
-            )
+            weighed = weights_of(objective, batch)
+            sums_by_term = sums_of(objective, model, to_device(batch, world.device), [*weighed])
+            sums = torch.stack([value.double() for value in sums_by_term])
             if not counts:
-                pair.zero_()
-            totals = pair if totals is None else totals + pair
+                sums, weighed = torch.zeros_like(sums), dict.fromkeys(weighed, 0.0)
+            totals = sums if totals is None else totals + sums
+            weights = {term: weights.get(term, 0.0) + weight for term, weight in weighed.items()}
     assert totals is not None
-    rows, _ = world.share(totals.flatten().tolist()).read()
-    summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(terms))]
-    pairs = zip(terms, summed[: len(terms)], summed[len(terms) :], strict=True)
-    return {term: value / weight for term, value, weight in pairs if weight > 0}
+    rows, _ = world.share([*weights.values()], [totals]).read()
+    summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(weights))]
+    pairs = zip(weights, summed[: len(weights)], summed[len(weights) :], strict=True)
+    return {term: value / weight for term, weight, value in pairs if weight > 0}

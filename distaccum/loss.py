@@ -56,11 +56,15 @@ def checked_weights(weight: Weight) -> dict[str, float]:
     terms = weight if isinstance(weight, Mapping) else {SINGLE_TERM: weight}
     checked = {}
     for name, value in terms.items():
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan
         if not math.isfinite(number) or number < 0:
             raise ConfigError(
-                f"The objective's weight for '{name}' is {number}. It says how much was counted in a micro-batch "
-                "(tokens, samples) and must be finite and not negative: return a count such as (labels != -100).sum()."
+                f"The objective's weight for '{name}' is {_shown(value)}. It says how much was counted in a "
+                "micro-batch (tokens, samples) and must be finite and not negative: return a count such as (labels != "
+                "-100).sum()."
             )
         checked[name] = number
     return checked
@@ -83,10 +87,18 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
     has_graph = not torch.is_grad_enabled()
     for name, value in sums.items():
         if not isinstance(value, Tensor) or value.ndim:
-            got = f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            logs = " Return the sum alone: how much was counted is weight's to say, and what is logged is the caller's."
             raise ConfigError(
-                f"The objective's loss_sum for '{name}' is of {got}. It must be one number, the sum over everything "
-                "counted in the micro-batch: use reduction='sum', or end with .sum()."
+                f"The objective's loss_sum for '{name}' is {_shown(value)}. It must be one number, the sum over "
+                "everything counted in the micro-batch: use reduction='sum', or end with .sum()."
+                f"{logs if isinstance(value, tuple) else ''}"
+            )
+        if value.itemsize < 4:
+            # What is divided by is rounded to the dtype of the sum, and so is the whole gradient.
+            raise ConfigError(
+                f"The objective's loss_sum for '{name}' is in {value.dtype}, where the division by its count is off by "
+                "up to 4e-3, and with it each gradient. Sum in float32: losses.float().sum(), or give logits.float() "
+                "to the loss."
             )
         has_graph = has_graph or value.requires_grad
     if not has_graph:
@@ -95,6 +107,14 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
             "Compute it from the model's output, without .item() or torch.no_grad()."
         )
     return [sums[name] for name in terms]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Tensor) and value.ndim:
+        return f"a tensor of shape {list(value.shape)}"
+    return (
+        repr(value) if value is None or isinstance(value, int | float | str | Tensor) else f"a {type(value).__name__}"
+    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,12 +61,15 @@ class Tracker(TorchDispatchMode):
             weightless: whether those without memory count, and those only. DTensor asks such tensors for shapes, which
                 must not be taken for real ones.
         """
+        from torch.distributed.tensor import DTensor  # half a second, which a program that tracks nothing need not wait
+
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.kind = kind
         self.weightless = weightless
         self.live = 0  # bytes now
         self.peak = 0  # the most since the beginning, or since `reset_peak`
+        self._sharded = DTensor
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._resizes: AbstractContextManager[None] = nullcontext()
@@ -99,7 +101,7 @@ class Tracker(TorchDispatchMode):
             self._add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if any(issubclass(kind, self._sharded) for kind in types):
             return NotImplemented  # it calls the operators of its local tensors, which come here
         results = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(results):
@@ -108,7 +110,7 @@ class Tracker(TorchDispatchMode):
         return results
 
     def _add(self, tensor: Tensor) -> None:
-        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.to_local() if isinstance(tensor, self._sharded) else tensor
         if tensor.device.type != self.kind:
             return
         storage = tensor.untyped_storage()

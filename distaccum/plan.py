@@ -6,9 +6,11 @@ world size decides nothing but who computes which micro.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from distaccum.batch_arithmetic import require_positive
 from distaccum.batch_schedule import FOREVER, BatchSchedule
@@ -28,7 +30,7 @@ class LastWindow(Enum):
 class Micro:
     """What one rank sends through one forward and backward: consecutive samples of the shuffled stream."""
 
-    step: int  # the window's step, from 0
+    step: int  # the window's number, from 0
     number: int  # global within the window, from 0: the same whatever the world size
     start: int  # position in the training's stream of samples (all epochs)
     size: int  # samples, at least 1
@@ -38,7 +40,7 @@ class Micro:
 class Window:
     """All micros, over all ranks, that make one optimizer step."""
 
-    step: int  # from 0
+    step: int  # its number, from 0: that of the step it makes, where no window before it was skipped
     epoch: int  # the epoch of its first sample, from 0
     start: int  # position of its first sample in the stream; with `step`, all that a resumed run has to know
     size: int  # samples
@@ -49,15 +51,23 @@ class Window:
     @property
     def micros(self) -> tuple[Micro, ...]:
         """All micros in the order of their global numbers; their sizes differ by one sample at most."""
-        micros, start = [], self.start
-        for number, size in enumerate(_spread(self.size, _ceil(self.size, self.micro_size))):
-            micros.append(Micro(self.step, number, start, size))
-            start += size
-        return tuple(micros)
+        return self.deal(0, 1)
+
+    @property
+    def num_micros(self) -> int:
+        """How many there are over all ranks."""
+        return _ceil(self.size, self.micro_size)
 
     def deal(self, rank: int, world_size: int) -> tuple[Micro, ...]:
-        """The micros that one rank computes. Counts of two ranks differ by one at most; some may have none."""
-        return self.micros[rank::world_size]
+        """The micros that one rank computes. Counts of two ranks differ by one at most; some may have none.
+
+        The work grows with this rank's micros only, not with the ranks.
+        """
+        return tuple(self._micro(number) for number in range(rank, self.num_micros, world_size))
+
+    def _micro(self, number: int) -> Micro:
+        size, larger = divmod(self.size, self.num_micros)  # the first `larger` ones have a sample more
+        return Micro(self.step, number, self.start + number * size + min(number, larger), size + (number < larger))
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,11 @@ class Plan:
         """
         return self._last(step=step).start
 
+    def consumed(self, step: int) -> int:
+        """Samples in all windows before this one: `start_of`, without what `drop` left out."""
+        visited = self._visited(step=step)
+        return sum(next_.start - window.next_start + window.size for window, next_ in pairwise(visited))
+
     def window(self, step: int = 0, start: int = 0) -> Window:
         """The window that starts at a position of the stream.
 
@@ -174,7 +189,12 @@ class Plan:
 
     def _last(self, step: int = FOREVER, before: int = FOREVER) -> Window:
         """The last window that has at most this number and starts before this position."""
+        return deque(self._visited(step, before), maxlen=1)[0]
+
+    def _visited(self, step: int = FOREVER, before: int = FOREVER) -> Iterator[Window]:
+        """The windows on the way to `_last`, that one included. Those leapt over lie side by side, none is dropped."""
         window = self.window()
+        yield window
         while window.step < step and window.next_start < before:
             start, batch = window.start, window.effective_batch
             alike = self.schedule.alike(window.step, start, self.micro_size) if self.schedule else FOREVER
@@ -186,14 +206,8 @@ class Plan:
                 window = self.window(window.step + leap, start + leap * batch)
             else:
                 window = self.window(window.step + 1, window.next_start)
-        return window
+            yield window
 
 
 def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)
-
-
-def _spread(total: int, parts: int) -> list[int]:
-    """`total` in `parts` numbers that differ by one at most, the larger ones first."""
-    size, larger = divmod(total, parts)
-    return [size + 1] * larger + [size] * (parts - larger)

@@ -17,9 +17,9 @@ from distaccum.errors import CheckpointError, ConfigError
 from distaccum.parallel.world import World
 from distaccum.plan import Plan
 from distaccum.problem import Problem
+from distaccum.progress import Progress
 from distaccum.report.plain import to_plain
 from distaccum.step import Accumulator
-from distaccum.trainer import Progress
 from distaccum.version import __version__
 
 # What may differ between two starts of a run without a word: it does not change what is learned.
@@ -60,12 +60,13 @@ def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) 
 
 
 def facts_of(
-    config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, world: World
+    config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, warmup: int, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
     facts = {
         "identity": _identity(config, problem, plan),
         "micro_size": plan.micro_size,
+        "warmup": warmup,
         "config": composed,
         "world_size": world.size,
         "versions": {
@@ -125,16 +126,25 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
             "manifest.json holds the configuration), or begin anew with another run_dir. To change the effective batch "
             "in the middle of a training use accum.schedule."
         )
-    progress = Progress(**checkpoint.facts["progress"])
-    if progress.step > steps:
+    progress = _progress(checkpoint.facts)
+    if progress.windows > steps:
         raise ConfigError(
-            f"{checkpoint.path} has {progress.step} steps already, and the training has {steps} (train.steps or "
+            f"{checkpoint.path} has {progress} already, and the training has {steps} (train.steps or "
             "train.epochs). Give more, or begin anew with another run_dir."
         )
     make_optimizer_state(model, optimizer, there, checkpoint.facts["optimizer"])
     checkpoint.load({**model_tensors(model), **optimizer_tensors(model, optimizer)})
     accumulator.load_state_dict(checkpoint.facts["accumulator"])
     return progress
+
+
+def _progress(facts: Mapping[str, Any]) -> Progress:
+    """Where the training stands. Checkpoints of older versions have windows only, under the name of steps."""
+    saved = dict(facts["progress"])
+    if "windows" not in saved:
+        step = int(facts["accumulator"]["steps"])
+        saved |= {"windows": saved["step"], "step": step, "evaluated_step": min(saved["evaluated_step"], step)}
+    return Progress(**saved)
 
 
 def told(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -> Iterator[str]:
@@ -144,13 +154,19 @@ def told(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -
     if before["world_size"] != now["world_size"]:
         ranks += f" then, {now['world_size']} now: micros are dealt anew, the effective batch is the same"
     yield f"continues after step {progress.step} from {checkpoint.path} ({ranks})"
-    then, here = (dict(_flat(each["config"])) for each in (before, now))
+    then, here = _settings(before), _settings(now)
     for key in sorted({*then, *here}):
         if not key.startswith(_UNSAID) and then.get(key) != here.get(key):
             yield f"other settings than before: {key} {then.get(key)} -> {here.get(key)}"
     for name, found in now["versions"].items():
         if before["versions"].get(name) != found:
             yield f"another version than before: {name} {before['versions'].get(name)} -> {found}"
+
+
+def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration key by key, with the warm-up that `auto` came to: of another length it is another one."""
+    settings = dict(_flat(facts["config"]))
+    return {**settings, "optim.schedule.warmup": facts.get("warmup", settings.get("optim.schedule.warmup"))}
 
 
 def _identity(config: Config, problem: Problem, plan: Plan) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distaccum.agreement import Agreement, Announced, Asking
+from distaccum.agreement import Agreement, Announced, Asking, Outcome
+from distaccum.checks import check_schedule_left, check_surroundings, check_window, move, own_optimizer, own_scheduler
 from distaccum.clock import mark
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError, choice
@@ -22,13 +23,16 @@ from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
 from distaccum.loss import Denominator, SupportsObjective
 from distaccum.nn.blocks import blocks_of
+from distaccum.ownership import Parameters, outside
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
 from distaccum.parallel.recognise import recognise
 from distaccum.record import StepRecord
 from distaccum.schedules import microbatch, shortage
 from distaccum.schedules.base import Forwards
+from distaccum.schedules.first_window import Moved, check_cut
 from distaccum.schedules.overlap import Overlap
+from distaccum.schedules.randomness import kept
 
 # What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
 # anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
@@ -65,6 +69,7 @@ class Accumulator:
         overlap_limit: int | None = None,
         blocks: Sequence[nn.Module] | None = None,
         agree_on_oom: bool = False,
+        check_cut: bool = True,
     ) -> None:
         """Recognise the model; nothing is wrapped, nothing is sent.
 
@@ -88,17 +93,20 @@ class Accumulator:
             blocks: along which they are computed, in the model's order; None: as `nn.blocks.blocks_of` finds them.
             agree_on_oom: where memory runs out in the micros of a window, on any rank, all ranks raise OutOfMemoryError
                 and stand as before it. Costs a small collective a window, and under DDP the overlap with the backward.
+            check_cut: whether the first micro-batch is also computed in two halves, so that a mean in the place of a
+                sum is refused. False: samples are meant to meet in the loss.
 
         Raises:
-            ConfigError: for a model, a policy or an option that cannot be served.
+            ConfigError: for a model, an optimizer, a scheduler, a policy or an option that cannot be served.
         """
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
-        self.strategy = recognise(model, sync, GradientDtypes(accum_dtype, reduce_dtype), apart=agree_on_oom)
-        self.optimizer = optimizer
+        self.optimizer = own_optimizer(optimizer)
+        dtypes = GradientDtypes(accum_dtype, reduce_dtype)
+        self.strategy = recognise(model, sync, dtypes, apart=agree_on_oom, others=outside(model, self.optimizer))
         self.objective = objective
         self.clip_norm = clip_norm
-        self.scheduler = scheduler
+        self.scheduler = own_scheduler(scheduler)
         self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
@@ -111,6 +119,9 @@ class Accumulator:
         blocks = blocks_of(self.strategy.evaluation_model) if blocks is None else blocks
         self.overlap = Overlap(self.strategy, overlap_micros, blocks, overlap_limit)
         self._settled = True  # whether the strategy is as it is after a window
+        self._check_cut = check_cut
+        self._moved: Moved | None = Moved(self.strategy.model)  # until the first window has been computed
+        self._parameters = Parameters(self.optimizer, self.strategy)
 
     def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
         """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
@@ -125,11 +136,17 @@ class Accumulator:
             OutOfMemoryError: on all ranks, with `agree_on_oom`; the window may be tried again in smaller micros.
             LedgerError: when an audited window sent something else than its forecast.
         """
-        window = window if isinstance(window, MicroBatches) else MicroBatches(list(window), len(window))
         agreement, strategy = self._agreement, self.strategy
+        check_surroundings(strategy.world.device)
+        check_schedule_left(self.scheduler)
+        window = window if isinstance(window, MicroBatches) else MicroBatches(check_window(window), len(window))
+        parameters = self._parameters.updated()
         agreement.asking = asking
-        with self._nothing_left_behind():
+        with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
             agreement.meet(window)
+            if self._check_cut and agreement.padding is not None:
+                check_cut(strategy, self.objective, agreement.padding)
+                self._check_cut = False
             self._settle()
             chosen = self.overlap.choose()
             asked_before = agreement.asked
@@ -137,9 +154,8 @@ class Accumulator:
                 announced = agreement.on(window)
                 if not announced.denominator.counts:
                     return self._skip(window, announced, chosen)
-                parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
                 if any(parameter.grad is not None for parameter in parameters):
-                    self.optimizer.zero_grad()  # what ran through this model before is not the window's
+                    self._parameters.clear()  # what ran through this model before is not the window's
                 forwards = self._forwards(window, announced, self.seed)
                 if self.agree_on_oom:  # all of it, the last backward too
                     last_backward = shortage.run(strategy, agreement, forwards, self.overlap.run)
@@ -151,6 +167,9 @@ class Accumulator:
                 # sharded it comes after, because their norm takes a collective anyway and rides on this one.
                 told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
                 last_backward()
+                if self._moved is not None:
+                    self._moved.tell(strategy.world.rank)
+                    self._moved = None
                 strategy.deliver()
                 gradients = strategy.gradients(parameters)
                 if self.loss_scale is not None:
@@ -160,23 +179,18 @@ class Accumulator:
                 end = mark(strategy.world.device)
                 outcome = agreement.conclude(told, norm)
             self._judge(ledger, announced.rounds, agreement.asked - asked_before)
-            if outcome.trouble is not None and not self._may_skip:
+            if outcome.trouble is not None and not self._may_skip(outcome):
                 raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
+            losses = announced.denominator.means(outcome.sums)
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            if outcome.trouble is None:
+                if self.clip_norm is not None:
+                    clip(gradients, outcome.grad_norm, self.clip_norm)
+                self.optimizer.step()
+            strategy.keep_statistics(outcome.trouble is None)
 
-        strategy.keep_statistics(outcome.trouble is None)
-        if self.loss_scale is not None:
-            self.loss_scale.update(outcome.trouble is None)
-        losses = announced.denominator.means(outcome.sums)
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        if outcome.trouble is None:
-            if self.clip_norm is not None:
-                clip(gradients, outcome.grad_norm, self.clip_norm)
-            self.optimizer.step()
-            self.steps += 1
-            if self.scheduler is not None:
-                self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.num_windows += 1
+        window.stepped = True
+        self._end_window(outcome, sum(losses.values()))
         return StepRecord(
             step=self.steps,
             loss=sum(losses.values()),
@@ -207,19 +221,20 @@ class Accumulator:
     def abort(self) -> None:
         """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
         self.strategy.abort()
-        self.optimizer.zero_grad()
+        self._parameters.clear()
+        self._parameters.renew()
         self._agreement.forget()
 
     def control_traffic(self) -> Traffic:
-        """What the small collectives of a window send: one, where the window after it is known ahead."""
+        """What the small collectives of a step send: one. Another precedes it where a window is not read ahead."""
         return self._agreement.traffic(1 + self.agree_on_oom)
 
     def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
         """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
         deque(window, maxlen=0)  # a stream goes on behind it
-        if window.upcoming is not None:
-            self._agreement.on(window.upcoming)
-        self.num_windows += 1
+        self._agreement.skip(window.upcoming)
+        self.num_windows += announced.rounds > 0  # what no rank has a micro-batch of is no window
+        window.stepped = True
         weights = announced.denominator.weights
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(
@@ -243,17 +258,31 @@ class Accumulator:
             num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
         )  # fmt: skip
 
-    @property
-    def _may_skip(self) -> bool:
+    def _end_window(self, outcome: Outcome, loss: float) -> None:
+        """Leave the boundary whole before anything may fail: gradients cleared, all counted, then the schedule."""
+        updated = outcome.trouble is None
+        self._parameters.clear()
+        self.num_windows += 1
+        self.steps += updated
+        if self.loss_scale is not None and (updated or outcome.loss_finite):
+            self.loss_scale.update(updated)
+        if updated:
+            move(self.scheduler, loss)
+
+    def _may_skip(self, outcome: Outcome) -> bool:
         """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
-        return self.nonfinite is NonFinite.skip or (self.loss_scale is not None and self.loss_scale.can_shrink)
+        may_cure = outcome.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
+        return self.nonfinite is NonFinite.skip or may_cure
 
     @contextmanager
     def _nothing_left_behind(self) -> Iterator[None]:
         try:
             yield
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            try:
+                self.abort()
+            except Exception as another:  # the first one is what happened
+                error.add_note(f"Clearing the window failed too: {type(another).__name__}: {another}")
             raise
 
     def _ledger(self) -> AbstractContextManager[Ledger | None]:

@@ -10,6 +10,7 @@ from distaccum.batch_arithmetic import BatchArithmetic
 from distaccum.config import Config
 from distaccum.nn.batchnorm import has_batchnorm
 from distaccum.nn.batchnorm_layers import BatchNormMode
+from distaccum.optim import AUTO, MOST_WARMUP_STEPS, LRSchedule, ScheduleConfig
 from distaccum.parallel.ledger import Traffic
 from distaccum.plan import LastWindow, Plan
 from distaccum.problem import Problem
@@ -25,6 +26,7 @@ def start_block(
     arithmetic: BatchArithmetic,
     plan: Plan,
     steps: int,
+    schedule: LRSchedule,
     accumulator: Accumulator,
     baseline: float,
 ) -> tuple[dict[str, Section], dict[str, object]]:
@@ -41,6 +43,7 @@ def start_block(
             "parallel": f"{type(strategy).__name__.lower()}, {strategy.world.size} rank(s) on {device.type}{backend}",
             **_batchnorm(config, strategy.model),
             "length": f"{steps:,} steps, {plan.start_of(steps) / plan.num_samples:.2f} epochs",
+            "warm-up": warmup(config.optim.schedule, schedule),
         },
         "data": {
             **problem.described,
@@ -63,6 +66,7 @@ def start_block(
             "windows_per_epoch": plan.windows_per_epoch,
             "last_window_size": plan.last_window_size,
             "steps": steps,
+            "warmup": schedule.warmup,
         },
         "forecast": {"counts": dict(traffic.counts), "bytes": dict(traffic.bytes)},
         "parameters": parameters,
@@ -75,6 +79,13 @@ def start_block(
 def batch_section(arithmetic: BatchArithmetic, plan: Plan, problem: Problem) -> Section:
     """How the effective batch comes about, and how many make an epoch."""
     return {"arithmetic": _arithmetic(arithmetic, problem.tokens_per_sample), "windows": _windows(plan)}
+
+
+def warmup(asked: ScheduleConfig, schedule: LRSchedule) -> str:
+    """How long the learning rate rises, and why so long where nobody said it."""
+    text = f"{schedule.warmup:,} {asked.unit.value}" if schedule.warmup else "none"
+    auto = f" (auto: a tenth of the training, at most {MOST_WARMUP_STEPS} steps)"
+    return text + (auto if asked.warmup == AUTO else "")
 
 
 def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
@@ -101,12 +112,12 @@ def _precision(config: Config) -> str:
 
 
 def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> str:
-    micro, micros, ranks = arithmetic.micro_size, arithmetic.num_micros, arithmetic.world_size
-    text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {micro * micros * ranks} samples"
-    if not arithmetic.even:
-        text = (
-            f"{arithmetic.effective_batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
-        )
+    batch, micros, ranks = arithmetic.effective_batch, arithmetic.num_micros, arithmetic.world_size
+    number = -(-batch // arithmetic.micro_size)  # of all ranks; their sizes differ by one at most, see Window
+    micro = -(-batch // number)
+    text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {batch} samples"
+    if micro * micros * ranks != batch:
+        text = f"{batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
     tokens = f" ({arithmetic.effective_batch * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
     return f"{text}{tokens} per optimizer step"
 

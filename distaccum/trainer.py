@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -17,37 +17,17 @@ from distaccum.errors import OutOfMemoryError
 from distaccum.heldout import Heldout, evaluate
 from distaccum.optim import LRSchedule, ScheduleUnit
 from distaccum.parallel.base import Sync
+from distaccum.parallel.ledger import Verdict
 from distaccum.plan import Plan, Window
 from distaccum.preempt import Preemption
+from distaccum.progress import Progress, Rhythm
 from distaccum.record import StepRecord
 from distaccum.report import Report
 from distaccum.step import Accumulator
 
 
-@dataclass(frozen=True)
-class Rhythm:
-    """How long to train and how often to say something, in steps."""
-
-    steps: int
-    log_every_steps: int
-    evaluate_every_steps: int
-
-
-@dataclass
-class Progress:
-    """Where a training stands; with the plan, all that a resumed run has to know of its data."""
-
-    step: int = 0  # windows so far
-    position: int = 0  # where the next window starts in the plan's stream
-    samples: int = 0
-    tokens: float = 0.0  # or whatever the objective counts
-    evaluated_step: int = 0  # when held-out samples were evaluated last
-    heldout: dict[str, float] = field(default_factory=dict)  # what was measured then, the loss first
-    best_loss: float | None = None  # the least held-out loss so far
-
-
 class Trainer:
-    """Trains by a plan until its last step."""
+    """Trains by a plan until its last window."""
 
     def __init__(
         self,
@@ -87,7 +67,7 @@ class Trainer:
         self.progress, self._resumed = progress, replace(progress)
 
     def run(self) -> str | None:
-        """Train until the last step, or until a rank is asked to stop: then why. Call it on every rank.
+        """Train until the last window, or until a rank is asked to stop: then why. Call it on every rank.
 
         Whichever it was, the run is saved there, if it is saved at all.
         """
@@ -117,18 +97,19 @@ class Trainer:
     def _windows(self) -> str | None:
         progress, rhythm = self.progress, self.rhythm
         since, began = _Since(self.loader.waited_s), time.perf_counter()
-        for window, micros in self.loader.windows(progress.step, progress.position, rhythm.steps):
+        for window, micros in self.loader.windows(progress.windows, progress.position, rhythm.windows):
             self.schedule.set(self._position(window), window.effective_batch)
-            with self.budget.step(self.plan, window, self.accumulator.strategy.world.size):
+            with self.budget.step(progress.step + 1, self.plan, window, self.accumulator.strategy.world.size):
                 record = self.accumulator.step(micros, self)
-            progress.step, progress.position = window.step + 1, window.next_start
+            progress.windows, progress.position = window.step + 1, window.next_start
+            progress.step, made = record.step, record.skipped is None
             progress.samples += window.size
             progress.tokens += record.weight
             since.count(window.size, record)
-            last = progress.step == rhythm.steps
+            last = progress.windows == rhythm.windows
             stop = Request.stop in record.requested and not last
             if self.report is not None:
-                shown = progress.step % rhythm.log_every_steps == 0 or last or stop
+                shown = (made and progress.step % rhythm.log_every_steps == 0) or last or stop
                 self._tell(window, record, since, shown)
                 self._note(self.budget.told(last or stop))
                 if shown:
@@ -138,7 +119,7 @@ class Trainer:
             if not stop and self._evaluation_is_due():
                 best = self._evaluate()
                 since = _Since(self.loader.waited_s)
-            if self._save_is_due(record.requested, best, last or stop):
+            if self._save_is_due(record, best, last or stop):
                 self._save(best, stop)
                 since = _Since(self.loader.waited_s)
             if stop:
@@ -164,14 +145,18 @@ class Trainer:
         )
 
     def _evaluation_is_due(self) -> bool:
-        step, rhythm = self.progress.step, self.rhythm
-        due = step % rhythm.evaluate_every_steps == 0 or step == rhythm.steps
-        return due and step > self.progress.evaluated_step
+        progress, rhythm = self.progress, self.rhythm
+        ends = progress.windows == rhythm.windows
+        if ends and not progress.heldout:  # even where no window made a step
+            return True
+        due = ends or progress.step % rhythm.evaluate_every_steps == 0
+        return due and progress.step > progress.evaluated_step
 
-    def _save_is_due(self, requested: Request, best: bool, ends: bool) -> bool:
+    def _save_is_due(self, record: StepRecord, best: bool, ends: bool) -> bool:
         if self.saver is None:
             return False
-        due = Request.save in requested or self.saver.is_due(self.progress.step)
+        made = record.skipped is None  # else the step was saved when it was made
+        due = Request.save in record.requested or (made and self.saver.is_due(self.progress.step))
         return ends or due or (best and self.saver.keeps_best)
 
     def _save(self, best: bool, stopping: bool) -> None:
@@ -208,16 +193,16 @@ class Trainer:
     def _tell(self, window: Window, record: StepRecord, since: _Since, shown: bool) -> None:
         assert self.report is not None
         if record.verdict is not None:
-            once = "" if self.accumulator.strategy.sync is Sync.every else "; each gradient crossed the network once"
-            self.report.note(f"ledger: step {record.step} sent {record.verdict.counted}, exactly the forecast{once}")
+            self.report.note(f"ledger: {self._sent(record, record.verdict)}")
         if record.chosen is not None:
             self.report.note(record.chosen)
         if record.skipped is not None:
-            self.report.note(f"step {window.step + 1} skipped: {record.skipped}")
+            self.report.note(f"window {window.step + 1} skipped, after step {record.step}: {record.skipped}")
         elapsed = max(since.elapsed_s, 1e-9)
         self.report.step(
             {
                 "step": self.progress.step,
+                "window": self.progress.windows,
                 "epoch": window.epoch,
                 "samples": self.progress.samples,
                 **self._tokens("tokens", int(self.progress.tokens)),
@@ -232,9 +217,17 @@ class Trainer:
                 "comm_share": None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed),
                 "peak_memory_bytes": peak_memory_bytes(self.accumulator.strategy.world.device),
             },
-            self.rhythm.steps,
+            record.step + self.rhythm.windows - self.progress.windows,
             shown,
         )
+
+    def _sent(self, record: StepRecord, verdict: Verdict) -> str:
+        strategy = self.accumulator.strategy
+        if strategy.world.size == 1 and not verdict.counted.counts:
+            return "one process: nothing to send, and nothing was sent"
+        name = f"step {record.step}" if record.skipped is None else f"the skipped window after step {record.step}"
+        once = "" if strategy.sync is Sync.every else "; each gradient crossed the network once"
+        return f"{name} sent {verdict.counted}, exactly the forecast{once}"
 
     def _evaluate(self) -> bool:
         """Evaluate held-out samples; whether the loss is the least so far."""

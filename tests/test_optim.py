@@ -35,6 +35,7 @@ from distaccum.optim import (
     lr_scale,
     make_optimizer,
     scaled_beta2,
+    with_warmup,
 )
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -212,7 +213,8 @@ def test_conf(name: OptimName) -> None:
     optimizer = make_optimizer(nn.Linear(2, 2), config)
     assert type(optimizer).__name__.lower() == name.value
     for curve_name in ScheduleName:
-        schedule = dataclasses.replace(config.schedule, name=curve_name)
+        schedule = with_warmup(dataclasses.replace(config.schedule, name=curve_name), 200, 20)
+        assert schedule.warmup == 20
         assert lr_factor(200, schedule, 200) == (1.0 if curve_name is ScheduleName.constant else 0.1)
 
 
@@ -338,6 +340,7 @@ def test_a_resumed_run_is_on_the_same_curve(load_first: bool) -> None:
         (curve("cosine", final_ratio=1.5), 8, r"final_ratio \(1.5\)"),
         (curve("cosine", warmup=8), 8, r"a warmup of 8 .* cosine .* into 8 steps; use a warmup of at most 7"),
         (curve("linear", warmup=9, total=5), 80, r"a warmup of 9 .* linear .* into 5 steps; use a warmup of at most 4"),
+        (curve("wsd", decay=100), 3, r"a warmup of 0 .* \(at least 100\) .* into 3 steps; use a decay of at most 3"),
         (curve("wsd", warmup=5), 8, r"a warmup of 5 .* wsd \(at least 4\) .* into 8 steps; use a warmup of at most 4"),
         (curve("wsd", decay=0), 8, r"decay \(0\) must be at least 1"),
         (curve("wsd", decay=9), 8, r"wsd \(at least 9\) .* into 8 steps"),
@@ -348,6 +351,30 @@ def test_schedules_that_do_not_fit(schedule: ScheduleConfig, total: int | None, 
         lr_factor(0, schedule, total)
     with pytest.raises(ConfigError, match=message):
         LRSchedule(make_optimizer(nn.Linear(2, 2), ADAMW), schedule, total)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "tenth", "expected"),
+    [
+        (curve("cosine", warmup="auto"), 3, 0, 0),
+        (curve("cosine", warmup="auto"), 45, 4, 4),
+        (curve("linear", warmup="auto", total=50), 200, 20, 5),  # a tenth of the curve, which ends before the training
+        (curve("linear", warmup="auto", unit=ScheduleUnit.samples), 10**6, 960, 960),
+        (curve("wsd", warmup="auto", decay=98), 100, 10, 2),  # never into the decay
+        (curve("wsd", warmup="auto", decay=200), 100, 10, 0),
+        (curve("constant", warmup="auto"), 100, 10, 10),
+        (curve("cosine", warmup=7), 3, 0, 7),  # a number is left alone, and refused where it does not fit
+    ],
+)
+def test_an_automatic_warmup_fits(schedule: ScheduleConfig, total: int, tenth: int, expected: int) -> None:
+    assert with_warmup(schedule, total, tenth).warmup == expected
+
+
+def test_an_automatic_warmup_of_unknown_length_is_refused() -> None:
+    schedule = curve("cosine", warmup="auto", unit=ScheduleUnit.tokens, total=1000)
+    with pytest.raises(ConfigError, match=r"warmup=auto is at most 20 steps.*Give optim.schedule.warmup in tokens, 0"):
+        with_warmup(schedule, None, None)
+    assert with_warmup(dataclasses.replace(schedule, warmup=5), None, None).warmup == 5
 
 
 def test_constant_needs_no_end_and_positions_start_at_zero() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from distaccum.batch_arithmetic import DEFAULT_MICRO, Ragged, samples_of_tokens, solve
 from distaccum.batch_schedule import BatchSchedule, Ramp, ScheduleUnit, entries_of
 from distaccum.errors import ConfigError
-from distaccum.plan import LastWindow, Plan
+from distaccum.plan import LastWindow, Micro, Plan
 from distaccum.shuffle import random_key
 
 sizes = st.integers(1, 60)
@@ -222,7 +222,24 @@ def test_counts_and_starts_are_those_of_the_windows_one_by_one(plan: Plan, epoch
     first = [w for w in windows if w.epoch == 0]
     assert (plan.windows_per_epoch, plan.last_window_size) == (len(first), first[-1].size)
     assert plan.start_of(step) == windows[step].start
+    assert plan.consumed(step) == sum(window.size for window in windows[:step])
     assert plan.window(step, plan.start_of(step)) == windows[step]
+
+
+def test_a_rank_makes_its_own_micros_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = 0
+
+    class Counted(Micro):
+        def __init__(self, *args: int) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(*args)
+
+    monkeypatch.setattr("distaccum.plan.Micro", Counted)
+    window = Plan(num_samples=10**7, effective_batch=16384 * 8 * 3 - 1, micro_size=3).window()
+    last = window.deal(16383, 16384)
+    assert made == len(last) == 8
+    assert (last[-1].number, last[-1].start + last[-1].size, last[-1].size) == (131071, window.size, 2)
 
 
 @settings(deadline=None)

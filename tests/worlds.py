@@ -58,11 +58,29 @@ class World:
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
         """Call a module-level function on every rank and return what each one returned, in rank order."""
+        self._send(function, args)
+        return self._collect(timeout_s)
+
+    def try_to_run(self, function: Callable[..., Any], *args: Any, timeout_s: float, grace_s: float) -> list[Any]:
+        """Call a function that may leave ranks waiting for each other; the answer of a rank that does not end is None.
+
+        Args:
+            function: a module-level function that ends on all ranks at about the same time, or not at all.
+            args: its arguments.
+            timeout_s: how long all ranks have.
+            grace_s: how much longer the others have when one has ended.
+        """
+        self._send(function, args)
+        answers = self._answers(timeout_s, lambda kind: True, grace_s)
+        if any(kind != "ok" for kind, _ in answers.values()):
+            self.close()
+        return [answers[rank][1] if answers[rank][0] == "ok" else None for rank in range(self.size)]
+
+    def _send(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         if not self._processes:
             self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        return self._collect(timeout_s)
 
     def close(self) -> None:
         """End the ranks."""
@@ -73,6 +91,14 @@ class World:
         self._folder.cleanup()
 
     def _collect(self, timeout_s: float) -> list[Any]:
+        answers = self._answers(timeout_s, lambda kind: kind != "ok", 2.0)
+        if any(kind != "ok" for kind, _ in answers.values()):
+            self.close()
+            raise RankFailed("\n".join(f"rank {r}: {kind} {text}" for r, (kind, text) in sorted(answers.items())))
+        return [answers[rank][1] for rank in range(self.size)]
+
+    def _answers(self, timeout_s: float, hurries: Callable[[str], bool], grace_s: float) -> dict[int, tuple[str, Any]]:
+        """What each rank answered, by rank; an answer of a kind that hurries leaves the others `grace_s`."""
         deadline = time.monotonic() + timeout_s
         answers: dict[int, tuple[str, Any]] = {}
         while len(answers) < self.size:
@@ -83,15 +109,12 @@ class World:
                     answers[rank] = pipe.recv()
                 except EOFError:
                     answers[rank] = ("died", f"exit code {self._processes[rank].exitcode}")
-            if any(kind != "ok" for kind, _ in answers.values()):
-                deadline = min(deadline, time.monotonic() + 2.0)
+            if any(hurries(kind) for kind, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + grace_s)
             if time.monotonic() >= deadline and len(answers) < self.size:
                 for rank in set(range(self.size)) - set(answers):
                     answers[rank] = ("late", f"no answer within {timeout_s:g} s")
-        if any(kind != "ok" for kind, _ in answers.values()):
-            self.close()
-            raise RankFailed("\n".join(f"rank {r}: {kind} {text}" for r, (kind, text) in sorted(answers.items())))
-        return [answers[rank][1] for rank in range(self.size)]
+        return answers
 
 
 @contextmanager

@@ -9,11 +9,11 @@ import torch
 
 from distaccum.assembly import batch_arithmetic
 from distaccum.batch_arithmetic import BatchArithmetic, nearest_batches
-from distaccum.build import make_plan, num_steps, schedule_of
+from distaccum.build import make_plan, num_steps, schedule_of, schedule_position
 from distaccum.config import Config, typed
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
-from distaccum.optim import make_optimizer
+from distaccum.optim import LRSchedule, make_optimizer
 from distaccum.plan import Plan
 from distaccum.planning.auto import machine_of
 from distaccum.planning.candidates import Candidate, Candidates, front
@@ -28,7 +28,7 @@ from distaccum.report.human import count
 from distaccum.report.table import Cell, table
 from distaccum.report.textplot import plot
 from distaccum.schedules.overlap import AUTO
-from distaccum.summary import batch_section
+from distaccum.summary import batch_section, warmup
 from distaccum.wrap import StrategyName
 
 PLOTTED_STEPS = 400  # at most so many points of a schedule are computed
@@ -60,12 +60,14 @@ def plan(job: Job) -> None:
     arithmetic = batch_arithmetic(config, problem, world_size)
     windows = make_plan(config, problem, arithmetic)
     steps = num_steps(config, windows)
+    schedule = schedule_of(config, problem, windows, make_optimizer(torch.nn.Linear(1, 1), config.optim), steps)
     console = Console()
     console.start_block(
         {
             "effective batch": {**batch_section(arithmetic, windows, problem), "nearest": _nearest(arithmetic)},
             "training": {
                 "steps": f"{steps:,}, {windows.start_of(steps) / windows.num_samples:.2f} epochs",
+                "warm-up": warmup(config.optim.schedule, schedule),
                 "model": f"{config.model.name}, {sum(p.numel for p in footprint.model.parameters):,} parameters",
                 "ranks": f"{world_size}, {chosen.setup.strategy}, sync {chosen.setup.sync}",
                 **({} if machine is None else {"speeds": _speeds(config, footprint.model, machine)}),
@@ -76,7 +78,7 @@ def plan(job: Job) -> None:
     console.line(_network(chosen.setup, footprint.model, arithmetic, world_size))
     console.line(_plans(front(candidates.all()), chosen, why, usable))
     console.line(_worlds(asked, problem, machine, footprint, usable))
-    console.line(_schedules(config, problem, windows, steps))
+    console.line(_schedules(config, problem, windows, schedule, steps))
 
 
 def as_chosen(config: Config, chosen: Candidate) -> Config:
@@ -215,16 +217,15 @@ def _on_ranks(config: Config, ranks: int) -> Config:
     return replace(config, parallel=replace(config.parallel, name=name))
 
 
-def _schedules(config: Config, problem: Problem, windows: Plan, steps: int) -> str:
+def _schedules(config: Config, problem: Problem, windows: Plan, schedule: LRSchedule, steps: int) -> str:
     """The effective batch and the learning rate along the training, as `train` will set them."""
-    optimizer = make_optimizer(torch.nn.Linear(1, 1), config.optim)
-    schedule = schedule_of(config, problem, windows, optimizer, steps)
     batches, rates = [], []
     for step in sorted({steps * i // PLOTTED_STEPS for i in range(PLOTTED_STEPS)}):
         window = windows.window(step, windows.start_of(step))
-        tokens = window.start * (problem.tokens_per_sample or 1)
-        position = {"steps": step, "samples": window.start, "tokens": tokens}[config.optim.schedule.unit.value]
-        schedule.set(position, window.effective_batch)
         batches.append((float(step), float(window.effective_batch)))
-        rates.append((float(step), float(optimizer.param_groups[0]["lr"])))
-    return plot({"effective batch (samples)": batches, "learning rate": rates}, "steps", float(steps))
+        position = schedule_position(config.optim.schedule.unit, problem, windows, step)
+        if position is not None:
+            rates.append((float(step), schedule.set(position, window.effective_batch)))
+    panels = {"effective batch (samples)": batches, **({"learning rate": rates} if rates else {})}
+    unknown = "" if rates else "\nlearning rate: by tokens, which samples of many lengths tell only when they are read"
+    return plot(panels, "steps", float(steps)) + unknown

@@ -51,7 +51,7 @@ def _end(run_dir: Path, training: Training) -> None:
     report.note(told(training.problem, means, baseline, training.evaluated))
     heldout = {f"heldout_{name}": value for name, value in means.items()}
     unit = f"nats per {training.problem.unit}"
-    report.end(f"all {trainer.rhythm.steps} steps done", heldout, 0, baseline, unit)
+    report.end(f"all {trainer.progress} done", heldout, 0, baseline, unit)
     write_result(run_dir, {**heldout, **trainer.totals()})
 
 

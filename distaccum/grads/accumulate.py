@@ -77,7 +77,7 @@ class GradientSums:
             group: the ranks over which to reduce, where nothing else does.
             reduce_each: whether to reduce each micro's gradient and not the window's.
         """
-        self._parameters = [p for p in parameters if p.requires_grad]
+        self.parameters = [p for p in parameters if p.requires_grad]
         self._dtypes = dtypes
         self._group = group
         self._reduce_each = reduce_each
@@ -86,10 +86,8 @@ class GradientSums:
     @torch.no_grad()
     def absorb(self) -> None:
         """Add the gradients of one backward and clear them."""
-        fresh = {
-            i: p.grad.to(self._dtypes.accumulated(p)) for i, p in enumerate(self._parameters) if p.grad is not None
-        }
-        for parameter in self._parameters:
+        fresh = {i: p.grad.to(self._dtypes.accumulated(p)) for i, p in enumerate(self.parameters) if p.grad is not None}
+        for parameter in self.parameters:
             parameter.grad = None
         if self._reduce_each:
             fresh = self._reduced(fresh)
@@ -103,7 +101,7 @@ class GradientSums:
         """Put the sums into `.grad` in the parameters' dtype, reduced over ranks where that is ours to do."""
         sums = self._sums if self._reduce_each else self._reduced(self._sums)
         for index, total in sums.items():
-            self._parameters[index].grad = total.to(self._parameters[index].dtype)
+            self.parameters[index].grad = total.to(self.parameters[index].dtype)
         self._sums = {}
 
     def clear(self) -> None:
@@ -114,7 +112,7 @@ class GradientSums:
         """The bytes of each all-reduce of one reduction."""
         if self._group is None:
             return []
-        sizes = [p.numel() * self._dtypes.reduced(p).itemsize for p in self._parameters]
+        sizes = [p.numel() * self._dtypes.reduced(p).itemsize for p in self.parameters]
         return [sum(sizes[index] for index in bucket) for bucket in _buckets(sizes)]
 
     def _reduced(self, sums: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -124,7 +122,7 @@ class GradientSums:
         narrowed = [
             # Ranks may have used different parameters; all must send the same ones.
             sums[i].to(self._dtypes.reduced(p)) if i in sums else torch.zeros_like(p, dtype=self._dtypes.reduced(p))
-            for i, p in enumerate(self._parameters)
+            for i, p in enumerate(self.parameters)
         ]
         sent = []
         for bucket in _buckets([tensor.nbytes for tensor in narrowed]):
@@ -134,7 +132,7 @@ class GradientSums:
         for bucket, flat, work in sent:
             work.wait()
             for index, part in zip(bucket, flat.split([narrowed[index].numel() for index in bucket]), strict=True):
-                parameter = self._parameters[index]
+                parameter = self.parameters[index]
                 reduced[index] = part.view_as(parameter).to(self._dtypes.accumulated(parameter))
         return reduced
 

@@ -104,11 +104,12 @@ def _surroundings(num_ranks: int) -> Iterator[None]:
     threads_given = "OMP_NUM_THREADS" in os.environ
     if not threads_given:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the ranks show their errors; torch would log each of them again
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         if not threads_given:
             del os.environ["OMP_NUM_THREADS"]
         for number, handler in handlers.items():

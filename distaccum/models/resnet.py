@@ -47,7 +47,7 @@ class ResNet(nn.Module):
     Built inside `torch.device("meta")` it holds no memory: then call `to_empty(device=...)` (after sharding, if any)
     and `init_weights()`. Built outside it is initialised at once, with the same values under the same seed.
 
-    Its layers are plain nn.BatchNorm2d; `distaccum.nn.batchnorm.convert` says over which samples they normalise.
+    Its layers are plain nn.BatchNorm2d; `distaccum.convert_batchnorm` says over which samples they normalise.
 
     Raises ConfigError for sizes that cannot be built.
     """

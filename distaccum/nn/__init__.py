@@ -1,1 +1,1 @@
-"""What changes inside a model's forward: precision."""
+"""What changes inside a model: BatchNorm's statistics, blocks, precision."""

@@ -71,9 +71,11 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
 
 def mode_of(model: nn.Module) -> BatchNormMode | None:
     """How the layers of a model that is being trained behave; None where it has none, or all are in eval mode."""
-    layers = [module for module in model.modules() if isinstance(module, tuple(CONVERTED)) and module.training]
-    modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro for layer in layers}
-    assert len(modes) <= 1, f"one mode for all layers, found {modes}"
+    layers = [(name, m) for name, m in model.named_modules() if m.training and isinstance(m, tuple(CONVERTED))]
+    modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro: name for name, layer in layers}
+    if len(modes) > 1:
+        found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
+        raise ConfigError(f"One BatchNorm mode can be judged, and {found}: use convert_batchnorm(model, mode) for all.")
     return next(iter(modes), None)
 
 

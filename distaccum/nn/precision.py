@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 
 class Precision(Enum):
@@ -36,6 +39,8 @@ class Precision(Enum):
         Args:
             reduce_dtype: in which it sums gradients, over micros and over ranks; None: float32 or wider.
         """
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         compute, stored = self.compute_dtype, self.parameter_dtype
         if reduce_dtype is None and compute in (torch.bfloat16, torch.float16):
             reduce_dtype = torch.float32

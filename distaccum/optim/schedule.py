@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import final
+from typing import Any, final
 
 import torch
 
 from distaccum.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
+
+AUTO = "auto"  # a warm-up that follows the length of the training, see `with_warmup`
+MOST_WARMUP_STEPS = 20  # of such a warm-up
 
 
 class ScheduleName(Enum):
@@ -29,7 +32,7 @@ class ScheduleConfig:
     Attributes:
         name: the curve after the warm-up.
         unit: what positions count. It belongs to the caller, who passes positions in this unit.
-        warmup: length of the linear warm-up; 0: none.
+        warmup: length of the linear warm-up; 0: none. auto: filled in by the caller, see `with_warmup`.
         total: where the curve ends. None: where the training does, filled in by the caller.
         decay: length of the decay of wsd; other curves do not read it.
         final_ratio: the learning rate at the end as a part of `lr`, in [0, 1]; constant does not read it.
@@ -37,7 +40,7 @@ class ScheduleConfig:
 
     name: ScheduleName
     unit: ScheduleUnit
-    warmup: int
+    warmup: Any  # a number or auto: OmegaConf has no union of them
     total: int | None
     decay: int
     final_ratio: float
@@ -96,7 +99,7 @@ def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> f
     if not position >= 0:
         raise ValueError(f"a schedule has positions from 0 on, got {position}")
     if position < schedule.warmup:
-        return min(1.0, (position + 1) / schedule.warmup)
+        return min(1.0, float((position + 1) / schedule.warmup))
     if end is None:
         return 1.0
     start = end - schedule.decay if schedule.name is ScheduleName.wsd else schedule.warmup
@@ -107,6 +110,34 @@ def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> f
     if schedule.name is ScheduleName.cosine:
         remaining = (1 + math.cos(math.pi * progress)) / 2
     return schedule.final_ratio + (1 - schedule.final_ratio) * remaining
+
+
+def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) -> ScheduleConfig:
+    """Replace `warmup=auto` by a length that fits.
+
+    It is `tenth`, but no more than a tenth of a curve with an end of its own, and never into the decay of wsd.
+
+    Args:
+        schedule: the curve; a warm-up that is a number stays.
+        total: length of the training in `schedule.unit`; None where the curve has an end of its own.
+        tenth: a tenth of the training's steps, at most `MOST_WARMUP_STEPS`, in `schedule.unit`; None where unknown.
+
+    Raises ConfigError where the length cannot be told.
+    """
+    if schedule.warmup != AUTO:
+        return schedule
+    if tenth is None:
+        raise ConfigError(
+            f"optim.schedule.warmup=auto is at most {MOST_WARMUP_STEPS} steps, and samples differ in length, so that "
+            f"nobody knows how many {schedule.unit.value} these are. Give optim.schedule.warmup in "
+            f"{schedule.unit.value}, 0 for none, or use optim.schedule.unit=steps or samples."
+        )
+    end = total if schedule.total is None else schedule.total
+    assert end is not None, "a training of unknown length has no tenth either"
+    most = end - schedule.decay if schedule.name is ScheduleName.wsd else end
+    if schedule.total is not None:
+        most = min(most, end // 10)
+    return replace(schedule, warmup=max(0, min(tenth, most)))
 
 
 def lr_scale(ratio: float, rule: LRRule) -> float:
@@ -152,6 +183,7 @@ class LRSchedule:
         _check_schedule(config, total)
         self._optimizer = optimizer
         self._config = config
+        self.warmup: int = config.warmup
         self._total = total
         self._rule = scale.lr if scale else LRRule.none
         self._scales_beta2 = scale is not None and scale.beta2
@@ -162,7 +194,7 @@ class LRSchedule:
             for group in optimizer.param_groups
         ]
 
-    def set(self, position: int, effective_batch: int | None = None) -> None:
+    def set(self, position: int, effective_batch: int | None = None) -> float:
         """Write peak times `lr_factor` times `lr_scale`, and `scaled_beta2`, into each group. Call it before a step.
 
         torch corrects the start of Adam's averages by beta2 ** step, as if beta2 had always been what it is now. After
@@ -174,12 +206,16 @@ class LRSchedule:
             effective_batch: samples that the plan asks for here, `Window.effective_batch`; needed where a scale
                 follows it. Not the window's size: the few samples at an epoch's end are no regime of their own, and
                 with one effective batch all along the lr and beta2 that were chosen for it hold throughout.
+
+        Returns:
+            The learning rate of the first group.
         """
         factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch)
         for group, peak, beta2 in zip(self._optimizer.param_groups, self._peaks, self._beta2s, strict=True):
             group["lr"] = peak * factor * lr_scale(ratio, self._rule)
             if beta2 is not None:
                 group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scales_beta2 else 1.0))
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def _ratio(self, effective_batch: int | None) -> float:
         if self._base_batch is None:
@@ -206,9 +242,10 @@ def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
     if decay < 1:
         raise ConfigError(f"{key}.decay ({decay}) must be at least 1 of {unit} with name=wsd, or use name=constant")
     if schedule.warmup + decay > end:
+        fits = f"a warmup of at most {end - decay}" if decay <= end else f"a decay of at most {max(1, end)}"
         raise ConfigError(
             f"{key}: a warmup of {schedule.warmup} and the decay of {name} (at least {decay}) do not fit into {end} "
-            f"{unit}; use a warmup of at most {max(0, end - decay)}, or a longer training"
+            f"{unit}; use {fits}, or a longer training"
         )
     return end
 

@@ -43,7 +43,8 @@ class Strategy(ABC):
         self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""
     ) -> None:  # fmt: skip
         """Keep what was recognised; `reason` says why `auto` chose this policy."""
-        self.model = model  # what objectives call
+        self.model = model  # as it was recognised
+        self.called: nn.Module = model  # what objectives call: the model, or what was put around it
         self.world = world
         self.sync = sync
         self.dtypes = dtypes
@@ -112,9 +113,33 @@ class Strategy(ABC):
         if self.sums is not None:
             self.sums.deliver()
 
+    def owned(self) -> list[nn.Parameter] | None:
+        """List the parameters whose gradients `deliver` completes; None where it completes every parameter's."""
+        return None if self.sums is None else self.sums.parameters
+
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """What this rank holds of the delivered gradients, as plain tensors that share their memory."""
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        """Return what this rank holds of the delivered gradients, as plain tensors that share their memory.
+
+        A trained parameter that no micro-batch of the window has used gets a gradient of zeros, with every strategy and
+        on any number of ranks: weight decay and momentum move it as they move all others.
+
+        Raises:
+            ConfigError: for a parameter that was frozen or trained when the model was wrapped, and is not any more.
+        """
+        found = []
+        for parameter in parameters:
+            if parameter.grad is None:
+                if not parameter.requires_grad:
+                    continue
+                parameter.grad = torch.zeros_like(parameter)
+            elif not parameter.requires_grad:
+                raise ConfigError(
+                    f"A parameter of shape {list(parameter.shape)} got a gradient although it is frozen: it was "
+                    "trained when the model was wrapped or the accumulator made. Freeze parameters before, or make "
+                    "both anew."
+                )
+            found.append(parameter.grad)
+        return found
 
     def abort(self) -> None:
         """Forget everything that a window left unfinished. Call it on all ranks or leave the process."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -38,10 +38,9 @@ class DDP(Strategy):
                 f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it; "
                 "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
-        self._windows_begun = 0
         apart = apart or not dtypes.are_own(model.parameters())
         self.first_window_differs = not apart  # it arranges its buckets anew
-        self._first_buckets = torch_private.ddp_buckets(model)
+        self._know_reducer()
         if apart:
             if model.static_graph:
                 raise ConfigError(
@@ -53,10 +52,49 @@ class DDP(Strategy):
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip
 
-    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Everything but the boundary runs inside `no_sync()`, forward included: DDP reads the flag there."""
+    @contextmanager
+    def micro(self, *, first: bool, last: bool) -> Iterator[None]:
+        """Let DDP synchronise with the boundary only. It reads the flag in its forward.
+
+        Raises:
+            ConfigError: for a forward past DDP, which then would not reduce.
+        """
         self._windows_begun += first
-        return nullcontext() if self.sums is None and self._synced(first, last) else self.model.no_sync()
+        try:
+            with torch_private.ddp_synchronises(self.model, self.sums is None and self._synced(first, last)):
+                yield
+        except torch_private.PassedBy:
+            raise ConfigError(
+                "The objective did not compute the last micro-batch through the DistributedDataParallel module, so its "
+                "gradients would stay on this rank. Call the model that the objective is given, with gradients, as "
+                "model(...): not model.module(...) or a method of model.module. For a loss inside of the model, put it "
+                "into forward()."
+            ) from None
+
+    def owned(self) -> list[nn.Parameter] | None:
+        """List what DDP's reducer was made for: parameters thawed or added since are not among them."""
+        return self._reduced if self.sums is None else self.sums.parameters
+
+    def deliver(self) -> None:
+        """As for all strategies.
+
+        Raises:
+            ConfigError: when the last backward left parameters out, so that gradients are this rank's own.
+        """
+        left_out = None if self.sums is not None else torch_private.ddp_unreduced(self.model)
+        if left_out is not None:
+            names = {id(parameter): name for name, parameter in self.model.module.named_parameters()}
+            causes = [
+                f"{names[id(p)]} is {'not used in the last micro-batch' if p.requires_grad else 'frozen since'}"
+                for p in (self._reduced[number] for number in left_out)
+            ]
+            raise ConfigError(
+                f"The last backward of the window did not reduce {len(left_out)} parameter(s) that "
+                f"DistributedDataParallel was made for ({'; '.join(causes[:3])}), so gradients are this rank's own. "
+                "Nothing was updated. Use DistributedDataParallel(..., find_unused_parameters=True) where not every "
+                "micro-batch uses every parameter, and freeze parameters before it is made."
+            )
+        super().deliver()
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """DDP must send each bucket itself, as soon as its gradients are complete."""
@@ -70,6 +108,7 @@ class DDP(Strategy):
         """A reducer whose backward was interrupted is replaced."""
         super().abort()
         torch_private.reset_ddp(self.model)
+        self._know_reducer()
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
         """Buckets as DDP has them now; it arranges them anew once, after its first synchronised backward."""
@@ -94,6 +133,12 @@ class DDP(Strategy):
         """The module inside: DDP's forward would broadcast buffers, and ranks may evaluate different amounts."""
         inner: nn.Module = self.model.module
         return inner
+
+    def _know_reducer(self) -> None:
+        """Note what a new reducer begins with."""
+        self._windows_begun = 0
+        self._first_buckets = torch_private.ddp_buckets(self.model)
+        self._reduced = torch_private.ddp_parameters(self.model)
 
     def _synced(self, first: bool, last: bool) -> bool:
         # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what

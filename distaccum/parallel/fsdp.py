@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
@@ -16,6 +16,9 @@ from distaccum.grads.accumulate import GradientDtypes, GradientSums, wide
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
+
+# Names by which meshes say that the ranks along a dimension work on parts of the same samples.
+MODEL_PARALLEL = {"tp", "cp", "pp", "sp", "ep", "tensor", "context", "pipeline", "sequence", "expert"}
 
 
 class FSDP(Strategy):
@@ -30,6 +33,7 @@ class FSDP(Strategy):
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
+        self._parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.groups = torch_private.sharding_groups(model)
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
@@ -53,6 +57,9 @@ class FSDP(Strategy):
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
+        if first:  # forwards without backward, such as an evaluation's, would change what this window gathers
+            self._reshard()
+            torch_private.forget_forwards(self.model)
         # The order matters: this one sets the all-reduce flag too.
         self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
         if self.sync is Sync.shard:
@@ -88,8 +95,12 @@ class FSDP(Strategy):
             if reduces:
                 yield
 
+    def owned(self) -> list[nn.Parameter]:
+        """List the sharded parameters; no other one is reduced."""
+        return [parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)]
+
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """The local shards, without padding."""
+        """Return the local shards, without padding."""
         return [gradient.to_local() for gradient in super().gradients(parameters) if isinstance(gradient, DTensor)]
 
     def abort(self) -> None:
@@ -118,9 +129,11 @@ class FSDP(Strategy):
         """As for all strategies; afterwards parameters are in shards again, whatever the policy kept."""
         with super().evaluating() as model:
             yield model
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        self._reshard()
+
+    def _reshard(self) -> None:
+        for part in self._parts:
+            part.reshard()
 
     def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
         """The module's own policy decides in which dtype it reduces, and sums over micros that it does not reduce."""
@@ -146,20 +159,51 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
     """The strategy for an FSDP2 module.
 
     Raises:
-        ConfigError: for a mesh that leaves ranks out, and for trained parameters that are not sharded.
+        ConfigError: for trained parameters that are not sharded, and for other meshes than (replicate, shard).
     """
     assert isinstance(model, nn.Module)
     named = list(model.named_parameters())
-    meshes = [parameter.device_mesh for _, parameter in named if isinstance(parameter, DTensor)]
-    if not meshes or meshes[0].size() != world.size:
-        raise ConfigError(
-            f"The model is sharded over {meshes[0].size() if meshes else 0} of {world.size} ranks. All ranks must "
-            "share the effective batch: use a 1-D mesh over all of them, or a 2-D mesh (replicate, shard)."
-        )
+    sharded = [(name, parameter) for name, parameter in named if isinstance(parameter, DTensor)]
     outside = [name for name, parameter in named if parameter.requires_grad and not isinstance(parameter, DTensor)]
     if outside:
         raise ConfigError(
             f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would differ "
             "between ranks. Shard them too, or freeze them."
         )
-    return FSDP(model, world, sync, dtypes, meshes[0])
+    if not sharded:
+        raise ConfigError(
+            "fully_shard() was applied to this model and none of its parameters is sharded. Apply it to the modules "
+            "that have parameters, or to the whole model."
+        )
+    (_, first), *_ = sharded
+    for name, parameter in sharded:
+        _refuse_other_meshes(name, parameter, first, world)
+    if torch_private.offloads(model):
+        raise ConfigError(
+            "This FSDP2 model keeps its parameters on the CPU (CPUOffloadPolicy), where neither micro-batches nor the "
+            "numbers that ranks share would meet it. Use fully_shard() without offload_policy; nn.checkpoint, smaller "
+            "micro-batches or more ranks save memory too."
+        )
+    return FSDP(model, world, sync, dtypes, first.device_mesh)
+
+
+def _refuse_other_meshes(name: str, parameter: DTensor, first: DTensor, world: World) -> None:
+    """Refuse parameters that are not sharded over all ranks, with or without replicas, on one mesh."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    names = mesh.mesh_dim_names or ()
+    wanted = (Replicate,) * (mesh.ndim - 1) + (Shard,)
+    reason = None
+    if mesh != first.device_mesh:
+        reason = f"it is on another mesh than the first parameter, which is on {first.device_mesh}"
+    elif mesh.ndim > 2 or tuple(map(type, placements)) != wanted:
+        reason = "the ranks of a dimension that neither replicates nor shards whole parameters share samples"
+    elif MODEL_PARALLEL & set(names):
+        reason = f"ranks along {', '.join(sorted(MODEL_PARALLEL & set(names)))} share samples, as the mesh's names say"
+    elif mesh.size() != world.size:
+        reason = f"the model is sharded over {mesh.size()} of {world.size} ranks"
+    if reason is not None:
+        raise ConfigError(
+            f"The parameter {name} is on the mesh {mesh} with the placements {placements}: {reason}. All ranks must "
+            "have samples of their own in the effective batch, or losses, counts and norms would be wrong: use one 1-D "
+            "mesh over all ranks, or one 2-D mesh (replicate, shard)."
+        )

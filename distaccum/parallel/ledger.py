@@ -23,7 +23,12 @@ class Audit(Enum):
 
 
 # What carries gradients and parameters. The names of c10d's operators differ by version in underscores and endings.
-_KINDS = {"allreduce": "all_reduce", "reducescatter": "reduce_scatter", "allgather": "all_gather"}
+_KINDS = {
+    "allreduce": "all_reduce",
+    "reducescatter": "reduce_scatter",
+    "allgather": "all_gather",
+    "alltoall": "all_to_all",
+}
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,22 @@ class Verdict:
 
     def require(self, step: int) -> None:
         """Raise LedgerError unless they agree."""
-        if not self.agrees:
-            raise LedgerError(
-                f"The window of step {step} sent {self.counted}; its forecast is {self.forecast}. Either a module "
-                "communicates on its own (synchronised BatchNorm, tensor parallelism) or gradients travel when they "
-                "should not. Use audit='never' (accum.audit=never) if you know why."
+        if self.agrees:
+            return
+        if sum(self.counted.bytes.values()) < sum(self.forecast.bytes.values()):
+            causes = (
+                "Something did not travel: a forward past the wrapped module (model.module), parameters that the last "
+                "micro-batch did not use or that were frozen after wrapping, or a no_sync() around the step"
             )
+        else:
+            causes = (
+                "Either a module communicates on its own (synchronised BatchNorm, tensor parallelism) or gradients "
+                "travel when they should not"
+            )
+        raise LedgerError(
+            f"The window of step {step} sent {self.counted}; its forecast is {self.forecast}. {causes}. Use "
+            "audit='never' (accum.audit=never) if you know why."
+        )
 
 
 class Ledger(TorchDispatchMode):
@@ -98,6 +113,9 @@ class Ledger(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # DTensor turns its operators into plain ones and collectives; they come by here on their own then.
+        if any(kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name.partition("::")[2].replace("_", "")
             for beginning, kind in _KINDS.items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distaccum import torch_private
 from distaccum.errors import ConfigError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.parallel.base import Strategy, Sync
@@ -17,15 +19,35 @@ from distaccum.parallel.world import World
 
 
 def recognise(
-    model: nn.Module, sync: Sync | str = Sync.auto, dtypes: GradientDtypes | None = None, *, apart: bool = False
+    model: nn.Module,
+    sync: Sync | str = Sync.auto,
+    dtypes: GradientDtypes | None = None,
+    *,
+    apart: bool = False,
+    others: Sequence[nn.Parameter] = (),
 ) -> Strategy:
-    """The strategy for a plain module, a DDP (`apart`: it sends nothing before all is computed) or an FSDP2 module.
+    """Find the strategy for a plain module, a DDP or an FSDP2 module; a compiled one or Fabric's is looked through.
+
+    Args:
+        model: what objectives will call.
+        sync: when gradients travel.
+        dtypes: in which gradients are summed.
+        apart: whether a DDP sends nothing before all of a window is computed.
+        others: trained parameters outside of the model, which only one process on its own can serve.
 
     Raises:
         ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.
     """
     policy = choice(Sync, sync, "sync")
     dtypes = dtypes or GradientDtypes()
+    strategy = _strategy(torch_private.seen_through(model), policy, dtypes, apart, others)
+    strategy.called = model
+    return strategy
+
+
+def _strategy(
+    model: nn.Module, policy: Sync, dtypes: GradientDtypes, apart: bool, others: Sequence[nn.Parameter]
+) -> Strategy:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):
         return DDP(model, World.of(device, model.process_group), policy, dtypes, apart)
@@ -40,6 +62,11 @@ def recognise(
         if isinstance(model, FSDPModule):
             return recognise_sharded(model, world, policy, dtypes)
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
+    if "replicate" in torch_private.composed(model):
+        raise ConfigError(
+            "replicate() was applied to this model. It reduces gradients in hooks of its own, which cannot be "
+            "postponed to the boundary from outside. Use DistributedDataParallel(model), or fully_shard(model)."
+        )
     if wrapped_part or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ConfigError(
             "Only a part of this model is wrapped. Pass the wrapped module itself, or call fully_shard() on the whole "
@@ -50,4 +77,4 @@ def recognise(
             f"This is a plain module on {world.size} ranks: each would train on its own. Wrap it in "
             "DistributedDataParallel(model), or call fully_shard(model), before you make the accumulator."
         )
-    return Single(model, world, policy, dtypes)
+    return Single(model, world, policy, dtypes, others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
@@ -15,11 +16,19 @@ from distaccum.parallel.world import World
 class Single(Strategy):
     """A plain module on one process. Every policy is kept: there is nothing to send."""
 
-    def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
-        """Recognise nothing, wrap nothing."""
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        sync: Sync,
+        dtypes: GradientDtypes,
+        others: Sequence[nn.Parameter] = (),
+    ) -> None:
+        """Wrap nothing. `others` are trained parameters outside of the model, such as a criterion's."""
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
-        if not dtypes.are_own(model.parameters()):
-            self.sums = GradientSums(model.parameters(), dtypes)
+        parameters = [*model.parameters(), *others]
+        if not dtypes.are_own(parameters):
+            self.sums = GradientSums(parameters, dtypes)
 
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Nothing to set."""

@@ -63,7 +63,7 @@ def step_time(
     numbers = sum(p.shard(setup.shards) for p in model.trained)
     sends = gradient_sends(model, setup, num_micros)
     if setup.world_size > 1:
-        sends += control_sends(setup.world_size, num_terms=1)
+        sends += _control(setup)
     sent_s = _carried_s(machine, sends)
     if setup.strategy == "single":
         exposed_s = 0.0
@@ -82,7 +82,12 @@ def _sharded(
     # A micro that is the first and the last of its window sends all there is; one more sends what each of them does.
     one, two = (_carried_s(machine, gradient_sends(model, setup, n)) for n in (1, 2))
     others_s = (num_micros - 1) * max(0.0, two - one - micro_s)
-    return others_s + max(0.0, one - micro_s) + _carried_s(machine, control_sends(setup.world_size, num_terms=1))
+    return others_s + max(0.0, one - micro_s) + _carried_s(machine, _control(setup))
+
+
+def _control(setup: Setup) -> tuple[Sends, ...]:
+    """The agreement of the ranks; a shortage of memory is agreed on apart."""
+    return control_sends(setup.world_size, num_terms=1, rows=1 + setup.apart)
 
 
 def _replicated(

@@ -49,9 +49,9 @@ def gradient_sends(model: ModelShape, setup: Setup, num_micros: int) -> tuple[Se
 
 
 def control_sends(world_size: int, num_terms: int, rows: int = 1) -> tuple[Sends, ...]:
-    """The small all-reduce by which ranks agree: a float64 row a rank, of 3 numbers and 2 for each term of the loss.
+    """The small all-reduce by which ranks agree: a float64 row a rank, of 4 numbers and 2 for each term of the loss.
 
-    `rows` is 2 where the window after it is not known ahead.
+    `rows` is 2 where the window after it is not known ahead, or a shortage of memory is agreed on apart.
     """
     num_bytes = 8 * world_size * (4 + 2 * num_terms)
     return (Sends("agreement of the ranks", "all_reduce", rows, rows * num_bytes, world_size),)

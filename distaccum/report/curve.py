@@ -64,6 +64,8 @@ def _points(records: Sequence[dict[str, object]], kind: str, field: str) -> Poin
     newest: dict[int, float] = {}
     for record in records:
         step, value = record.get("step"), record.get(field)
+        if record.get("skipped"):  # it has the number of the step before it
+            continue
         if record["kind"] == kind and isinstance(step, int) and isinstance(value, (int, float)):
             newest[step] = float(value)
     return sorted((step, value) for step, value in newest.items() if math.isfinite(value))

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: the truth about a run. One JSON object a line, on disk when `write` returns.
+"""`metrics.jsonl`: the truth about a run. One JSON object a line, handed to the system when `write` returns.
 
 W&B keeps its rows in memory for seconds (a run killed a second after 100 rows had none of them); this file loses at
-most the line being written.
+most the line being written. A crash of the machine may take what the system had not yet brought to the disk.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-    """Without what a resumed run has done again: records of steps that came after the one it went on from.
+    """Without what a resumed run has done again: records of windows that came after the one it went on from.
 
     A run that was killed has recorded steps which its newest checkpoint does not have.
     """
@@ -92,7 +92,9 @@ def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _is_later(record: dict[str, object], resumed: dict[str, object]) -> bool:
-    step, last = record.get("step"), resumed.get("step")
+    # Windows, as one that was skipped has the number of the step before it; a held-out loss has its step's number only.
+    name = "window" if "window" in record and "window" in resumed else "step"
+    step, last = record.get(name), resumed.get(name)
     return isinstance(step, int) and isinstance(last, int) and step > last
 
 

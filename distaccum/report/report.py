@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from distaccum.report.console import Console
 from distaccum.report.curve import draw_curve
 from distaccum.report.human import Field, duration, step_texts
 from distaccum.report.metrics import RESUME, MetricsFile
-from distaccum.report.wandb_run import WandbMode, WandbRun
+from distaccum.report.wandb_run import WandbMode, WandbRun, allowed
 
 _AXES = ("step", "loss", "samples", "tokens")
 
@@ -66,13 +67,14 @@ class Report:
                 self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
 
     def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
-        """Record one optimizer step: always a record "step" and a W&B row `train/*`, a progress line when `show`.
+        """Record one window and the step it made: a record "step" and a W&B row `train/*`, a progress line when `show`.
 
         Args:
-            fields: `step` (int) and any of epoch, samples, tokens, loss, grad_norm, lr, weight, skipped, samples_per_s,
-                tokens_per_s, data_wait_share, comm_share (shares of 1), peak_memory_bytes; other names are recorded
-                too. Python numbers: a tensor would have to be read from the device here.
-            total_steps: of the whole run.
+            fields: `step` (int; the one before, where the window was skipped) and any of window, epoch, samples,
+                tokens, loss, grad_norm, lr, weight, skipped, samples_per_s, tokens_per_s, data_wait_share, comm_share
+                (shares of 1), peak_memory_bytes; other names are recorded too. Python numbers: a tensor would have to
+                be read from the device here.
+            total_steps: of the whole run, as far as is known.
             show: for a log file the caller owns the interval. A terminal's bar follows every step all the same.
         """
         self._metrics.write("step", **fields)
@@ -96,9 +98,9 @@ class Report:
         self._metrics.write("note", text=text)
         self._console.line(text)
 
-    def resume(self, step: int, texts: Sequence[str]) -> None:
-        """Say from where the run goes on; records of later steps, of an earlier start, stand no more."""
-        self._metrics.write(RESUME, step=step, text=" ".join(texts))
+    def resume(self, step: int, windows: int, texts: Sequence[str]) -> None:
+        """Say from where the run goes on; records of later windows, of an earlier start, stand no more."""
+        self._metrics.write(RESUME, step=step, window=windows, text=" ".join(texts))
         for text in texts:
             self._console.line(text)
 
@@ -156,14 +158,17 @@ def make_report(
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
     wandb = None
-    if config.name is LoggerName.wandb:
+    mode, told = allowed(config.mode, os.environ) if config.name is LoggerName.wandb else (None, "")
+    if told:
+        console.line(told)
+    if mode is not None:
         wandb = WandbRun(
             run_dir=run_dir,
             project=config.project,
             entity=config.entity,
             name=config.run_name,
             group=config.group,
-            mode=config.mode,
+            mode=mode,
             config=run_config,
             init_timeout_s=config.init_timeout_s,
             warn=console.line,

@@ -24,6 +24,21 @@ class WandbMode(Enum):
     online = "online"
 
 
+def allowed(mode: WandbMode, environment: Mapping[str, str]) -> tuple[WandbMode | None, str]:
+    """Return what W&B's own variables leave of a mode, None for no W&B at all, and a line where that is another one.
+
+    W&B itself reads WANDB_MODE only where the program names no mode, and some versions of it no WANDB_DISABLED.
+    """
+    wish = environment.get("WANDB_MODE", "").strip().lower()
+    disabled = environment.get("WANDB_DISABLED", "").strip().lower()
+    if wish == "disabled" or disabled in ("1", "true", "yes", "on"):
+        name = "WANDB_MODE" if wish == "disabled" else "WANDB_DISABLED"
+        return None, f"W&B: {name}={environment[name]}, so this run has no W&B and writes no files for it"
+    if wish in ("offline", "dryrun") and mode is WandbMode.online:
+        return WandbMode.offline, f"W&B: WANDB_MODE={environment['WANDB_MODE']}, so logger.mode=online is offline"
+    return mode, ""
+
+
 class WandbRun:
     """One W&B run, on rank 0 only.
 

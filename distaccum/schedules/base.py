@@ -14,6 +14,7 @@ from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
 from distaccum.parallel.base import Strategy
+from distaccum.schedules.randomness import seed_all
 from distaccum.shuffle import random_key
 from distaccum.torch_private import issued
 
@@ -109,11 +110,9 @@ class Forwards:
         self.last_micro, micro = next(self._micros, (None, None))
         _check(self._objective, window, index, self.last_micro)
         if self._seed is not None:
-            # torch.manual_seed also looks for every other kind of device, and that takes longer than a small micro.
-            seed = torch.default_generator.manual_seed if self._device.type == "cpu" else torch.manual_seed
-            seed(random_key(self._seed, self._step, index * world.size + world.rank))
+            seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
         with self._strategy.observing():
-            own = sums_of(self._objective, self._strategy.model, micro, self._terms)
+            own = sums_of(self._objective, self._strategy.called, micro, self._terms)
         self._sums += [value.detach() for value in own]
         if self._gradient is None:
             self._gradient = self._denominator.gradient(own, self._factor)
@@ -121,7 +120,7 @@ class Forwards:
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
         with self._strategy.padding():
-            own = sums_of(self._objective, self._strategy.model, to_device(self._padding, self._device), self._terms)
+            own = sums_of(self._objective, self._strategy.called, to_device(self._padding, self._device), self._terms)
         return joined(own), self._denominator.gradient(own, 0.0)
 
 

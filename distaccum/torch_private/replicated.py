@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def ddp_obstacle(model: DistributedDataParallel) -> str | None:
@@ -23,6 +31,58 @@ def ddp_buckets(model: DistributedDataParallel) -> int:
     data = model._get_ddp_logging_data()
     sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
     return len([size for size in str(sizes).split(",") if size.strip()])
+
+
+class PassedBy(Exception):  # noqa: N818 - never seen by users
+    """A forward did not go through the DistributedDataParallel module."""
+
+
+class _Unchanged(TorchDispatchMode):
+    """Answers a request for zeros like a tensor with the tensor itself, so that no memory is taken."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.ops.aten.zeros_like.default else func(*args, **(kwargs or {}))
+
+
+def ddp_parameters(model: DistributedDataParallel) -> list[nn.Parameter]:
+    """List the parameters whose gradients this DDP reduces, in the order in which its errors number them.
+
+    They were chosen when it was made. Only its buckets still know them: `requires_grad` may have changed since.
+    """
+    with _Unchanged():  # type: ignore[no-untyped-call]
+        buckets = model.reducer._get_zeros_like_grad_buckets()
+    reduced = {id(parameter) for bucket in buckets for parameter in bucket.parameters()}
+    return [parameter for parameter in model.module.parameters() if id(parameter) in reduced]
+
+
+@contextmanager
+def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iterator[None]:
+    """Decide whether forwards inside prepare the reduction, whatever `no_sync()` around them says.
+
+    Raises:
+        PassedBy: on leaving, when it was to synchronise and the last forward did not go through DDP with gradients.
+    """
+    flag = model.require_backward_grad_sync
+    model.require_backward_grad_sync = synchronised
+    # DDP's forward writes True or False here, and reads its truth only: 0 and 1 show that no forward has come by.
+    model.require_forward_param_sync = int(model.require_forward_param_sync)  # type: ignore[assignment]
+    try:
+        yield
+        if synchronised and model.require_forward_param_sync is not True:
+            raise PassedBy
+    finally:
+        model.require_backward_grad_sync = flag
+        model.require_forward_param_sync = bool(model.require_forward_param_sync)
+
+
+def ddp_unreduced(model: DistributedDataParallel) -> list[int] | None:
+    """The numbers of the parameters for which the last backward has left the reduction waiting; None where it ended."""
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        return [int(number) for number in found[1].split()] if found else []
+    return None
 
 
 def reset_ddp(model: DistributedDataParallel) -> None:

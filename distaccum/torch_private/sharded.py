@@ -68,6 +68,13 @@ def clear_sharded_gradients(model: nn.Module) -> None:
             param.sharded_param.grad = None
 
 
+def forget_forwards(model: nn.Module) -> None:
+    """Forget forwards that no backward followed: FSDP2 keeps their order, by which a backward gathers ahead."""
+    for group, _ in _fsdp_groups(model):
+        group._post_forward_indices.clear()
+        getattr(group.comm_ctx, "post_forward_order", []).clear()  # not there before the first forward
+
+
 def reduce_unused_parameters(model: nn.Module) -> None:
     """Make every rank reduce all trained parameters, as zeros where a micro did not use them.
 
@@ -105,6 +112,11 @@ def sharding_groups(model: nn.Module) -> list[dist.ProcessGroup]:
     kinds = ("shard_process_group", "replicate_process_group")
     found = (getattr(group.mesh_info, kind, None) for group, _ in _fsdp_groups(model) for kind in kinds)
     return list(dict.fromkeys(group for group in found if group is not None))
+
+
+def offloads(model: nn.Module) -> bool:
+    """Tell whether FSDP2 keeps parameters on the CPU; only its parameters know."""
+    return any(param.offload_to_cpu for group, _ in _fsdp_groups(model) for param in group.fsdp_params)
 
 
 def custom_divide_factor(model: nn.Module) -> float | None:

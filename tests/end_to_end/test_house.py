@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -72,17 +73,31 @@ def test_the_wheel_is_a_module_and_brings_its_configuration(installed: Path, tmp
     assert f"file://{conf} " in row
 
 
-def test_importing_is_light(tmp_path: Path) -> None:
-    code = "import sys, json, distaccum; print(json.dumps(sorted(sys.modules)))"
-    loaded = set(json.loads(run([sys.executable, "-c", code], tmp_path)))
-    assert not loaded & {"hydra", "omegaconf", "wandb", "matplotlib", "transformers"}
+# All that `import distaccum` may load beyond `import torch` and its own files.
+LIGHT = {"_decimal", "_statistics", "decimal", "fractions", "numbers", "shlex", "statistics"}
+
+
+def test_importing_is_light() -> None:
+    code = (
+        "import sys, json, torch; torchs = set(sys.modules); import distaccum; "
+        "print(json.dumps(sorted(set(sys.modules) - torchs)))"
+    )
+    added = json.loads(run([sys.executable, "-c", code], ROOT))
+    assert [name for name in added if name.partition(".")[0] != "distaccum" and name not in LIGHT] == []
+
+
+def statements(file: Path) -> int:
+    """How many statements a file has, docstrings not counted."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.stmt)]
+    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in nodes)
 
 
 def test_the_heart_is_small() -> None:
-    heart = ["plan.py", "loss.py", "step.py", "schedules/base.py", "schedules/microbatch.py"]
-    files = [ROOT / "distaccum" / name for name in heart] + sorted((ROOT / "distaccum" / "parallel").glob("*.py"))
-    lines = sum(len(file.read_text().splitlines()) for file in files)
-    assert lines <= 1500
+    """What a newcomer reads: plan, loss, step with what ranks agree on, and the strategies; without the ledger."""
+    heart = ["plan.py", "loss.py", "step.py", "agreement.py", "schedules/base.py", "schedules/microbatch.py"]
+    files = [ROOT / "distaccum" / name for name in heart]
+    files += [file for file in (ROOT / "distaccum" / "parallel").glob("*.py") if file.name != "ledger.py"]
+    assert sum(statements(file) for file in files) <= 1000
     for file in (ROOT / "distaccum").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 300, file
 

@@ -53,6 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["data.layout=loose"], r"data\.layout: Invalid value 'loose'"),
         (["accum.overlap_micros=0"], r"accum\.overlap_micros is 0; give a number of micro-batches from 1 on, or auto"),
         (["accum.overlap_micros=often"], r"accum\.overlap_micros is 'often'"),
+        (["optim.schedule.warmup=soon"], r"optim\.schedule\.warmup is 'soon'; give a whole number"),
+        (["optim.schedule.warmup=2.5"], r"optim\.schedule\.warmup is 2\.5; give a whole number"),
+        (["optim.schedule.warmup=true"], r"optim\.schedule\.warmup is True; give a whole number"),
         (["accum.overlap_memory_mb=-1"], r"accum\.overlap_memory_mb is -1"),
     ],
 )
@@ -74,7 +77,7 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
         (["model.max_seq_len=16"], "16 positions; the data needs"),
         (["model.vocab_size=100"], "100 token ids"),
         (["model.width=30"], "width"),
-        (["train.steps=5"], "warmup"),
+        (["train.steps=5", "optim.schedule.warmup=20"], "warmup of at most 4"),
         (["optim.lr=-1"], "optim.lr"),
         (["optim.clip_norm=0"], "clip_norm"),
         (["parallel=ddp"], "parallel=ddp needs ranks"),

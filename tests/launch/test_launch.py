@@ -1,5 +1,6 @@
 """How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -9,11 +10,24 @@ import torch
 
 from distaccum.errors import ConfigError
 from distaccum.launch import launch
+from distaccum.launch.own_ranks import _surroundings
 from distaccum.launch.ranks import Place, ranks_here, recognise
 
 from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen
 
 # Ways of starting
+
+
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_what_is_disabled_in_logging_stays_disabled(level):
+    before = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with _surroundings(1):
+            assert logging.root.manager.disable == logging.CRITICAL
+        assert logging.root.manager.disable == level
+    finally:
+        logging.disable(before)
 
 
 def test_one_process(start, tmp_path):

@@ -27,6 +27,7 @@ from distaccum.nn.batchnorm import (
     collectives,
     convert_batchnorm,
     has_batchnorm,
+    mode_of,
     pooled_statistics,
 )
 from distaccum.parallel.ledger import Ledger
@@ -378,6 +379,14 @@ def test_what_is_refused() -> None:
         model(torch.randn(2, 3, 3))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         model(torch.randn(1, 2, 1, 1))
+
+
+def test_layers_of_several_modes_are_refused_by_name() -> None:
+    model = nn.Sequential(convert_batchnorm(nn.BatchNorm1d(2), BatchNormMode.sync), nn.Sequential(nn.BatchNorm1d(2)))
+    with pytest.raises(ConfigError, match=r"One BatchNorm mode can be judged, and 0 is sync, 1\.0 is micro: use"):
+        mode_of(model)
+    assert mode_of(convert_batchnorm(model, BatchNormMode.pooled)) is BatchNormMode.pooled
+    assert mode_of(model.eval()) is None
 
 
 def test_has_batchnorm() -> None:

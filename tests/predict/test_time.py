@@ -80,6 +80,14 @@ def test_own_sums_travel_after_the_window() -> None:
     assert told(ddp(accumulate=torch.float64), 4).exposed_s == pytest.approx(0.4 + CONTROL)
 
 
+def test_a_shortage_of_memory_is_agreed_on_by_a_second_small_collective() -> None:
+    for strategy, overlaps in (("ddp", False), ("fsdp", False), ("fsdp", True)):
+        one = ddp(accumulate=torch.float64) if strategy == "ddp" else setup("fsdp", "boundary", 2)
+        machine = replace(MACHINE, overlaps=overlaps)
+        alone, apart = (told(replace(one, apart=both), 4, machine=machine) for both in (False, True))
+        assert apart.exposed_s - alone.exposed_s == pytest.approx(CONTROL)
+
+
 def test_which_parameters_were_used_is_told_by_12_bytes() -> None:
     """With find_unused_parameters: 3 int32, at the latency of 1 ms."""
     plain, unused = told(ddp(), 4), told(ddp(find_unused_parameters=True), 4)

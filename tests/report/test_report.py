@@ -6,6 +6,7 @@ exit hook per process, and reads its address from the environment only once. No 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -44,6 +45,7 @@ from distaccum.report import (
 )
 from distaccum.report.curve import loss_limits
 from distaccum.report.plain import to_plain
+from distaccum.report.wandb_run import allowed
 
 CONF = Path(__file__).parents[2] / "conf" / "logger"
 NO_LOGGER = LoggerConfig(
@@ -600,6 +602,31 @@ def check_offline_run(outcome: Outcome) -> None:
     assert summary["end/heldout_loss"] == 1.5
     assert [final.exit_code for final in of_kind(records, "exit")] == [3]
     assert not of_kind(records, "output_raw")  # the console is not captured
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "Disabled")],
+)
+def test_a_disabled_wandb_writes_nothing_and_is_said(name, value, tmp_path, monkeypatch):
+    for other in ("WANDB_MODE", "WANDB_DISABLED"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("distaccum.report.wandb_run._start", lambda *_: pytest.fail("it was started"))
+    stream = io.StringIO()
+    report = make_report(tmp_path, dataclasses.replace(NO_LOGGER, name=LoggerName.wandb), {}, stream)
+    report.end("done", {}, 0)
+    lines = [line for line in stream.getvalue().splitlines() if "W&B" in line]
+    assert lines == [f"W&B: {name}={value}, so this run has no W&B and writes no files for it"]
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_wandbs_variables_never_add_to_what_was_asked():
+    online, offline = WandbMode.online, WandbMode.offline
+    assert allowed(online, {}) == (online, "")
+    assert allowed(offline, {"WANDB_MODE": "online", "WANDB_DISABLED": "false"}) == (offline, "")
+    mode, told = allowed(online, {"WANDB_MODE": "offline"})
+    assert (mode, told) == (offline, "W&B: WANDB_MODE=offline, so logger.mode=online is offline")
 
 
 def test_wandb_offline(runs):

@@ -1,0 +1,130 @@
+"""What is checked of all that is handed to an accumulator, when it is made and before each window."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from distaccum.errors import ConfigError
+
+# Packages whose wrappers of optimizers and schedulers do more than one step per call, or none, by rules of their own.
+_WRAPPING = ("accelerate.", "lightning.", "lightning_fabric.")
+
+
+def own_optimizer(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside of what Accelerate or Fabric made of it.
+
+    Raises:
+        ConfigError: for anything else than one optimizer whose `step()` makes one update.
+    """
+    optimizer = _inside(optimizer, "optimizer")
+    if not isinstance(optimizer, Optimizer):
+        several = " Several optimizers: make one of parameter groups." if isinstance(optimizer, list | tuple) else ""
+        raise ConfigError(
+            f"optimizer is a {type(optimizer).__name__}; give one torch.optim.Optimizer over the model's "
+            f"parameters.{several}"
+        )
+    if _wants_arguments(optimizer):
+        raise ConfigError(
+            f"{type(optimizer).__name__} computes the loss several times per update (step(closure)), and a window is "
+            "computed once. Use an optimizer whose step() takes no closure, such as SGD or AdamW."
+        )
+    return optimizer
+
+
+def own_scheduler(scheduler: Any) -> Any:
+    """Return the scheduler inside of what Accelerate made of it, which moves it once per rank in each update.
+
+    Raises:
+        ConfigError: for what has no `step()` that can be called once per update.
+    """
+    scheduler = _inside(scheduler, "scheduler")
+    if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
+        return scheduler
+    if not callable(getattr(scheduler, "step", None)):
+        several = isinstance(scheduler, list | tuple)
+        raise ConfigError(
+            f"scheduler is a {type(scheduler).__name__}, which has no step() method. Give one scheduler"
+            f"{': torch.optim.lr_scheduler.ChainedScheduler or SequentialLR makes one of several' if several else ''}."
+        )
+    if _wants_arguments(scheduler):
+        raise ConfigError(
+            f"{type(scheduler).__name__}.step() wants arguments, and it is called without any after each update. Give "
+            "torch's LR schedulers, or step yours after Accumulator.step with what it needs."
+        )
+    return scheduler
+
+
+def move(scheduler: Any, loss: float) -> None:
+    """Move the learning rate once, after an update; on a plateau by the window's loss, which all ranks agree on."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    elif scheduler is not None:
+        scheduler.step()
+
+
+def check_schedule_left(scheduler: Any) -> None:
+    """Refuse a window whose update is one more than the schedule was made for.
+
+    Raises:
+        ConfigError: for OneCycleLR, which raises behind its last step, when the update has been made.
+    """
+    if isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps:
+        raise ConfigError(
+            f"OneCycleLR was made for total_steps={scheduler.total_steps} and has made them all. Give it the number "
+            "of updates of the whole training: windows, not micro-batches."
+        )
+
+
+def check_surroundings(device: torch.device) -> None:
+    """Refuse contexts around a window that would change what it computes.
+
+    Raises:
+        ConfigError: for gradients that are switched off, and for autocast around the step.
+    """
+    if not torch.is_grad_enabled():
+        name = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+        raise ConfigError(f"Accumulator.step was called inside {name}, where nothing can be trained. Leave it before.")
+    if torch.is_autocast_enabled(device.type):
+        raise ConfigError(
+            "Accumulator.step was called inside torch.autocast. It keeps the 16-bit copies of the first weights until "
+            "it is left, so that later windows would not see any update. Leave it, and use da.autocast(objective, "
+            "dtype), or open it inside of the objective."
+        )
+
+
+def check_window(window: Any) -> Sequence[Any]:
+    """Return a window that is a sequence of micro-batches.
+
+    Raises:
+        ConfigError: for a generator, and for what is one batch.
+    """
+    if isinstance(window, Tensor | Mapping | str) or not isinstance(window, Sequence):
+        what = "one micro-batch" if isinstance(window, Tensor | Mapping) else "no list"
+        raise ConfigError(
+            f"Accumulator.step got a {type(window).__name__}, which is {what}. Give a list of micro-batches, a window "
+            "of da.windows(loader, ...), or da.windows.split(batch, K) for one batch that is to be cut."
+        )
+    return window
+
+
+def _inside(wrapper: Any, name: str) -> Any:
+    while type(wrapper).__module__.startswith(_WRAPPING) and hasattr(wrapper, name):
+        wrapper = getattr(wrapper, name)
+    return wrapper
+
+
+def _wants_arguments(owner: Any) -> bool:
+    """Tell whether `owner.step()` cannot be called without arguments; one of unknown signature can."""
+    try:  # of the class: schedulers put a counter around their optimizer's own step
+        _, *parameters = inspect.signature(type(owner).step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return False
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(p.default is inspect.Parameter.empty and p.kind not in variadic for p in parameters)

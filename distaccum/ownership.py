@@ -1,0 +1,102 @@
+"""Whose gradients a window completes: each trained parameter of an optimizer must be among them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from distaccum.errors import ConfigError, StateWarning
+from distaccum.parallel.base import Strategy
+
+
+class Parameters:
+    """The parameters of one accumulator: the optimizer's, which are updated, and the model's others."""
+
+    def __init__(self, optimizer: Optimizer, strategy: Strategy) -> None:
+        """Check that the strategy completes the gradients of all that is trained, and warn of what no update reads.
+
+        Raises:
+            ConfigError: for parameters whose gradients would stay on each rank.
+        """
+        self._optimizer = optimizer
+        self._strategy = strategy
+        self.renew()
+        self.updated()
+        unread = sum(parameter.requires_grad for parameter in self._others)
+        if unread and strategy.world.rank == 0:
+            warnings.warn(
+                f"{unread} trained parameter(s) of the model are not in the optimizer. Their gradients are computed "
+                "and sent, and cleared with each window; freeze them before the model is wrapped.",
+                StateWarning,
+                stacklevel=3,
+            )
+
+    def renew(self) -> None:
+        """Note what the strategy completes. It changes where an interrupted DDP is made anew."""
+        owned = self._strategy.owned()
+        self._owned = None if owned is None else frozenset(map(id, owned))
+        own = set(map(id, parameters_of(self._optimizer)))
+        self._others = [p for p in self._strategy.model.parameters() if id(p) not in own]
+
+    def updated(self) -> list[nn.Parameter]:
+        """List the optimizer's parameters, in its order.
+
+        Raises:
+            ConfigError: for trained ones whose gradients would stay on each rank; groups may have been added.
+        """
+        parameters = parameters_of(self._optimizer)
+        if self._owned is not None and not self._owned.issuperset(map(id, parameters)):
+            _refuse_unowned(self._strategy.model, parameters, self._owned)
+        return parameters
+
+    def clear(self) -> None:
+        """Forget all gradients, those that no update reads too, which would grow from window to window."""
+        self._optimizer.zero_grad()
+        for parameter in self._others:
+            parameter.grad = None
+
+
+def outside(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    """List the trained parameters of the optimizer that the model does not have.
+
+    Raises:
+        ConfigError: when none of its parameters belongs to the model.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    parameters = parameters_of(optimizer)
+    if not any(id(parameter) in own for parameter in parameters):
+        raise ConfigError(
+            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so that nothing of it would "
+            "be trained. Make the optimizer after the model was wrapped (fully_shard makes new parameters), and over "
+            "model.parameters() of this very model, not of a copy."
+        )
+    return [parameter for parameter in parameters if id(parameter) not in own and parameter.requires_grad]
+
+
+def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned: frozenset[int]) -> None:
+    """Raise ConfigError for trained parameters whose gradients nobody sums over ranks."""
+    strange = [p for p in parameters if id(p) not in owned and p.requires_grad]
+    if not strange:
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = [names[id(p)] for p in strange if id(p) in names]
+    if known:
+        raise ConfigError(
+            f"The gradients of {len(known)} trained parameter(s) ({known[0]}, ...) would stay on each rank: they were "
+            "frozen or not there when the model was wrapped, or DistributedDataParallel was told to ignore them. Wrap "
+            "the model, and make the accumulator, after parameters are thawed or added."
+        )
+    raise ConfigError(
+        f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the first of shape "
+        f"{list(strange[0].shape)}, so their gradients would stay on each rank. Put what they belong to (a criterion, "
+        "a temperature) into the module that is wrapped, and compute the loss in its forward; or leave them out of the "
+        "optimizer."
+    )
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """List all parameters of an optimizer."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
