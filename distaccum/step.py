@@ -30,7 +30,7 @@ from distaccum.parallel.recognise import recognise
 from distaccum.record import StepRecord
 from distaccum.schedules import microbatch, shortage
 from distaccum.schedules.base import Forwards
-from distaccum.schedules.first_window import Moved, check_cut
+from distaccum.schedules.first_window import FirstLook
 from distaccum.schedules.overlap import Overlap
 from distaccum.schedules.randomness import kept
 
@@ -119,8 +119,7 @@ class Accumulator:
         blocks = blocks_of(self.strategy.evaluation_model) if blocks is None else blocks
         self.overlap = Overlap(self.strategy, overlap_micros, blocks, overlap_limit)
         self._settled = True  # whether the strategy is as it is after a window
-        self._check_cut = check_cut
-        self._moved: Moved | None = Moved(self.strategy.model)  # until the first window has been computed
+        self._first_look = FirstLook(self.strategy, check_cut=check_cut)
         self._parameters = Parameters(self.optimizer, self.strategy)
 
     def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
@@ -144,9 +143,7 @@ class Accumulator:
         agreement.asking = asking
         with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
             agreement.meet(window)
-            if self._check_cut and agreement.padding is not None:
-                check_cut(strategy, self.objective, agreement.padding)
-                self._check_cut = False
+            self._first_look.at_the_loss(self.objective, agreement.padding)
             self._settle()
             chosen = self.overlap.choose()
             asked_before = agreement.asked
@@ -167,9 +164,7 @@ class Accumulator:
                 # sharded it comes after, because their norm takes a collective anyway and rides on this one.
                 told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
                 last_backward()
-                if self._moved is not None:
-                    self._moved.tell(strategy.world.rank)
-                    self._moved = None
+                self._first_look.at_the_buffers()
                 strategy.deliver()
                 gradients = strategy.gradients(parameters)
                 if self.loss_scale is not None:

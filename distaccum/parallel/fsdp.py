@@ -190,17 +190,17 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
 def _refuse_other_meshes(name: str, parameter: DTensor, first: DTensor, world: World) -> None:
     """Refuse parameters that are not sharded over all ranks, with or without replicas, on one mesh."""
     mesh, placements = parameter.device_mesh, parameter.placements
-    names = mesh.mesh_dim_names or ()
     wanted = (Replicate,) * (mesh.ndim - 1) + (Shard,)
-    reason = None
-    if mesh != first.device_mesh:
-        reason = f"it is on another mesh than the first parameter, which is on {first.device_mesh}"
-    elif mesh.ndim > 2 or tuple(map(type, placements)) != wanted:
-        reason = "the ranks of a dimension that neither replicates nor shards whole parameters share samples"
-    elif MODEL_PARALLEL & set(names):
-        reason = f"ranks along {', '.join(sorted(MODEL_PARALLEL & set(names)))} share samples, as the mesh's names say"
-    elif mesh.size() != world.size:
-        reason = f"the model is sharded over {mesh.size()} of {world.size} ranks"
+    shared = sorted(MODEL_PARALLEL.intersection(mesh.mesh_dim_names or ()))
+    reasons = {
+        f"it is on another mesh than the first parameter, which is on {first.device_mesh}": mesh != first.device_mesh,
+        "the ranks of a dimension that neither replicates nor shards whole parameters share samples": (
+            mesh.ndim > 2 or tuple(map(type, placements)) != wanted
+        ),
+        f"ranks along {', '.join(shared)} share samples, as the mesh's names say": bool(shared),
+        f"the model is sharded over {mesh.size()} of {world.size} ranks": mesh.size() != world.size,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:
         raise ConfigError(
             f"The parameter {name} is on the mesh {mesh} with the placements {placements}: {reason}. All ranks must "

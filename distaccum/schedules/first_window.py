@@ -18,30 +18,66 @@ from distaccum.schedules.randomness import kept
 CUT_TOLERANCE = 0.02
 
 
-def check_cut(strategy: Strategy, objective: SupportsObjective, micro: Any) -> None:
-    """Compute a micro-batch whole and in two halves: a sum over its samples is the sum of theirs.
+class FirstLook:
+    """Looks at the first window of an accumulator, and never again."""
 
-    Forwards only, in evaluation mode. A micro-batch that cannot be cut, a loss that is random or that evaluation mode
-    does not have, and terms that do not count samples (a mean over micro-batches) are passed over. For all ranks.
+    def __init__(self, strategy: Strategy, *, check_cut: bool) -> None:
+        """Keep a copy of each buffer of the model."""
+        self._strategy = strategy
+        self._check_cut = check_cut
+        self._before: dict[str, Tensor] | None = {
+            name: buffer.detach().clone() for name, buffer in strategy.model.named_buffers()
+        }
 
-    Args:
-        strategy: how the model is spread.
-        objective: what is summed and counted.
-        micro: a micro-batch, this rank's own or lent.
+    def at_the_loss(self, objective: SupportsObjective, micro: Any) -> None:
+        """Compute a micro-batch whole and in two halves: a sum over its samples is the sum of theirs.
 
-    Raises:
-        ConfigError: on all ranks, when on any a term depends on the cut; with the factor.
-    """
-    own = _dependence(strategy, objective, to_device(micro, strategy.world.device))
-    found = [(rank, text) for rank, text in enumerate(strategy.world.gather_objects(own)) if text]
-    if found:
-        rank, text = found[0]
-        raise ConfigError(
-            f"The objective's loss depends on how samples are cut into micro-batches: on rank {rank} {text}. A mean is "
-            "divided twice, by its own count and by the window's; return the sum, for example with reduction='sum'. If "
-            "samples are meant to meet in the loss (contrastive losses), give check_cut=False: each micro-batch is a "
-            "batch of its own then."
-        )
+        Forwards only, in evaluation mode. A micro-batch that cannot be cut, a loss that is random or that evaluation
+        mode does not have, and terms that do not count samples (a mean over micro-batches) are passed over. Call it on
+        all ranks.
+
+        Args:
+            objective: what is summed and counted.
+            micro: a micro-batch, this rank's own or lent; None where no rank has any.
+
+        Raises:
+            ConfigError: on all ranks, when on any a term depends on the cut; with the factor.
+        """
+        if not self._check_cut or micro is None:
+            return
+        strategy = self._strategy
+        own = _dependence(strategy, objective, to_device(micro, strategy.world.device))
+        found = [(rank, text) for rank, text in enumerate(strategy.world.gather_objects(own)) if text]
+        if found:
+            rank, text = found[0]
+            raise ConfigError(
+                f"The objective's loss depends on how samples are cut into micro-batches: on rank {rank} {text}. A "
+                "mean is divided twice, by its own count and by the window's; return the sum, for example with "
+                "reduction='sum'. If samples are meant to meet in the loss (contrastive losses), give check_cut=False: "
+                "each micro-batch is a batch of its own then."
+            )
+        self._check_cut = False
+
+    def at_the_buffers(self) -> None:
+        """Warn on rank 0 of buffers that the forwards of the window have moved: K micro-batches move them K times.
+
+        Call it after the last backward, before BatchNorm's statistics are written.
+        """
+        before, self._before = self._before, None
+        if before is None or self._strategy.world.rank != 0:
+            return
+        model = self._strategy.model
+        moved = [name for name, buffer in model.named_buffers() if not _equal(before.get(name), buffer)]
+        moved = [name for name in moved if not _left_alone(model, name)]
+        if moved:
+            warnings.warn(
+                f"{len(moved)} buffer(s) of the model ({', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}) are "
+                "moved by each forward: K times in a window, by each rank's micro-batches on their own, and not once "
+                "as by one big batch. BatchNorm: da.convert_batchnorm(model, 'pooled') before it is wrapped. Others: "
+                "move them once per update, after Accumulator.step.",
+                StateWarning,
+                stacklevel=3,
+            )
 
 
 def _dependence(strategy: Strategy, objective: SupportsObjective, micro: Any) -> str | None:
@@ -70,29 +106,6 @@ def _dependence(strategy: Strategy, objective: SupportsObjective, micro: Any) ->
             factor = together / apart if apart else float("inf")
             return f"'{name}' of one micro-batch is {factor:.4g} times the sum of its two halves'"
     return None
-
-
-class Moved:
-    """Compares a model's buffers before and after a window: what a forward moves, K micro-batches move K times."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Keep a copy of each buffer."""
-        self._model = model
-        self._before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-
-    def tell(self, rank: int) -> None:
-        """Warn on rank 0 of the buffers that are not as they were. Call it once, before statistics are written."""
-        moved = [name for name, buffer in self._model.named_buffers() if not _equal(self._before.get(name), buffer)]
-        moved = [name for name in moved if not _left_alone(self._model, name)]
-        if moved and rank == 0:
-            warnings.warn(
-                f"{len(moved)} buffer(s) of the model ({', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}) are "
-                "moved by each forward: K times in a window, by each rank's micro-batches on their own, and not once "
-                "as by one big batch. BatchNorm: da.convert_batchnorm(model, 'pooled') before it is wrapped. Others: "
-                "move them once per update, after Accumulator.step.",
-                StateWarning,
-                stacklevel=3,
-            )
 
 
 def _equal(before: Tensor | None, after: Tensor) -> bool:
