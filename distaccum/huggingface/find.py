@@ -30,6 +30,7 @@ MOST_SAMPLES = 8  # of the micro-batch; each is one forward
 # Samples computed together and alone differ by roundings. A wrong denominator differs by (its share of a sample - the
 # true share) x (how much losses of samples differ) / loss, which is 1e-3 and more even before training.
 TOLERANCE_EPS = 256
+FEWEST_LABELS = 4  # of a single row, so that it and a copy with every second one ignored have other means
 _PER_SAMPLE = {DenominatorName.samples, DenominatorName.numbers}  # the same thing where a sample has one label
 
 
@@ -46,7 +47,8 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
 
     Args:
         model: returns its mean loss as `.loss` when called as `model(**micro)`.
-        micro: model inputs of at least two samples, on the model's device; tensors of B rows are cut by samples.
+        micro: model inputs, on the model's device; tensors of B rows are cut by samples. One row with labels for its
+            positions is compared with a copy in which every second of its labels is ignored.
 
     Returns:
         The objective; its `reason` says what was measured, and which of several equivalent candidates was taken.
@@ -57,14 +59,17 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
     answering = isinstance(micro, Mapping) and is_question_answering(micro)
     check_micro(DenominatorName.samples if answering else DenominatorName.numbers, micro)
     size = len(micro[label_names(micro)[0]])
-    if size < 2:
-        raise ConfigError(f"HuggingFace.find needs a micro-batch of at least 2 samples to compare, and got {size}.")
-    micro = _rows(micro, slice(0, MOST_SAMPLES))
+    micro = _rows(micro, slice(0, MOST_SAMPLES)) if size > 1 else _two_rows(micro)
     labels: Tensor | None = None if answering else micro["labels"]
     candidates = [name for name in DenominatorName if countable(name, labels)]
     with _measuring(model):
-        aux_coef = _aux_coef(model, micro)
-        kept = _explaining(model, micro, aux_coef, candidates)
+        try:
+            aux_coef = _aux_coef(model, micro)
+            kept = _explaining(model, micro, aux_coef, candidates)
+        except (IndexError, RuntimeError) as error:
+            if size > 1:
+                raise
+            raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
             return HuggingFace(
                 _preferred(kept, labels), aux_coef, f"measured: {_named(kept)}, nothing else, fits the samples"
@@ -152,6 +157,37 @@ def _refuse_unsafe(labels: Tensor, kept: list[DenominatorName]) -> None:
             f"a copy, but not on {labels.device.type}, where a head that does not know -100 ends the process. Call it "
             "while the model is on the CPU, pass a micro-batch with labels of -100, or give denominator=..."
         )
+
+
+def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
+    """The one row of a micro-batch, and a copy of it with every second label ignored, so that other losses count."""
+    if is_question_answering(micro):
+        raise ConfigError(_several_rows("the positions of one sample say nothing about a mean"))
+    labels: Tensor = micro["labels"]
+    places = (labels != IGNORED).flatten().nonzero().flatten()
+    if len(labels) != 1 or labels.is_floating_point() or labels.ndim < 2 or len(places) < FEWEST_LABELS:
+        raise ConfigError(_several_rows(f"its labels of shape {list(labels.shape)} and {labels.dtype} make no second"))
+    if labels.device.type != "cpu" and len(places) == labels.numel():
+        raise ConfigError(
+            _several_rows(
+                f"labels are ignored in no copy on {labels.device.type}, where a head that does not know -100 ends the "
+                "process (on the CPU they are)"
+            )
+        )
+    two = {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
+        for name, value in micro.items()
+    }
+    two["labels"][1].view(-1)[places[1::2]] = IGNORED
+    return two
+
+
+def _several_rows(reason: str) -> str:
+    return (
+        f"HuggingFace.find compares samples, and this micro-batch is not several: {reason}. Hand over several rows, "
+        "HuggingFace.find(model, collate([row1, row2])) with your loader's collate, or write "
+        "HuggingFace(denominator=...) if you know what the head's mean is taken over."
+    )
 
 
 def _mostly_ignored(labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distaccum.data.window import MicroBatches
-from distaccum.errors import ConfigError, LedgerError
+from distaccum.errors import ConfigError, LedgerError, StateWarning
 from distaccum.parallel.ledger import Audit
 from distaccum.proof.state import Kept
 from distaccum.record import StepRecord
@@ -96,18 +97,23 @@ def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
     scheduler, loss_scale = accumulator.scheduler, accumulator.loss_scale
     accumulator.scheduler, accumulator.audit = None, Audit.always
     accumulator.loss_scale = copy.copy(loss_scale)
+    first_look = accumulator._first_look
+    accumulator._first_look = copy.copy(first_look)  # the first window of the training is still to come
     model.eval()
     for module, training in modes:
         if isinstance(module, _BatchNorm):
             module.training = training
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", StateWarning)  # the proof says it
+            yield
     finally:
         try:
             accumulator.abort()
         finally:
             accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit = counters
             accumulator.scheduler, accumulator.loss_scale = scheduler, loss_scale
+            accumulator._first_look = first_look
             for module, training in modes:
                 module.training = training
             kept.put_back()

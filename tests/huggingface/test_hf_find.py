@@ -114,9 +114,37 @@ def test_a_mean_of_means_is_not_taken_for_a_mean_over_numbers(ragged: bool) -> N
         HuggingFace.find(Head(mean_of_means), micro(ragged))
 
 
-def test_one_sample_compares_with_nothing() -> None:
-    with pytest.raises(ConfigError, match="at least 2 samples"):
-        HuggingFace.find(Head(tokens), micro(ragged=False, size=1))
+@pytest.mark.parametrize(("mean", "name"), [(shifted, "shifted_tokens"), (tokens, "tokens")])
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_one_row_is_enough_where_its_positions_have_labels(mean: Any, name: str, ignored: int) -> None:
+    batch = micro(ragged=False, size=1)
+    batch["labels"][0, 6 - ignored :] = -100
+    before = batch["labels"].clone()
+    assert HuggingFace.find(Head(mean), batch).denominator.value == name
+    assert torch.equal(batch["labels"], before)
+
+
+@pytest.mark.parametrize("mean", [weighted, summed, mean_of_means])
+def test_one_row_is_no_excuse_for_a_wrong_denominator(mean: Any) -> None:
+    with pytest.raises(ConfigError, match=r"no denominator|cannot tell"):
+        HuggingFace.find(Head(mean), micro(ragged=False, size=1))
+
+
+@pytest.mark.parametrize(("mean", "labels", "why"), [
+    (every_label, torch.tensor([[0, 1, 2, 0, 1, 2]]), "fails on a copy with ignored labels"),
+    (tokens, torch.tensor([[0, 1, 2, -100, -100, -100]]), r"labels of shape \[1, 6\]"),
+    (lambda logits, labels: F.cross_entropy(logits[:, 0], labels), torch.tensor([1]), r"labels of shape \[1\]"),
+    (lambda logits, labels: F.mse_loss(logits[..., 0], labels), torch.ones(1, 6), "torch.float32"),
+])  # fmt: skip
+def test_one_row_that_compares_with_nothing_says_what_to_hand_over(mean: Any, labels: Tensor, why: str) -> None:
+    batch = {**micro(ragged=False, size=1), "labels": labels}
+    with pytest.raises(ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*denominator="):
+        HuggingFace.find(Head(mean), batch)
+
+
+@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels == "tokens"])
+def test_one_row_of_heads_of_transformers(name: str) -> None:
+    assert HuggingFace.find(make(name), make_micro("tokens", 5, 1, 8)).denominator.value == HEADS[name].denominator
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -96,7 +96,7 @@ def fail_and_go_on() -> list[str]:
     """On each of four ranks: a window of a subgroup's model that raises, and the one after it."""
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     rank = dist.get_rank()
-    model = net()
+    model = da.convert_batchnorm(net(), "pooled")
     wrapped = DistributedDataParallel(model, process_group=halves[rank // 2])
     accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective())
     told = []

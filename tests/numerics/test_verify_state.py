@@ -23,6 +23,8 @@ import distaccum as da
 from distaccum.commands.verify import shown
 
 CHANNELS = 3
+# What the accumulator itself says of moved buffers in its first window.
+pytestmark = pytest.mark.filterwarnings("ignore:.*moved by each forward")
 
 
 class Layer(nn.Module):
@@ -186,6 +188,13 @@ def test_what_each_forward_moves_is_not_proven(kind: str) -> None:
     assert names in shown(proof)
     assert names in str(proof)
     assert da.verify(accumulator, micros(1)).holds  # one micro-batch moves it once
+
+
+def test_the_first_window_of_the_training_is_looked_at_after_a_proof_too() -> None:
+    accumulator = made(normed())
+    assert not da.verify(accumulator, micros()).holds
+    with pytest.warns(UserWarning, match="moved by each forward"):
+        accumulator.step(micros())
 
 
 @pytest.mark.parametrize("mode", ["pooled", "sync", "frozen", "micro"])
