@@ -13,6 +13,7 @@ from distaccum.data.device import halved, one_ahead, to_device
 from distaccum.data.window import MicroBatches
 from distaccum.errors import ConfigError
 from distaccum.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
+from distaccum.nn.one_sample import explained
 from distaccum.parallel.base import Strategy
 from distaccum.schedules.randomness import seed_all
 from distaccum.shuffle import random_key
@@ -111,7 +112,7 @@ class Forwards:
         _check(self._objective, window, index, self.last_micro)
         if self._seed is not None:
             seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
-        with self._strategy.observing():
+        with explained(index), self._strategy.observing():
             own = sums_of(self._objective, self._strategy.called, micro, self._terms)
         self._sums += [value.detach() for value in own]
         if self._gradient is None:
@@ -119,7 +120,7 @@ class Forwards:
         return joined(own), self._gradient
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
-        with self._strategy.padding():
+        with explained(self.done - 1), self._strategy.padding():
             own = sums_of(self._objective, self._strategy.called, to_device(self._padding, self._device), self._terms)
         return joined(own), self._denominator.gradient(own, 0.0)
 
