@@ -182,19 +182,22 @@ def test_processes_that_read_ahead(run: Make, undisturbed: Undisturbed) -> None:
     assert_each_sample_once(found)
 
 
-def test_a_second_signal_ends_the_process(run: Make, undisturbed: Undisturbed) -> None:
+def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=single")
     (hang,) = faults = [Fault(0, 4, "update", "hang")]
 
     def signals(pids: list[int]) -> None:
         wait_for(hang.record(found.run_dir))
-        for _ in range(2):  # as a terminal and a launcher send it: one signal
-            os.kill(pids[0], signal.SIGINT)
+        os.kill(pids[0], signal.SIGUSR1)  # a scheduler's announcement, and its limit
         time.sleep(2.2)  # what this is about: more than two seconds later
         os.kill(pids[0], signal.SIGTERM)
+        for _ in range(2):  # as a terminal and a launcher send it: one Ctrl-C
+            os.kill(pids[0], signal.SIGINT)
+        time.sleep(2.2)
+        os.kill(pids[0], signal.SIGINT)
 
     attempt = found.start(1, faults=faults, meanwhile=signals)
-    assert attempt.codes == [-signal.SIGTERM], str(attempt)
+    assert attempt.codes == [-signal.SIGINT], str(attempt)
     assert found.acted(*faults)
     assert "saving and stopping after this step; again to stop at once" in attempt.texts[0]
     assert not (found.run_dir / "PREEMPTED").exists()
