@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from ..errors import ConfigError
 from ..processes import tie_to_parent
 from . import hydra_once, own_ranks
 from .board import Board, PeerFailedError, agent_holds_store
-from .failure import exit_code, is_lost_peer, leave, say, shorten, write_error_file
+from .failure import exit_code, is_lost_peer, leave, report, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
 from .ranks import Place, ranks_here, recognise, warn_without_srun
@@ -53,7 +54,10 @@ def launch(
         is one of several ranks does not return: it ends here, past the interpreter's own end (see `failure.leave`).
         torchrun itself knows 1 only, and prints a summary of its own.
     """
-    place = recognise(os.environ)
+    try:
+        place = recognise(os.environ)
+    except ConfigError as error:
+        return report(error)
     if place.started_by == "torchrun":
         tie_to_parent()
     os.environ.update(place.rendezvous())

@@ -111,6 +111,37 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
     assert seen(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("RANK= WORLD_SIZE=2", "RANK=''; it must be a whole number from 0 on"),
+        ("RANK=", "WORLD_SIZE is missing"),
+        ("RANK=one WORLD_SIZE=2", "RANK='one'"),
+        ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number from 1 on"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1"),
+        ("RANK=1", "WORLD_SIZE is missing"),
+        ("WORLD_SIZE=2", "RANK is missing"),
+        ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR is missing"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR is empty"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "MASTER_PORT is missing"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is no port"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=x", "LOCAL_RANK='x'"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1 and LOCAL_"),
+        ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=", "SLURM_STEP_NUM_TASKS=''"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_a_letter(environment, words, monkeypatch, capfd):
+    for name in OF_A_LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for word in environment.split():
+        monkeypatch.setenv(*word.split("="))
+    assert launch([], config_dir=HERE / "conf", check=None, task=None) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ")
+    assert words in told
+    assert "env -u RANK" in told
+
+
 def test_refusal_ends_every_way_of_starting(start, tmp_path):
     """Before any rank works, with the same letter once; torchrun adds its own summary and knows exit code 1 only."""
     own = start("+nope=1", "launch.nproc_per_node=2")
