@@ -9,6 +9,7 @@ from pathlib import Path
 from distaccum.build import Training, build, ranks
 from distaccum.config import typed
 from distaccum.launch import Job
+from distaccum.launch.overrides import to_paste
 from distaccum.launch.result import write_result
 from distaccum.preempt import Preemption
 from distaccum.problem import told
@@ -62,7 +63,7 @@ def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
     if trainer.saver is None:
         told = f"stopped by {reason} after step {step}; nothing was saved (checkpoint.keep=0)"
     else:
-        told = f"stopped by {reason} after step {step} and saved; start it again with run_dir={run_dir} to go on"
+        told = f"stopped by {reason} after step {step} and saved; start it again with {to_paste('run_dir', str(run_dir))} to go on"
         draft = run_dir / f"{PREEMPTED}.draft"
         draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
         os.replace(draft, run_dir / PREEMPTED)

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..errors import ConfigError, DistaccumError
+from . import overrides
 
 # What gloo, NCCL and the store say when the other end of a connection has gone. Texts, for want of error types.
 _LOST = (
@@ -93,6 +94,7 @@ def letter(error: BaseException) -> str:
     lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
     noise = ("To append to your config use", "object_type=", "reference_type=")
     lines += [advice for said, advice in _ADVICE.items() if said in texts[0]]
+    lines += [text for text in [overrides.advice(error)] if text is not None]
     return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
 
 

@@ -1,14 +1,17 @@
 """How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distaccum.errors import ConfigError
 from distaccum.launch import launch
+from distaccum.launch.overrides import to_paste
 from distaccum.launch.ranks import Place, ranks_here, recognise
 
 from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen
@@ -82,6 +85,9 @@ def test_showing_under_torchrun_prints_once(start, tmp_path):
         ("nope=1", "Could not override 'nope'"),
         ("+nope=1", "unknown key: ['nope']"),
         ("value==", "Error parsing override 'value=='"),
+        ("run_dir=epoch=3", """cannot be read: run_dir=epoch=3\nIf its value is this very text, write 'run_dir="epoch=3"'"""),
+        ("run_dir=it's", """cannot be read: run_dir=it's\nIf its value is this very text, write "run_dir='it\\'s'" """),
+        ("run_dir=my run", "cannot be read: run\nAn override is key=value; where the value has spaces, quote it"),
         ("model=none", "Could not find 'model/none'"),
         ("value=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("value=???", "Missing mandatory value: value"),
@@ -140,6 +146,14 @@ def test_an_environment_that_cannot_be_is_a_letter(environment, words, monkeypat
     assert told.startswith("error: ")
     assert words in told
     assert "env -u RANK" in told
+
+
+@pytest.mark.parametrize("text", ["plain/a-b", "epoch=3", "it's", "my run", 'a "b" $c', "end\\", "\\'", "[a,b", "", "100%"])
+def test_what_is_to_be_pasted_is_read_as_it_was_meant(text):
+    shown = to_paste("run_dir", text)
+    word = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True).stdout
+    assert OverridesParser.create().parse_override(word).value() == text
+    assert (shown == f"run_dir={text}") == (text in ("plain/a-b", "100%", ""))
 
 
 def test_refusal_ends_every_way_of_starting(start, tmp_path):
