@@ -15,6 +15,7 @@ from .board import Board, PeerFailedError, agent_holds_store
 from .failure import exit_code, is_lost_peer, leave, report, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
+from .meeting import MissingRankError, asked_limit_s
 from .ranks import Place, ranks_here, recognise, warn_without_srun
 from .restarts import Restarts
 from .slurm_submit import Program, Submission
@@ -62,7 +63,12 @@ def launch(
         tie_to_parent()
     os.environ.update(place.rendezvous())
     # One rank under torchrun has a board as well: at a restart there may be more or fewer.
-    board = Board(place) if place.world_size > 1 or agent_holds_store() else None
+    try:
+        has_board = place.world_size > 1 or agent_holds_store()
+        board = Board(place, limit_s=asked_limit_s(argv)) if has_board else None
+    except MissingRankError as error:
+        write_error_file(str(error), "the error message stands above")
+        leave(report(error))
     if board is not None and place.rank != 0:
         _follow(place, board, task)
 

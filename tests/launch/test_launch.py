@@ -32,6 +32,7 @@ def test_one_process(start, tmp_path):
         "value": 3,
         "fault": {"kind": "none", "rank": 7, "times": 1000},
         "timeout_s": 600,
+        "train": {"timeout_s": 600},
     }
     assert ranks[0]["overrides"] == ["value=3", "fault.rank=7"]
     assert ranks[0]["number"] == 0
@@ -163,7 +164,7 @@ def test_refusal_ends_every_way_of_starting(start, tmp_path):
     assert [program.wait().code for program in (own, torchrun)] == [2, 1]
     assert (
         own.output
-        == "error: unknown key: ['nope']. The keys are launch, model, run_dir, device, value, fault, timeout_s.\n"
+        == "error: unknown key: ['nope']. The keys are launch, model, run_dir, device, value, fault, timeout_s, train.\n"
     )
     assert len(torchrun.own_output()) == 1
     assert torchrun.own_output()[0].startswith("error: launch.nproc_per_node (3) differs from the 2 ranks")
