@@ -17,8 +17,8 @@ _ONE_SIGNAL_S = 2.0
 class Preemption:
     """Enter it around a training, in the main thread. The boundary asks `reason`; nothing is saved in a handler.
 
-    A second Ctrl-C ends the process at once. Other signals are a scheduler's, which repeats them and announces its limit
-    by one and then by another: however many come, the run has the time to save that the scheduler gives it.
+    A second Ctrl-C ends the process at once. Other signals are a scheduler's, which repeats them and announces its
+    limit by one and then by another: however many come, the run has the time to save that the scheduler gives it.
     """
 
     def __init__(self, max_minutes: float | None, *, tell: bool = False) -> None:

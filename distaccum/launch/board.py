@@ -8,7 +8,7 @@ import uuid
 from dataclasses import asdict
 from datetime import timedelta
 
-from torch.distributed import DistStoreError  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from . import meeting
@@ -160,7 +160,7 @@ class Board:
         """
         store = self._connect()
         while True:
-            with contextlib.suppress(DistStoreError):  # the time is over: no reason to stop waiting; a lost host is another
+            with contextlib.suppress(DistStoreError):  # the time is over; a lost host is a DistNetworkError
                 store.wait([self._key("over")], _LONGEST_WAIT)
                 return self._first(store)
 

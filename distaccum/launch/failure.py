@@ -5,6 +5,7 @@ Exit codes: 0; 2 for what the user can put right in what was written (a letter, 
 """
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -70,7 +71,12 @@ def is_users(error: BaseException) -> bool:
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the error's text says all there is to say: the user's mistakes, a divergence, a broken forecast."""
-    return is_users(error) or isinstance(error, DistaccumError)
+    return is_users(error) or isinstance(error, DistaccumError) or is_full_disk(error)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, or what the user may take of it, is full, or is for reading only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def report(error: BaseException, prefix: str = "") -> int:
@@ -170,7 +176,7 @@ def write_error_file(message: str, shown: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w") as file:  # of a full disk; the error itself is shown
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 

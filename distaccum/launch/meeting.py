@@ -59,8 +59,8 @@ def host_store(limit_s: float) -> Store:
         reason = str(error).strip().split("\n")[0]
         raise MissingRankError(
             f"rank 0 cannot open the store where all ranks meet, at MASTER_ADDR={host} MASTER_PORT={port}: {reason} "
-            "Another process has the port (another start?), or the address is not of this machine. Give a free port and "
-            "an address of the machine on which rank 0 runs."
+            "Another process has the port (another start?), or the address is not of this machine. Give a free port "
+            "and an address of the machine on which rank 0 runs."
         ) from None
 
 
@@ -76,10 +76,10 @@ def find_store(rank: int, world_size: int, limit_s: float) -> Store:
         if time.monotonic() >= end:
             raise MissingRankError(
                 f"rank {rank} of {world_size} has looked for rank 0 at MASTER_ADDR={host} MASTER_PORT={port} for "
-                f"{LIMIT_KEY}={limit_s:g} s: {reason}. Look at rank 0's own output: it may have failed, or not have been "
-                "started. Otherwise check that all ranks have the same MASTER_ADDR and MASTER_PORT, that the address is "
-                "one of rank 0's machine as this machine knows it, and that no firewall closes the port. If rank 0 needs "
-                f"longer to start, give a greater {LIMIT_KEY}."
+                f"{LIMIT_KEY}={limit_s:g} s: {reason}. Look at rank 0's own output: it may have failed, or not have "
+                "been started. Otherwise check that all ranks have the same MASTER_ADDR and MASTER_PORT, that the "
+                "address is one of rank 0's machine as this machine knows it, and that no firewall closes the port. If "
+                f"rank 0 needs longer to start, give a greater {LIMIT_KEY}."
             )
         time.sleep(_PAUSE_S)
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(limit_s, 30.0)))
@@ -91,10 +91,10 @@ def not_come(missing: Collection[int], world_size: int, limit_s: float) -> Missi
     here = [rank for rank in range(world_size) if rank not in missing]
     return MissingRankError(
         f"after {LIMIT_KEY}={limit_s:g} s {len(here)} of {world_size} ranks are here ({_numbers(here)}), and "
-        f"{_numbers(missing)} {'has' if len(missing) == 1 else 'have'} not come. Look at their own output: they may have "
-        f"failed, or not have been started, as WORLD_SIZE={world_size} means {world_size} processes with RANK 0 to "
-        f"{world_size - 1}, each once. Otherwise they do not reach MASTER_ADDR={host} MASTER_PORT={port}: check that "
-        "theirs are the same, that their machines know this one by that address, and that no firewall closes the port. "
+        f"{_numbers(missing)} {'has' if len(missing) == 1 else 'have'} not come. Look at their own output: they may "
+        f"have failed, or not have been started, as WORLD_SIZE={world_size} means {world_size} processes with RANK 0 "
+        f"to {world_size - 1}, each once. Otherwise they do not reach MASTER_ADDR={host} MASTER_PORT={port}: check "
+        "that theirs are the same, that their machines know this one by that address, and that no firewall closes the port. "
         f"If they need longer to start, give a greater {LIMIT_KEY}."
     )
 

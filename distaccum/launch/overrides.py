@@ -8,7 +8,7 @@ from hydra.errors import HydraException, OverrideParseException
 
 
 def override(key: str, text: str) -> str:
-    """Write `key=text` so that Hydra reads exactly this text, whatever is in it; without quotes where none are needed."""
+    """Write `key=text` so that Hydra reads exactly this text; without quotes where none are needed."""
     plain = f"{key}={text}"
     return plain if _reads_as(plain, text) else _quoted(key, text)
 

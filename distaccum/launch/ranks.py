@@ -99,7 +99,9 @@ def whole_number(environment: Mapping[str, str], name: str, default: int | None 
     if text is None:
         raise ConfigError(f"{name} is missing from the environment, which has others of its kind. {_BY_HAND}")
     if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < at_least:
-        raise ConfigError(f"The environment has {name}={text!r}; it must be a whole number from {at_least} on. {_BY_HAND}")
+        raise ConfigError(
+            f"The environment has {name}={text!r}; it must be a whole number from {at_least} on. {_BY_HAND}"
+        )
     return int(text)
 
 

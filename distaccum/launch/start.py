@@ -18,6 +18,7 @@ from .job_child import run_in_child
 from .meeting import MissingRankError, asked_limit_s
 from .ranks import Place, ranks_here, recognise, warn_without_srun
 from .restarts import Restarts
+from .run_lock import held
 from .slurm_submit import Program, Submission
 from .sweep import Summarise, Sweep, signals_raise
 from .watch import clear_stacks
@@ -33,6 +34,7 @@ def launch(
     objective: str = "heldout_loss",
     summarise: Summarise | None = None,
     program: Program | None = None,
+    keeps_folder: bool = True,
 ) -> int:
     """Run what the command line asks for; the exit code with which the process must end.
 
@@ -48,6 +50,7 @@ def launch(
             failed, or whose number is not finite, gives it nothing: Optuna marks that trial as failed.
         summarise: called once, on rank 0, at the end of a sweep of which a job was started, also after a signal.
         program: what a batch job starts for a configuration with launch=slurm; None to run it here all the same.
+        keeps_folder: whether the work leaves something in its run folder. Then no other start may be at work there.
 
     Returns:
         0; for one job 2 when the configuration was refused (a letter on rank 0) and 1 for other errors; for a sweep 1
@@ -80,12 +83,17 @@ def launch(
     def on_job(order: Order) -> Ended:
         check(order.config)
         if submission is not None and submission.wants(order):
+            hydra_once.keep_composed(order)
             return submission.add(order)
         if program is not None:
             warn_without_srun(os.environ, ranks_here(order.config, place))
-        if restarts is not None:
-            restarts.remember(order)
-        return _run(order, task, place, board)
+        if not keeps_folder:
+            return _run(order, task, place, board)
+        with held(Path(order.run_dir)):
+            hydra_once.keep_composed(order)
+            if restarts is not None:
+                restarts.remember(order)
+            return _run(order, task, place, board)
 
     def at_end(sweep: Sweep) -> None:
         if submission is not None and submission.has_sweep:
