@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+from disks import fill, small_disk
 from faults import Fault, flip_byte
 from runs import STEPS, Attempt, Run, Undisturbed, assert_each_sample_once, wait_for
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -427,6 +429,48 @@ def test_a_full_disk(asynchronous: bool, run: Make, undisturbed: Undisturbed) ->
     assert found.acted(go_on)
     assert "checkpoint.on_failure=continue, so the training goes on: The checkpoint of step 6" in found.notes()
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
+
+
+@pytest.fixture
+def full_while_it_trains(run: Make) -> Iterator[tuple[Run, Callable[..., Attempt]]]:
+    """A run on a disk of its own that is full from step 4 on; the function starts it."""
+    found = run("parallel=ddp")
+    found.run_dir.rmdir()
+    with small_disk(found.run_dir, 1 << 20) as disk:
+        if disk is None:
+            pytest.skip("no file system can be mounted here")
+        slow = Fault(0, 4, "forward", "slow")
+
+        def meanwhile(_: list[int]) -> None:
+            wait_for(slow.record(found.run_dir))
+            fill(found.run_dir)
+
+        yield found, lambda *more: found.start(2, *more, faults=[slow], meanwhile=meanwhile)
+
+
+def test_a_disk_that_is_full_ends_no_run_that_is_to_go_on(
+    full_while_it_trains: tuple[Run, Callable[..., Attempt]], undisturbed: Undisturbed
+) -> None:
+    found, start = full_while_it_trains
+    attempt = start("checkpoint.on_failure=continue")
+    assert attempt.codes == [0, 0], str(attempt)
+    told = attempt.texts[0]
+    assert told.count("metrics.jsonl cannot be written (No space left on device); the run goes on without") == 1
+    assert "Traceback" not in told
+    lost = [*(f"the checkpoint of step {step}" for step in (4, 6, 8)), r"result.json \(No space left on device\)"]
+    assert re.search(rf"not written: {'; '.join(lost)}; [1-9]\d* record\(s\) of metrics.jsonl", told), told
+    assert [step for step, *_ in found.trajectory()][:3] == [1, 2, 3]  # and what the file's last block had room for
+    (found.run_dir / "ballast").unlink()
+    found.finish(2)
+    assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
+
+
+def test_a_disk_that_is_full_is_one_message(full_while_it_trains: tuple[Run, Callable[..., Attempt]]) -> None:
+    _, start = full_while_it_trains
+    attempt = start("checkpoint.keep=0", "train.steps=80")
+    assert attempt.codes[0] == 1
+    assert "metrics.jsonl cannot be written (No space left on device): without it nobody" in attempt.texts[0]
+    assert "Traceback" not in attempt.texts[0]
 
 
 @pytest.mark.parametrize(
