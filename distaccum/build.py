@@ -88,7 +88,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     if world.rank == 0:
         begun = (job.run_dir / "metrics.jsonl").exists()
         sections, told = summary.start_block(config, problem, arithmetic, plan, steps, schedule, accumulator, baseline)
-        report = make_report(job.run_dir, config.logger, {**asdict(config), **told})
+        report = make_report(job.run_dir, config.logger, {**asdict(config), **told}, go_on=config.checkpoint.goes_on)
         report.start(sections, told)
         for text in [*micro_told, *removed, *(found.passed_over if found is not None else ())]:
             report.note(text)

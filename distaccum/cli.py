@@ -47,10 +47,20 @@ def main() -> None:
     from distaccum.report.sweep import tell_sweep
 
     if word == "plan":  # nothing runs, so that there is no run folder
-        overrides += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+        overrides += ["hydra.run.dir=."]
     task = {"train": train, "verify": verify, "plan": plan, "profile": profile}[word]
     program = None if word == "plan" else Program(command=word, sweep_key="logger.group")
-    sys.exit(launch(overrides, config_dir=config_dir(), check=check, task=task, summarise=tell_sweep, program=program))
+    sys.exit(
+        launch(
+            overrides,
+            config_dir=config_dir(),
+            check=check,
+            task=task,
+            summarise=tell_sweep,
+            program=program,
+            keeps_folder=word != "plan",
+        )
+    )
 
 
 def _export(paths: list[str]) -> int:

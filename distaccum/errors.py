@@ -18,6 +18,10 @@ class CheckpointError(DistaccumError, RuntimeError):
     """A checkpoint could not be written or read. All ranks raise it; earlier checkpoints are as they were."""
 
 
+class RecordError(DistaccumError, RuntimeError):
+    """What a run has to tell could not be written: its numbers, its result, or that it was stopped."""
+
+
 class DivergenceError(DistaccumError, ArithmeticError):
     """A loss or a gradient norm is not finite and the policy says to stop. All ranks raise it at the same boundary."""
 

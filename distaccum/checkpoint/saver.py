@@ -38,6 +38,11 @@ class CheckpointConfig:
     asynchronous: bool
     on_failure: OnFailure
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether what cannot be written ends nothing."""
+        return self.on_failure is not OnFailure.stop
+
 
 class Saver:
     """Saves at boundaries. Every rank has one and calls all but `minutes_are_over` alike."""
@@ -48,6 +53,7 @@ class Saver:
         self._config = config
         self._facts = facts
         self._saved_at = time.monotonic()
+        self.failed: list[str] = []  # saves that did not succeed, though the training went on
 
     def minutes_are_over(self) -> bool:
         """Whether the clock of this rank says that a checkpoint is due: to be agreed by all."""
@@ -96,7 +102,8 @@ class Saver:
         try:
             do()
         except CheckpointError as error:
-            if stopping or self._config.on_failure is OnFailure.stop:
+            if stopping or not self._config.goes_on:
                 raise
+            self.failed.append(str(error).partition(" was not saved")[0].replace("The", "the", 1))
             return [f"checkpoint.on_failure=continue, so the training goes on: {error}"]
         return [saved.told() for saved in self._checkpoints.saved()]

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from distaccum.build import Training, build, ranks
 from distaccum.config import typed
+from distaccum.errors import RecordError
 from distaccum.launch import Job
+from distaccum.launch.overrides import to_paste
 from distaccum.launch.result import write_result
 from distaccum.preempt import Preemption
 from distaccum.problem import told
@@ -41,18 +43,29 @@ def train(job: Job) -> None:
         if report is not None and stopped is not None:
             _end_stopped(job.run_dir, training, stopped)
         elif report is not None:
-            _end(job.run_dir, training)
+            _end(job.run_dir, training, config.checkpoint.goes_on)
 
 
-def _end(run_dir: Path, training: Training) -> None:
+def _end(run_dir: Path, training: Training, goes_on: bool) -> None:
     trainer, report, baseline = training.trainer, training.report, training.baseline
     assert report is not None
     means = trainer.progress.heldout
     report.note(told(training.problem, means, baseline, training.evaluated))
     heldout = {f"heldout_{name}": value for name, value in means.items()}
     unit = f"nats per {training.problem.unit}"
-    report.end(f"all {trainer.progress} done", heldout, 0, baseline, unit)
-    write_result(run_dir, {**heldout, **trainer.totals()})
+    not_written = [] if trainer.saver is None else list(trainer.saver.failed)
+    trouble = None
+    try:
+        write_result(run_dir, {**heldout, **trainer.totals()})
+    except OSError as error:
+        trouble = f"result.json ({error.strerror})"
+        not_written.append(trouble)
+    code = 0 if trouble is None or goes_on else 1
+    report.end(f"all {trainer.progress} done", heldout, code, baseline, unit, not_written)
+    if code:
+        raise RecordError(
+            f"all {trainer.progress} are done, and {run_dir} could not take {trouble}; its numbers stand above."
+        )
 
 
 def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
@@ -62,8 +75,13 @@ def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
     if trainer.saver is None:
         told = f"stopped by {reason} after step {step}; nothing was saved (checkpoint.keep=0)"
     else:
-        told = f"stopped by {reason} after step {step} and saved; start it again with run_dir={run_dir} to go on"
+        again = to_paste("run_dir", str(run_dir))
+        told = f"stopped by {reason} after step {step} and saved; start it again with {again} to go on"
         draft = run_dir / f"{PREEMPTED}.draft"
-        draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
-        os.replace(draft, run_dir / PREEMPTED)
+        try:
+            draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
+            os.replace(draft, run_dir / PREEMPTED)
+        except OSError as error:
+            report.end(told, {"step": step}, 1, training.baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
+            raise RecordError(f"{told}; {run_dir / PREEMPTED} could not be written ({error.strerror}).") from None
     report.end(told, {"step": step}, 0, training.baseline)

@@ -8,17 +8,17 @@ import uuid
 from dataclasses import asdict
 from datetime import timedelta
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
+from . import meeting
 from .job import Ended, Order
 from .ranks import Place
 
 _LONGEST_PAUSE_S = 0.2  # between two questions to the store
 _GRACE_S = 10.0  # how long rank 0 looks for the others before it leaves with an error
 _CULPRIT_S = 3.0  # how long a rank that failed because of another one leaves the word to that one
-_FOR_EVER = timedelta(days=20)  # milliseconds that still fit into an int
+_LONGEST_WAIT = timedelta(days=20)  # milliseconds that still fit into an int
 
 
 class PeerFailedError(Exception):
@@ -40,32 +40,37 @@ class Board:
         place: this rank.
         word: the word, where the ranks were told it, and the store is there; None to let rank 0 hand it out over the
             store, which rank 0 makes where nobody has.
+        limit_s: how long to look for the store.
+
+    Raises:
+        MissingRankError: it was not there in time.
     """
 
-    def __init__(self, place: Place, word: str | None = None) -> None:
+    def __init__(self, place: Place, word: str | None = None, limit_s: float = 600.0) -> None:
         self._place = place
+        self._limit_s = limit_s
+        hosts = word is None and place.rank == 0 and not agent_holds_store()
         # Two connections: a thread of the process group that waits on its own must not hold up a failing rank.
-        connect = _connect if word is None else _connect_as_client
-        self._control = connect()
-        self._jobs = connect()
+        self._control, self._jobs = (meeting.host_store(limit_s) if hosts else self._connect() for _ in range(2))
         self._root = f"distaccum/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
         self._serial = 0
         self._gathered = word is not None
+        self._num_here = place.world_size
         self._word = word or uuid.uuid4().hex
 
     def publish(self, order: Order) -> Store | None:
-        """Rank 0: hand out an order. The store for its job."""
-        self._gather(limit_s=None)
+        """Rank 0: hand out an order. The store for its job. MissingRankError when not all ranks come to the first."""
+        self._gather(meeting.limit_s(order.config), leave_on_failure=True)
         self._control.set(self._key(f"order/{self._serial}"), order.to_json())
         return self.job_store()
 
     def end(self, code: int) -> None:
         """Rank 0: there are no more orders, and `code` is the exit code of all."""
-        self._gather(limit_s=None if code == 0 else _GRACE_S)
+        self._gather(self._limit_s if code == 0 else _GRACE_S, leave_on_failure=False)
         self._control.set(self._key(f"order/{self._serial}"), json.dumps({"end": code}))
         if not agent_holds_store():  # the store lives in this process
             end = time.monotonic() + _GRACE_S
-            while self._control.add(self._key("bye"), 0) < self._place.world_size - 1 and time.monotonic() < end:
+            while self._control.add(self._key("bye"), 0) < self._num_here - 1 and time.monotonic() < end:
                 time.sleep(0.02)
 
     def receive(self) -> tuple[Order, Store | None] | int:
@@ -153,9 +158,11 @@ class Board:
 
         For a thread of its own: it has a connection of its own. RuntimeError when the store has gone with its host.
         """
-        store = _connect_as_client()
-        store.wait([self._key("over")], _FOR_EVER)
-        return self._first(store)
+        store = self._connect()
+        while True:
+            with contextlib.suppress(DistStoreError):  # the time is over; a lost host is a DistNetworkError
+                store.wait([self._key("over")], _LONGEST_WAIT)
+                return self._first(store)
 
     def note_in_collective(self) -> None:
         """Note that this rank was in a collective that failed."""
@@ -225,12 +232,12 @@ class Board:
         self._control.set(self._key(f"here/{self._place.rank}"), "")
         self._gathered = True
 
-    def _gather(self, limit_s: float | None) -> None:
+    def _gather(self, limit_s: float, *, leave_on_failure: bool) -> None:
         """Rank 0: give the word to all others, once. A greeting of an earlier start is answered and replaced."""
         missing = set() if self._gathered else set(range(1, self._place.world_size))
         answered: dict[int, bytes] = {}
-        end = None if limit_s is None else time.monotonic() + limit_s
-        while missing and (end is None or time.monotonic() < end):
+        end = time.monotonic() + limit_s
+        while missing and time.monotonic() < end:
             for rank in sorted(missing):
                 if not self._control.check([f"{self._root}/hello/{rank}"]):
                     continue
@@ -242,6 +249,13 @@ class Board:
                     missing.discard(rank)
             time.sleep(0.01)
         self._gathered = True
+        self._num_here -= len(missing)
+        if missing and leave_on_failure:
+            self.claim(1, patience_s=0.0)  # those who are here leave
+            raise meeting.not_come(missing, self._place.world_size, limit_s)
+
+    def _connect(self) -> Store:
+        return meeting.find_store(self._place.rank, self._place.world_size, self._limit_s)
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{self._word}/{name}"
@@ -253,14 +267,3 @@ class Board:
 def agent_holds_store() -> bool:
     """Whether the store lives in torchelastic's agent, and so outlives this start."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-
-
-def _connect_as_client() -> Store:
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
-
-
-def _connect() -> Store:
-    if agent_holds_store():
-        return _connect_as_client()
-    store: Store = next(rendezvous("env://"))[0]
-    return store

@@ -5,6 +5,7 @@ Exit codes: 0; 2 for what the user can put right in what was written (a letter, 
 """
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -21,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from ..errors import ConfigError, DistaccumError
+from . import overrides
 
 # What gloo, NCCL and the store say when the other end of a connection has gone. Texts, for want of error types.
 _LOST = (
@@ -69,7 +71,12 @@ def is_users(error: BaseException) -> bool:
 
 def is_foreseen(error: BaseException) -> bool:
     """Whether the error's text says all there is to say: the user's mistakes, a divergence, a broken forecast."""
-    return is_users(error) or isinstance(error, DistaccumError)
+    return is_users(error) or isinstance(error, DistaccumError) or is_full_disk(error)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a disk, or what the user may take of it, is full, or is for reading only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def report(error: BaseException, prefix: str = "") -> int:
@@ -93,6 +100,7 @@ def letter(error: BaseException) -> str:
     lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
     noise = ("To append to your config use", "object_type=", "reference_type=")
     lines += [advice for said, advice in _ADVICE.items() if said in texts[0]]
+    lines += [text for text in [overrides.advice(error)] if text is not None]
     return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
 
 
@@ -168,7 +176,7 @@ def write_error_file(message: str, shown: str) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
-        with open(path, "w") as file:
+        with contextlib.suppress(OSError), open(path, "w") as file:  # of a full disk; the error itself is shown
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 

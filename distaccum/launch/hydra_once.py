@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from .failure import exit_code, first_line, is_users, report, say
 from .job import Ended, Order
+from .run_lock import cannot_write, held
 from .sweep import Outcomes, Summarise, Sweep, signals_raise
 
 _MULTIRUN = {"-m", "--multirun"}
@@ -90,6 +91,26 @@ def flags() -> list[str]:
     return found
 
 
+def keep_composed(order: Order) -> None:
+    """While a job is handled: write what was composed into RUN/.hydra.
+
+    Hydra itself would do so before anybody can say whether this start may work in that folder; so the configuration
+    has `hydra.output_subdir: null`.
+    """
+    folder = Path(order.run_dir) / ".hydra"
+    composed = {
+        "config": OmegaConf.create(order.config),
+        "hydra": HydraConfig.instance().cfg,
+        "overrides": OmegaConf.create(order.overrides),
+    }
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, values in composed.items():
+            OmegaConf.save(values, folder / f"{name}.yaml")
+    except OSError as error:
+        raise cannot_write(order.run_dir, error) from None
+
+
 def sweeper_needs_results() -> bool:
     """While a job is handled: whether the sweeper chooses jobs by the results of those before."""
     return not str(HydraConfig.get().sweeper["_target_"]).startswith("hydra._internal.core_plugins.")
@@ -109,6 +130,7 @@ def _run_hydra(
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN:
             if not began:
+                until_end.enter_context(held(Path(settings.sweep.dir)))
                 until_end.enter_context(signals_raise())
             began = True
             return _job_of_sweep(settings, lambda: on_job(_order(config)), outcomes)
@@ -135,6 +157,10 @@ def _run_hydra(
         except KeyboardInterrupt:
             say("interrupted")
             return 130
+        except OSError as error:  # Hydra makes the folders of runs and sweeps
+            if wants_traceback:
+                traceback.print_exc()
+            return report(error if error.filename is None else cannot_write(Path(error.filename).absolute(), error))
         except Exception as error:
             if outcomes.jobs and all(job.result.get(outcomes.objective) is None for job in outcomes.jobs):
                 say(f"error: no job has a {outcomes.objective} for the sweeper to choose by ({first_line(error)})")

@@ -1,5 +1,6 @@
 """Which rank this process is, who started it, and how many ranks a configuration asks for."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,25 +62,72 @@ def recognise(environment: Mapping[str, str]) -> Place:
     torchrun (and torch's elastic launch in general) names itself, also inside a task of srun. A task of srun, one of
     several, is a rank; the first host of the step hosts the store. RANK and WORLD_SIZE without such names were set by
     hand, with MASTER_ADDR and MASTER_PORT beside them, and rank 0 hosts the store.
+
+    Raises:
+        ConfigError: for a variable that is missing, empty, no number, or contradicts another one.
     """
     if "TORCHELASTIC_RUN_ID" not in environment and _is_one_of_several_tasks(environment):
         return _task(environment)
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if "RANK" not in environment and whole_number(environment, "WORLD_SIZE", 1) == 1:
         return Place("alone", rank=0, world_size=1, local_rank=0, local_world_size=1)
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return Place(
-        "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment",
-        rank,
-        world_size,
-        int(environment.get("LOCAL_RANK", rank)),
-        int(environment.get("LOCAL_WORLD_SIZE", world_size)),
-    )
+    world_size = whole_number(environment, "WORLD_SIZE", at_least=1)
+    rank = _below(environment, "RANK", "WORLD_SIZE", world_size)
+    local_world_size = whole_number(environment, "LOCAL_WORLD_SIZE", world_size, at_least=1)
+    local_rank = _below(environment, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world_size, default=rank)
+    started_by = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
+    if world_size > 1 and started_by == "environment":
+        _check_meeting_point(environment)
+    return Place(started_by, rank, world_size, local_rank, local_world_size)
+
+
+_BY_HAND = (
+    "A start by hand needs RANK (0, 1, ...), WORLD_SIZE (how many), MASTER_ADDR (where rank 0 runs) and MASTER_PORT (a "
+    "free port there) in the environment of each rank; one process needs none of them: unset them, or write "
+    "`env -u RANK -u WORLD_SIZE ...` before the command."
+)
+
+
+def whole_number(environment: Mapping[str, str], name: str, default: int | None = None, at_least: int = 0) -> int:
+    """Read a whole number from the environment.
+
+    Raises:
+        ConfigError: it is missing and has no default, is empty, or is something else.
+    """
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise ConfigError(f"{name} is missing from the environment, which has others of its kind. {_BY_HAND}")
+    if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < at_least:
+        raise ConfigError(
+            f"The environment has {name}={text!r}; it must be a whole number from {at_least} on. {_BY_HAND}"
+        )
+    return int(text)
+
+
+def _below(environment: Mapping[str, str], name: str, total_name: str, total: int, default: int | None = None) -> int:
+    """A rank, which must be less than the number of ranks."""
+    rank = whole_number(environment, name, default)
+    if rank >= total:
+        raise ConfigError(
+            f"The environment has {name}={rank} and {total_name}={total}: ranks are numbered from 0 to "
+            f"{total_name} - 1, which is {total - 1}. {_BY_HAND}"
+        )
+    return rank
+
+
+def _check_meeting_point(environment: Mapping[str, str]) -> None:
+    if not environment.get("MASTER_ADDR", "").strip():
+        given = "is empty" if "MASTER_ADDR" in environment else "is missing"
+        raise ConfigError(f"MASTER_ADDR {given} in the environment. {_BY_HAND}")
+    if whole_number(environment, "MASTER_PORT", at_least=1) >= 1 << 16:
+        raise ConfigError(f"MASTER_PORT={environment['MASTER_PORT']} is no port; those end at 65535. {_BY_HAND}")
 
 
 def _is_one_of_several_tasks(environment: Mapping[str, str]) -> bool:
     # The shell of a batch job has a SLURM_PROCID as well, but is in no step.
     has_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
-    return has_step and int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    return has_step and whole_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _task(environment: Mapping[str, str]) -> Place:
@@ -101,7 +149,7 @@ def _task(environment: Mapping[str, str]) -> Place:
 def warn_without_srun(environment: Mapping[str, str], count: int) -> None:
     """Say so where SLURM has given room for more ranks than the `count` that this start makes of it."""
     place = recognise(environment)
-    tasks = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_JOB_ID" in environment else 1
+    tasks = whole_number(environment, "SLURM_NTASKS", 1) if "SLURM_JOB_ID" in environment else 1
     if place.started_by == "alone" and tasks > count:
         say(
             f"warning: the allocation has {tasks} tasks, started without srun: this is {count} rank"

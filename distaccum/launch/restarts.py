@@ -5,6 +5,7 @@ from pathlib import Path
 from .board import Board
 from .failure import say
 from .job import Order
+from .overrides import override
 
 _FOLDER = "folder"
 
@@ -25,8 +26,7 @@ class Restarts:
         if any(word.startswith(("run_dir=", "hydra.run.dir=", "hydra.sweep.dir=")) for word in argv):
             return argv
         say(f"restart {self._number}: continues in {folder}")
-        quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-        return [*argv, f"{key}='{quoted}'"]
+        return [*argv, override(key, folder)]
 
     def remember(self, order: Order) -> None:
         """Keep the folder of this job, or of its sweep."""

@@ -17,7 +17,8 @@ def signals_forwarded() -> Iterator[list[int]]:
     """Meanwhile signals go to all processes that `multiprocessing` has started from here, which may take their time.
 
     A training saves and ends with exit code 0; what has no handler is ended by the signal. Before there is such a
-    process a signal waits for it, as an exception in the middle of its start would leave it half made.
+    process a signal waits for it, as an exception in the middle of its start would leave it half made. After an earlier
+    signal has ended them all, a further one has nothing to do.
 
     Yields:
         The signals that came, in their order.
@@ -26,6 +27,8 @@ def signals_forwarded() -> Iterator[list[int]]:
 
     def forward(number: int, _: FrameType | None) -> None:
         children = multiprocessing.active_children()
+        if not children and came:
+            return
         if not children:
             again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
             again.daemon = True
@@ -42,4 +45,5 @@ def signals_forwarded() -> Iterator[list[int]]:
         yield came
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            ends = handler in (signal.SIG_DFL, signal.default_int_handler)
+            signal.signal(number, signal.SIG_IGN if came and ends else handler)  # the process ends well already

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .failure import say
 from .hydra_once import composed_with, flags, sweeper_needs_results
 from .job import Check, Ended, Order
+from .overrides import override
 from .ranks import Place
 from .settings import Launcher, SlurmLaunch
 from .slurm_script import Element, render
@@ -65,6 +66,7 @@ class Submission:
                 "sweep inside one allocation: salloc ..., then train --multirun hydra/sweeper=... launch=local."
             )
             raise SystemExit(2)
+        _refuse_folder(order.run_dir)
         self._in_sweep = order.sweep is not None
         self._settings.append(order.config["launch"])
         self._elements.append(Element(order.number, Path(order.run_dir), self._arguments(order)))
@@ -109,9 +111,9 @@ class Submission:
 
     def _arguments(self, order: Order) -> tuple[str, ...]:
         """What the user wrote, without what is said by the script, and checked once more as it will be read there."""
-        overrides = [override for override in order.overrides if not _OUR_OWN.match(override)]
+        overrides = [given for given in order.overrides if not _OUR_OWN.match(given)]
         if order.sweep is not None and _value(order.config, self._program.sweep_key) is None:
-            overrides.append(f"{self._program.sweep_key}={order.sweep}")
+            overrides.append(override(self._program.sweep_key, order.sweep))
         try:
             self._check(composed_with([*overrides, "launch=local"]))
         except ConfigError as error:
@@ -143,6 +145,15 @@ class Submission:
             job_id = done.stdout.strip().partition(";")[0]
             print(_how_to_follow(job_id, script, self._elements, folder), flush=True)
         return done.returncode
+
+
+def _refuse_folder(run_dir: str) -> None:
+    # sbatch reads a log's name line by line, and a backslash in it as a mark of its own.
+    if "\\" in run_dir or "\n" in run_dir:
+        raise ConfigError(
+            f"launch=slurm cannot name the run folder {run_dir!r} to sbatch: it has a backslash or a line break. Give "
+            "another run_dir, or start from another folder."
+        )
 
 
 def _how_to_follow(job_id: str, script: Path, elements: list[Element], folder: Path | None) -> str:

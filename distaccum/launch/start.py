@@ -8,14 +8,17 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from ..errors import ConfigError
 from ..processes import tie_to_parent
 from . import hydra_once, own_ranks
 from .board import Board, PeerFailedError, agent_holds_store
-from .failure import exit_code, is_lost_peer, leave, say, shorten, write_error_file
+from .failure import exit_code, is_lost_peer, leave, report, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
+from .meeting import MissingRankError, asked_limit_s
 from .ranks import Place, ranks_here, recognise, warn_without_srun
 from .restarts import Restarts
+from .run_lock import held
 from .slurm_submit import Program, Submission
 from .sweep import Summarise, Sweep, signals_raise
 from .watch import clear_stacks
@@ -31,6 +34,7 @@ def launch(
     objective: str = "heldout_loss",
     summarise: Summarise | None = None,
     program: Program | None = None,
+    keeps_folder: bool = True,
 ) -> int:
     """Run what the command line asks for; the exit code with which the process must end.
 
@@ -46,6 +50,7 @@ def launch(
             failed, or whose number is not finite, gives it nothing: Optuna marks that trial as failed.
         summarise: called once, on rank 0, at the end of a sweep of which a job was started, also after a signal.
         program: what a batch job starts for a configuration with launch=slurm; None to run it here all the same.
+        keeps_folder: whether the work leaves something in its run folder. Then no other start may be at work there.
 
     Returns:
         0; for one job 2 when the configuration was refused (a letter on rank 0) and 1 for other errors; for a sweep 1
@@ -53,12 +58,20 @@ def launch(
         is one of several ranks does not return: it ends here, past the interpreter's own end (see `failure.leave`).
         torchrun itself knows 1 only, and prints a summary of its own.
     """
-    place = recognise(os.environ)
+    try:
+        place = recognise(os.environ)
+    except ConfigError as error:
+        return report(error)
     if place.started_by == "torchrun":
         tie_to_parent()
     os.environ.update(place.rendezvous())
     # One rank under torchrun has a board as well: at a restart there may be more or fewer.
-    board = Board(place) if place.world_size > 1 or agent_holds_store() else None
+    try:
+        has_board = place.world_size > 1 or agent_holds_store()
+        board = Board(place, limit_s=asked_limit_s(argv)) if has_board else None
+    except MissingRankError as error:
+        write_error_file(str(error), "the error message stands above")
+        leave(report(error))
     if board is not None and place.rank != 0:
         _follow(place, board, task)
 
@@ -70,12 +83,17 @@ def launch(
     def on_job(order: Order) -> Ended:
         check(order.config)
         if submission is not None and submission.wants(order):
+            hydra_once.keep_composed(order)
             return submission.add(order)
         if program is not None:
             warn_without_srun(os.environ, ranks_here(order.config, place))
-        if restarts is not None:
-            restarts.remember(order)
-        return _run(order, task, place, board)
+        if not keeps_folder:
+            return _run(order, task, place, board)
+        with held(Path(order.run_dir)):
+            hydra_once.keep_composed(order)
+            if restarts is not None:
+                restarts.remember(order)
+            return _run(order, task, place, board)
 
     def at_end(sweep: Sweep) -> None:
         if submission is not None and submission.has_sweep:

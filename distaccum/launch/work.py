@@ -37,7 +37,8 @@ def run_on_rank(job: Job, board: Board, task: Task) -> None:
     except BaseException as error:
         _fail(error, job, board, watch)
     watch.end()
-    signal.signal(signal.SIGINT, before)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # else the task's handler is to last until the process ends
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(error: BaseException, job: Job, board: Board, watch: Watch) -> NoReturn:

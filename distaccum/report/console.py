@@ -6,6 +6,7 @@ bars have filled batch logs with tens of megabytes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import textwrap
@@ -118,8 +119,9 @@ class Console:
         return columns or 80  # a fresh pseudo-terminal says 0
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads: no reason to end a run
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,13 +27,13 @@ class MetricsFile:
 
     The folder must exist. A torn last line of a killed run is replaced by a record `{"kind": "torn", "bytes": n}`, so
     that the file stays one JSON object a line when the run goes on. Errors of the disk (OSError) reach the caller: a
-    training whose record cannot be written has to know.
+    training whose record cannot be written has to know. Nothing of such a record stays in the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         torn_bytes = _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # line-buffered: a line reaches the kernel whole
+        self._file = path.open("ab", buffering=0)  # a buffer would keep what could not be written
         if torn_bytes:
             self.write(TORN, bytes=torn_bytes)
 
@@ -45,6 +46,7 @@ class MetricsFile:
 
         Raises:
             ValueError: a field is named "kind" or "non_finite".
+            OSError: the disk did not take it.
         """
         taken = {"kind", NON_FINITE} & fields.keys()
         if taken:
@@ -58,7 +60,14 @@ class MetricsFile:
         record.update((name, None if name in non_finite else to_plain(x)) for name, x in fields.items())
         if non_finite:
             record[NON_FINITE] = non_finite
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        line = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         """Close the file. A second call does nothing; `write` afterwards raises ValueError."""

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
+from distaccum.errors import ConfigError, RecordError
 from distaccum.report.console import Console
 from distaccum.report.curve import draw_curve
 from distaccum.report.human import Field, duration, step_texts
@@ -46,21 +47,30 @@ class Report:
         run_dir: an existing folder; gets `metrics.jsonl` and `curve.png`.
         console: what people see.
         wandb: a started run, or None.
+        go_on: whether records that cannot be written are counted and told at the end, and are no error.
     """
 
-    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun | None) -> None:
+    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun | None, *, go_on: bool = False) -> None:
         self.run_dir = run_dir
         self.metrics_path = run_dir / "metrics.jsonl"
         self._console = console
         self._wandb = wandb
-        self._metrics = MetricsFile(self.metrics_path)
+        self._go_on = go_on
+        self._num_lost = 0
+        try:
+            self._metrics = MetricsFile(self.metrics_path)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.metrics_path} cannot be written ({error.strerror}). Free some space, get the right to write "
+                "there, or give another run_dir."
+            ) from None
         self._started_at = time.monotonic()
         self._ended = False
 
     def start(self, sections: Mapping[str, Mapping[str, str]], facts: Mapping[str, object]) -> None:
         """Draw the start block, and record the facts (for machines) as a record "start" and in W&B's config."""
         self._console.start_block(sections)
-        self._metrics.write("start", **facts)
+        self._record("start", facts)
         if self._wandb is not None:
             self._wandb.update_config(facts)
             if self._wandb.active:
@@ -77,7 +87,7 @@ class Report:
             total_steps: of the whole run, as far as is known.
             show: for a log file the caller owns the interval. A terminal's bar follows every step all the same.
         """
-        self._metrics.write("step", **fields)
+        self._record("step", fields)
         if self._wandb is not None:
             self._wandb.log("train", fields)
         if show or self._console.is_terminal:
@@ -85,7 +95,7 @@ class Report:
 
     def heldout(self, fields: Mapping[str, Field]) -> None:
         """Record an evaluation: `step`, `loss`, and samples and tokens trained on so far, for the x-axes."""
-        self._metrics.write("heldout", **fields)
+        self._record("heldout", fields)
         if self._wandb is not None:
             self._wandb.log("heldout", fields)
         loss = fields.get("loss")
@@ -95,12 +105,12 @@ class Report:
 
     def note(self, text: str) -> None:
         """Say one line, and record it as a record "note"."""
-        self._metrics.write("note", text=text)
+        self._record("note", {"text": text})
         self._console.line(text)
 
     def resume(self, step: int, windows: int, texts: Sequence[str]) -> None:
         """Say from where the run goes on; records of later windows, of an earlier start, stand no more."""
-        self._metrics.write(RESUME, step=step, window=windows, text=" ".join(texts))
+        self._record(RESUME, {"step": step, "window": windows, "text": " ".join(texts)})
         for text in texts:
             self._console.line(text)
 
@@ -111,6 +121,7 @@ class Report:
         exit_code: int,
         baseline: float | None = None,
         loss_unit: str = "nats per token",
+        not_written: Sequence[str] = (),
     ) -> None:
         """Record why the run ended, draw `curve.png`, finish W&B, print the last lines. A second call does nothing.
 
@@ -120,20 +131,38 @@ class Report:
             exit_code: of the process, for W&B: 0 is shown as finished, others as failed.
             baseline: the loss by frequency alone, for the picture.
             loss_unit: what the loss is measured in, for the picture.
+            not_written: what is missing from the run folder, beside records of `metrics.jsonl`.
         """
         if self._ended:
             return
-        self._ended = True
+        self._ended = self._go_on = True  # whatever ends the run is told, not that it could not be written
         final = {"baseline": baseline, **fields, "reason": reason, "exit_code": exit_code}
-        self._metrics.write("end", **final)
+        self._record("end", final | ({"not_written": list(not_written)} if not_written else {}))
         self._metrics.close()
         shown = {name: _plain_text(value) for name, value in fields.items() if value is not None}
         self._console.end(reason, shown | {"time": duration(time.monotonic() - self._started_at)})
+        records = [f"{self._num_lost} record(s) of metrics.jsonl"] if self._num_lost else []
+        if lost := [*not_written, *records]:
+            self._console.line(f"not written: {'; '.join(lost)}")
         self._draw_curve(baseline, loss_unit)
         if self._wandb is not None:
             self._wandb.update_summary({f"end/{name}": value for name, value in final.items() if value is not None})
             self._wandb.finish(exit_code)
         self._console.line(f"run folder: {self.run_dir}")
+
+    def _record(self, kind: str, fields: Mapping[str, object]) -> None:
+        try:
+            self._metrics.write(kind, **fields)
+        except OSError as error:
+            if not self._go_on:
+                raise RecordError(
+                    f"{self.metrics_path} cannot be written ({error.strerror}): without it nobody knows what this run "
+                    "does. Free some space and start it again with the same run_dir to go on; with "
+                    "checkpoint.on_failure=continue a run trains on and counts what it could not write."
+                ) from None
+            self._num_lost += 1
+            if self._num_lost == 1:
+                self._console.line(f"{self.metrics_path} cannot be written ({error.strerror}); the run goes on without")
 
     def _draw_curve(self, baseline: float | None, loss_unit: str) -> None:
         try:
@@ -145,7 +174,12 @@ class Report:
 
 
 def make_report(
-    run_dir: Path, config: LoggerConfig, run_config: Mapping[str, object], stream: TextIO | None = None
+    run_dir: Path,
+    config: LoggerConfig,
+    run_config: Mapping[str, object],
+    stream: TextIO | None = None,
+    *,
+    go_on: bool = False,
 ) -> Report:
     """Make the report of a run, on rank 0 only. Blocks about `config.init_timeout_s` at most.
 
@@ -154,6 +188,7 @@ def make_report(
         config: the group `logger`.
         run_config: what W&B keeps as the run's config: the composed configuration, plan and forecast.
         stream: where the console writes; the standard output when None.
+        go_on: see `Report`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
@@ -173,7 +208,7 @@ def make_report(
             init_timeout_s=config.init_timeout_s,
             warn=console.line,
         )
-    return Report(run_dir, console, wandb)
+    return Report(run_dir, console, wandb, go_on=go_on)
 
 
 def _whole(fields: Mapping[str, Field], name: str) -> int:

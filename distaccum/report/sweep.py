@@ -70,7 +70,10 @@ def tell_sweep(sweep: SweepLike, stream: TextIO | None = None) -> None:
     """
     console = Console(stream)
     console.line(table(sweep.jobs))
-    write_csv(sweep.folder / "sweep.csv", sweep.jobs)
+    try:
+        write_csv(sweep.folder / "sweep.csv", sweep.jobs)
+    except OSError as error:
+        console.line(f"sweep.csv was not written ({error.strerror}); the table above has its numbers")
     losses = [_finite(job, LOSS) if job.status == "done" else None for job in sweep.jobs]
     rates = [_finite(job, RATE) for job in sweep.jobs]
     try:

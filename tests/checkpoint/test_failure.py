@@ -8,12 +8,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from disks import small_disk
 from states import ALONE, CPU, full_of, load_alone, names, same_bits, save_alone
 from worlds import World as Ranks
 
@@ -60,19 +60,6 @@ def test_an_old_one_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
         f"the old checkpoint {tmp_path / 'step-00000001'} could not be removed: [Errno 13] not yours",
     )
     assert saved.told().endswith(saved.remarks[0])
-
-
-@contextlib.contextmanager
-def small_disk(folder, size_bytes):
-    """A file system of this size where this machine lets us mount one; elsewhere None."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
-    try:
-        yield folder if mounted else None
-    finally:
-        if mounted:
-            subprocess.run(["umount", str(folder)], check=True)
 
 
 @contextlib.contextmanager

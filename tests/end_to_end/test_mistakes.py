@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import MAIN, command_line
+from disks import fill, small_disk
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -111,3 +114,24 @@ def test_every_choice_of_conf_composes_and_is_typed() -> None:
         check(composed(*(f"{group}={names[number % len(names)]}" for group, names in choices.items())))
     for experiment in choices_of("experiment"):
         check(composed(f"experiment={experiment}"))
+
+
+def test_a_folder_that_cannot_be_written_is_a_letter(tmp_path: Path) -> None:
+    """Before anything starts: folders that cannot be made, a full disk."""
+    letter = r"^error: nothing can be written in {} \({}\), where this run is to keep its numbers and checkpoints"
+    with small_disk(tmp_path / "full", 1 << 16) as disk:
+        cases = [(["run_dir=/proc/no"], "/proc/no", "No such file or directory", tmp_path)]
+        cases += [([], r"/proc/\d+/runs", "No such file or directory", Path("/proc/self"))]
+        sweep = ["--multirun", "train.seed=1,2", "hydra.sweep.dir=/proc/no"]
+        cases += [(sweep, "/proc/no", "No such file .*", tmp_path)]
+        if disk is not None:
+            (disk / "run").mkdir()
+            fill(disk)
+            cases += [([f"run_dir={disk / 'run'}"], str(disk / "run"), "No space left on device", tmp_path)]
+        for number, (words, folder, reason, place) in enumerate(cases):
+            (tmp_path / str(number)).mkdir()
+            program = f"import os; os.chdir({str(place)!r})\n{MAIN}"
+            ended = command_line(["train", "data=path", *words], tmp_path / str(number), program)
+            assert ended.returncode == 2, ended.stderr
+            assert re.search(letter.format(folder, reason), ended.stderr), ended.stderr
+            assert len(ended.stderr.splitlines()) == 1

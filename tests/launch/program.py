@@ -15,7 +15,7 @@ from distaccum.errors import ConfigError
 from distaccum.launch import Job, launch, write_result
 from distaccum.report.sweep import tell_sweep
 
-KEYS = ("launch", "model", "run_dir", "device", "value", "fault", "timeout_s")
+KEYS = ("launch", "model", "run_dir", "device", "value", "fault", "timeout_s", "train")
 
 
 def check(config):

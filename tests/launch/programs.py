@@ -100,10 +100,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def by_hand(start, num_ranks, *args, **kwargs):
-    """Ranks without an agent: RANK and so on in the environment; rank 0 hosts the store."""
+def by_hand(start, num_ranks, *args, ranks=None, **kwargs):
+    """Ranks without an agent (all, or only some): RANK and so on in the environment; rank 0 hosts the store."""
     place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [start(*args, environment=place | {"RANK": str(rank)}, **kwargs) for rank in range(num_ranks)]
+    return [start(*args, environment=place | {"RANK": str(rank)}, **kwargs) for rank in ranks or range(num_ranks)]
 
 
 def seen(folder):

@@ -1,8 +1,16 @@
 """A rank fails, hangs or is killed (trap 22): all end soon, the first one's error is shown, all leave their stacks."""
 
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
-from .programs import alive, by_hand, stacks, wait_for_ranks, wait_until_gone
+from torch.distributed import TCPStore
+
+from distaccum.launch import board
+from distaccum.launch.ranks import Place
+
+from .programs import alive, by_hand, free_port, seen, stacks, wait_for_ranks, wait_until, wait_until_gone
 
 
 def ways(start, folder, num_ranks, *args):
@@ -98,6 +106,50 @@ def test_hanging_rank_is_named_and_leaves(start, tmp_path):
         assert sorted(found) == [0, 1, 2]
         assert "time.sleep" not in found[0]
         assert "in misbehave" in found[1]
+
+
+def test_a_rank_that_never_comes_is_named(start, tmp_path):
+    """By rank 0, and where it is rank 0 by all others. Nobody waits longer than train.timeout_s."""
+    zero, two = by_hand(start, 4, "train.timeout_s=3", ranks=(0, 2))
+    lost, late = by_hand(start, 3, "train.timeout_s=3", ranks=(1, 2))
+    programs = (zero, two, lost, late)
+    assert [program.wait(20).code for program in programs] == [1, 1, 1, 1]
+    assert zero.output.startswith("error: after train.timeout_s=3 s 2 of 4 ranks are here (0, 2), and 1, 3 have not")
+    assert "WORLD_SIZE=4 means 4 processes with RANK 0 to 3" in zero.output
+    assert two.output == ""  # what there is to say stands once
+    for rank, program in ((1, lost), (2, late)):
+        assert program.output.startswith(f"error: rank {rank} of 3 has looked for rank 0 at MASTER_ADDR=127.0.0.1")
+        assert "for train.timeout_s=3 s: nothing listens there (connection refused)" in program.output
+    assert all(len(program.output.splitlines()) <= 1 for program in programs)
+    assert seen(tmp_path) == []
+
+
+def test_a_port_that_is_taken_is_a_letter(start):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        program = start(environment=place).wait(20)
+    assert program.code == 1
+    assert "error: rank 0 cannot open the store where all ranks meet" in program.output
+    assert "Traceback" not in program.output
+
+
+def test_no_wait_ends_a_run(monkeypatch):
+    """20 days are over again and again; only a store that is gone ends the watch, and with it the rank."""
+    waits = []
+    monkeypatch.setattr(board, "_LONGEST_WAIT", timedelta(milliseconds=20))
+    monkeypatch.setattr(TCPStore, "wait", lambda *args, wait=TCPStore.wait: (waits.append(args), wait(*args)))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    place = Place("environment", rank=0, world_size=2, local_rank=0, local_world_size=2)
+    host = board.Board(place)
+    with ThreadPoolExecutor() as threads:
+        watching = threads.submit(host.wait_until_over)
+        wait_until(lambda: len(waits) > 3 or watching.done())
+        assert not watching.done()
+        assert host.claim(3, patience_s=0.0) == (0, 3)
+        assert watching.result(10) == (0, 3)
 
 
 def test_killed_launcher_leaves_no_orphan(start, tmp_path):

@@ -1,19 +1,30 @@
 """How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
 
+import errno
+import fcntl
 import logging
+import multiprocessing
 import os
+import re
+import shutil
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distaccum.errors import ConfigError
-from distaccum.launch import launch
+from distaccum.launch import launch, run_lock
+from distaccum.launch.overrides import to_paste
 from distaccum.launch.own_ranks import _surroundings
 from distaccum.launch.ranks import Place, ranks_here, recognise
 
-from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen
+from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen, wait_for_ranks
 
 # Ways of starting
 
@@ -43,6 +54,7 @@ def test_one_process(start, tmp_path):
         "value": 3,
         "fault": {"kind": "none", "rank": 7, "times": 1000},
         "timeout_s": 600,
+        "train": {"timeout_s": 600},
     }
     assert ranks[0]["overrides"] == ["value=3", "fault.rank=7"]
     assert ranks[0]["number"] == 0
@@ -96,6 +108,12 @@ def test_showing_under_torchrun_prints_once(start, tmp_path):
         ("nope=1", "Could not override 'nope'"),
         ("+nope=1", "unknown key: ['nope']"),
         ("value==", "Error parsing override 'value=='"),
+        (
+            "run_dir=epoch=3",
+            """: run_dir=epoch=3\nIf its value is this very text, write 'run_dir="epoch=3"'""",
+        ),
+        ("run_dir=it's", """: run_dir=it's\nIf its value is this very text, write "run_dir='it\\'s'" """),
+        ("run_dir=my run", "cannot be read: run\nAn override is key=value; where the value has spaces, quote it"),
         ("model=none", "Could not find 'model/none'"),
         ("value=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("value=???", "Missing mandatory value: value"),
@@ -125,15 +143,54 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
     assert seen(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ("RANK= WORLD_SIZE=2", "RANK=''; it must be a whole number from 0 on"),
+        ("RANK=", "WORLD_SIZE is missing"),
+        ("RANK=one WORLD_SIZE=2", "RANK='one'"),
+        ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number from 1 on"),
+        ("RANK=2 WORLD_SIZE=2", "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1"),
+        ("RANK=1", "WORLD_SIZE is missing"),
+        ("WORLD_SIZE=2", "RANK is missing"),
+        ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR is missing"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR is empty"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "MASTER_PORT is missing"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is no port"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=x", "LOCAL_RANK='x'"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1 and LOCAL_"),
+        ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=", "SLURM_STEP_NUM_TASKS=''"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_a_letter(environment, words, monkeypatch, capfd):
+    for name in OF_A_LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for word in environment.split():
+        monkeypatch.setenv(*word.split("="))
+    assert launch([], config_dir=HERE / "conf", check=None, task=None) == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: ")
+    assert words in told
+    assert "env -u RANK" in told
+
+
+@pytest.mark.parametrize(
+    "text", ["plain/a-b", "epoch=3", "it's", "my run", 'a "b" $c', "end\\", "\\'", "[a,b", "", "100%"]
+)
+def test_what_is_to_be_pasted_is_read_as_it_was_meant(text):
+    shown = to_paste("run_dir", text)
+    word = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True).stdout
+    assert OverridesParser.create().parse_override(word).value() == text
+    assert (shown == f"run_dir={text}") == (text in ("plain/a-b", "100%", ""))
+
+
 def test_refusal_ends_every_way_of_starting(start, tmp_path):
     """Before any rank works, with the same letter once; torchrun adds its own summary and knows exit code 1 only."""
     own = start("+nope=1", "launch.nproc_per_node=2")
     torchrun = start("launch.nproc_per_node=3", torchrun=2)
     assert [program.wait().code for program in (own, torchrun)] == [2, 1]
-    assert (
-        own.output
-        == "error: unknown key: ['nope']. The keys are launch, model, run_dir, device, value, fault, timeout_s.\n"
-    )
+    keys = "launch, model, run_dir, device, value, fault, timeout_s, train"
+    assert own.output == f"error: unknown key: ['nope']. The keys are {keys}.\n"
     assert len(torchrun.own_output()) == 1
     assert torchrun.own_output()[0].startswith("error: launch.nproc_per_node (3) differs from the 2 ranks")
     assert seen(tmp_path) == []
@@ -158,3 +215,75 @@ def test_more_ranks_than_gpus(monkeypatch):
             ranks_here(config, alone)
     with pytest.raises(ConfigError, match="2 ranks on this machine"):
         ranks_here({"device": "cuda"}, Place("torchrun", rank=5, world_size=8, local_rank=1, local_world_size=2))
+
+
+# Two starts in one run folder
+
+
+def test_a_second_start_in_a_run_folder_is_refused(start, tmp_path):
+    """However both were started, before anything is changed, on all ranks; and never once the first was killed."""
+    run = tmp_path / "run"
+    ways = {"one": {}, "own": {}, "torchrun": {"torchrun": 2}}
+    arguments = {way: ["launch.nproc_per_node=2"] if way == "own" else [] for way in ways}
+    for way, how in ways.items():
+        first = start("fault.kind=loop", f"run_dir={run}", "value=1", *arguments[way], **how)
+        ranks = wait_for_ranks(tmp_path, 1 + (way != "one"))
+        holder = ranks[0]["pid"] if way == "torchrun" else first.pid
+        before = contents(run)
+        others = [start(f"run_dir={run}", *arguments[way], **how) for way, how in ways.items()]
+        others += by_hand(start, 2, f"run_dir={run}")
+        assert [other.wait().code for other in others] == [2, 2, 1, 2, 2], [other.output for other in others]
+        letter = rf"error: another start is at work in {run}: host {socket.gethostname()}, pid {holder}, since 20\d\d-"
+        for other in others[:-1]:
+            assert len(re.findall(letter, other.output)) == 1, other.output
+        assert others[-1].output == ""
+        assert contents(run) == before
+        first.kill()
+        assert start(f"run_dir={run}", *arguments[way], **how).wait().code == 0
+        for file in run.glob("*"):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_second_sweep_in_a_folder_is_refused_as_a_whole(start, tmp_path):
+    sweep = ["--multirun", "value=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    first = start(*sweep, "fault.kind=loop")
+    wait_for_ranks(tmp_path, 1)
+    second = start(*sweep).wait()
+    assert second.code == 2
+    assert second.output.count(f"error: another start is at work in {tmp_path / 'sweep'}: host") == 1
+    assert not (tmp_path / "sweep" / "sweep.csv").exists()
+    first.kill()
+
+
+def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with run_lock.held(tmp_path):
+        pass
+    assert (
+        capfd.readouterr().err.count(f"warning: the file system of {tmp_path} has no locks (No locks available)") == 1
+    )
+
+
+def test_a_lock_is_not_kept_by_a_process_that_was_forked(tmp_path):
+    """As the workers of a loader are, which outlive a rank that was killed by some seconds."""
+    context = multiprocessing.get_context("fork")
+    began, kept = context.Event(), context.Event()
+
+    def hold():
+        with run_lock.held(tmp_path):
+            context.Process(target=kept.wait, args=(60,)).start()
+            began.set()
+            time.sleep(60)
+
+    holder = context.Process(target=hold)
+    holder.start()
+    began.wait()
+    with pytest.raises(ConfigError, match=rf"pid {holder.pid}, since"), run_lock.held(tmp_path):
+        pass
+    holder.kill()
+    with run_lock.held(tmp_path):
+        kept.set()

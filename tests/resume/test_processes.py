@@ -41,7 +41,7 @@ def test_torchrun_starts_again_and_goes_on(run: Callable[..., Run], undisturbed:
     assert found.trajectory() == expected.trajectory()
 
 
-def test_a_signal_to_the_parent_of_our_own_ranks(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
+def test_ctrl_c_twice_in_a_terminal_with_our_own_ranks(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
     found = run()
     slow = Fault(0, 3, "forward", "slow")
     command = [sys.executable, PROGRAM, "train", *found.overrides, "parallel=ddp", "launch.nproc_per_node=2",
@@ -49,13 +49,16 @@ def test_a_signal_to_the_parent_of_our_own_ranks(run: Callable[..., Run], undist
     with subprocess.Popen(
         [*command, "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]"],
         cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
     ) as process:  # fmt: skip
         wait_for(slow.record(found.run_dir), 60)
-        process.send_signal(signal.SIGTERM)
-        told = process.communicate(timeout=60)[0]
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(found.run_dir / "PREEMPTED")  # rank 1 is done, rank 0 is at its last lines
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=20)[0]
     assert process.returncode == 0, told
     marker = json.loads((found.run_dir / "PREEMPTED").read_text())
-    assert marker == {"step": found.step, "reason": "SIGTERM"}
+    assert marker == {"step": found.step, "reason": "SIGINT"}
     found.finish(2, "parallel=ddp")
     assert not (found.run_dir / "PREEMPTED").exists()
     assert found.sha256() == undisturbed.of(2, "parallel=ddp").sha256()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
+from disks import fill, small_disk
 from faults import Fault, flip_byte
 from runs import STEPS, Attempt, Run, Undisturbed, assert_each_sample_once, wait_for
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,19 +184,22 @@ def test_processes_that_read_ahead(run: Make, undisturbed: Undisturbed) -> None:
     assert_each_sample_once(found)
 
 
-def test_a_second_signal_ends_the_process(run: Make, undisturbed: Undisturbed) -> None:
+def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=single")
     (hang,) = faults = [Fault(0, 4, "update", "hang")]
 
     def signals(pids: list[int]) -> None:
         wait_for(hang.record(found.run_dir))
-        for _ in range(2):  # as a terminal and a launcher send it: one signal
-            os.kill(pids[0], signal.SIGINT)
+        os.kill(pids[0], signal.SIGUSR1)  # a scheduler's announcement, and its limit
         time.sleep(2.2)  # what this is about: more than two seconds later
         os.kill(pids[0], signal.SIGTERM)
+        for _ in range(2):  # as a terminal and a launcher send it: one Ctrl-C
+            os.kill(pids[0], signal.SIGINT)
+        time.sleep(2.2)
+        os.kill(pids[0], signal.SIGINT)
 
     attempt = found.start(1, faults=faults, meanwhile=signals)
-    assert attempt.codes == [-signal.SIGTERM], str(attempt)
+    assert attempt.codes == [-signal.SIGINT], str(attempt)
     assert found.acted(*faults)
     assert "saving and stopping after this step; again to stop at once" in attempt.texts[0]
     assert not (found.run_dir / "PREEMPTED").exists()
@@ -424,6 +429,48 @@ def test_a_full_disk(asynchronous: bool, run: Make, undisturbed: Undisturbed) ->
     assert found.acted(go_on)
     assert "checkpoint.on_failure=continue, so the training goes on: The checkpoint of step 6" in found.notes()
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
+
+
+@pytest.fixture
+def full_while_it_trains(run: Make) -> Iterator[tuple[Run, Callable[..., Attempt]]]:
+    """A run on a disk of its own that is full from step 4 on; the function starts it."""
+    found = run("parallel=ddp")
+    found.run_dir.rmdir()
+    with small_disk(found.run_dir, 1 << 20) as disk:
+        if disk is None:
+            pytest.skip("no file system can be mounted here")
+        slow = Fault(0, 4, "forward", "slow")
+
+        def meanwhile(_: list[int]) -> None:
+            wait_for(slow.record(found.run_dir))
+            fill(found.run_dir)
+
+        yield found, lambda *more: found.start(2, *more, faults=[slow], meanwhile=meanwhile)
+
+
+def test_a_disk_that_is_full_ends_no_run_that_is_to_go_on(
+    full_while_it_trains: tuple[Run, Callable[..., Attempt]], undisturbed: Undisturbed
+) -> None:
+    found, start = full_while_it_trains
+    attempt = start("checkpoint.on_failure=continue")
+    assert attempt.codes == [0, 0], str(attempt)
+    told = attempt.texts[0]
+    assert told.count("metrics.jsonl cannot be written (No space left on device); the run goes on without") == 1
+    assert "Traceback" not in told
+    lost = [*(f"the checkpoint of step {step}" for step in (4, 6, 8)), r"result.json \(No space left on device\)"]
+    assert re.search(rf"not written: {'; '.join(lost)}; [1-9]\d* record\(s\) of metrics.jsonl", told), told
+    assert [step for step, *_ in found.trajectory()][:3] == [1, 2, 3]  # and what the file's last block had room for
+    (found.run_dir / "ballast").unlink()
+    found.finish(2)
+    assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
+
+
+def test_a_disk_that_is_full_is_one_message(full_while_it_trains: tuple[Run, Callable[..., Attempt]]) -> None:
+    _, start = full_while_it_trains
+    attempt = start("checkpoint.keep=0", "train.steps=80")
+    assert attempt.codes[0] == 1
+    assert "metrics.jsonl cannot be written (No space left on device): without it nobody" in attempt.texts[0]
+    assert "Traceback" not in attempt.texts[0]
 
 
 @pytest.mark.parametrize(

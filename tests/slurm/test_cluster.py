@@ -57,7 +57,7 @@ class Jobs:
         )  # fmt: skip
         self.by_hand = self.shown_arguments(sweep)
         self.pause()
-        self.srun = self.command("launch.nodes=2", "launch.tasks_per_node=2", "run_dir=runs/srun")
+        self.srun = self.command("launch.nodes=2", "launch.tasks_per_node=2", "run_dir='runs/it\\'s 4 ranks'")
         self.array = self.command("--multirun", "hydra.sweep.dir=sweeps/rates", "optim.lr=0.1,0.2,0.3")
 
     def command(self, *arguments: str) -> Job:
@@ -158,7 +158,7 @@ def test_a_hanging_rank_ends_the_job_and_is_named(jobs: Jobs) -> None:
 
 def test_a_rank_for_each_task_of_srun(jobs: Jobs, one_process: list[float]) -> None:
     jobs.srun.wait("COMPLETED")
-    assert losses(jobs.work / "runs" / "srun") == pytest.approx(one_process, rel=ROUNDING, abs=0)
+    assert losses(jobs.work / "runs" / "it's 4 ranks") == pytest.approx(one_process, rel=ROUNDING, abs=0)
     assert "ddp, 4 rank(s) on cpu, gloo" in " ".join(jobs.srun.log().split())
 
 

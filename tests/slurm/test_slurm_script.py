@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distaccum.cli import main
 from distaccum.errors import ConfigError
+from distaccum.launch.overrides import override
 from distaccum.launch.settings import seconds_of
 
 HERE = Path(__file__).parent
@@ -85,6 +87,30 @@ def test_overrides_reach_the_program_as_they_were_written(tmp_path: Path) -> Non
     assert "command=verify\n" in text
     (line,) = [line for line in text.splitlines() if line.startswith("overrides=")]
     assert shlex.split(line[len("overrides=(") : -1]) == ["train.steps=5", *written]
+
+
+@pytest.mark.parametrize("folder", ["epoch=3", "a  b", "it's", 'a "b" $HOME `c` %j;'])
+def test_a_run_folder_reaches_the_program_whatever_its_name(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through sbatch's script and its shell, as one override that Hydra reads as this very folder."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >arguments\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert command("train", *ONE[:3], override("run_dir", folder)) == 0
+    script = tmp_path / folder / "job.sbatch"
+    subprocess.run(["bash", str(script)], check=True)
+    last = (tmp_path / "arguments").read_text().split("\0")[-2]
+    assert OverridesParser.create().parse_override(last).value() == str(tmp_path / folder)
+    (log,) = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    assert shlex.split(log)[1] == f"--output={tmp_path}/{folder.replace('%', '%%')}/job.log"
+
+
+@pytest.mark.parametrize("folder", ["a\\b", "a\nb"])
+def test_a_run_folder_that_sbatch_cannot_name_is_refused(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command("train", *ONE[:3], override("run_dir", folder)) == 2
+    assert "launch=slurm cannot name the run folder" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The meeting of the ranks at their start: the store of rank 0, for how long it is looked for, and who is missing."""
+
+import os
+import socket
+import time
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
+from ..errors import DistaccumError
+
+LIMIT_KEY = "train.timeout_s"
+_LIMIT_S = 600.0  # where nothing is composed yet, and the command line does not say
+_PAUSE_S = 0.2
+_LONGEST_TRY_S = 5.0
+
+
+class MissingRankError(DistaccumError, RuntimeError):
+    """A rank has not come to the start in time. Whoever waited for it says so."""
+
+
+def limit_s(config: Mapping[str, Any]) -> float:
+    """How long ranks wait for each other at the start: as long as later in a collective."""
+    found: Any = config
+    for part in LIMIT_KEY.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return float(found) if isinstance(found, int | float) else _LIMIT_S
+
+
+def asked_limit_s(argv: list[str]) -> float:
+    """The same limit for a rank that has nothing but its command line, as rank 0 alone composes."""
+    for word in reversed(argv):
+        key, _, value = word.lstrip("+").partition("=")
+        if key == LIMIT_KEY:
+            try:
+                return float(value)
+            except ValueError:  # rank 0 refuses it
+                break
+    return _LIMIT_S
+
+
+def host_store(limit_s: float) -> Store:
+    """Rank 0, where no launcher holds a store: make it at MASTER_ADDR and MASTER_PORT. Waits for nobody.
+
+    Args:
+        limit_s: how long to try to reach it by that address.
+
+    Raises:
+        MissingRankError: the port is taken, or the address is not of this machine.
+    """
+    host, port = _address()
+    try:
+        timeout = timedelta(seconds=limit_s)
+        return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=True)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise MissingRankError(
+            f"rank 0 cannot open the store where all ranks meet, at MASTER_ADDR={host} MASTER_PORT={port}: {reason} "
+            "Another process has the port (another start?), or the address is not of this machine. Give a free port "
+            "and an address of the machine on which rank 0 runs."
+        ) from None
+
+
+def find_store(rank: int, world_size: int, limit_s: float) -> Store:
+    """Connect to the store that rank 0 or a launcher holds.
+
+    Raises:
+        MissingRankError: nobody has answered there for `limit_s` seconds.
+    """
+    host, port = _address()
+    end = time.monotonic() + limit_s
+    while (reason := _why_not(host, port, max(0.1, end - time.monotonic()))) is not None:
+        if time.monotonic() >= end:
+            raise MissingRankError(
+                f"rank {rank} of {world_size} has looked for rank 0 at MASTER_ADDR={host} MASTER_PORT={port} for "
+                f"{LIMIT_KEY}={limit_s:g} s: {reason}. Look at rank 0's own output: it may have failed, or not have "
+                "been started. Otherwise check that all ranks have the same MASTER_ADDR and MASTER_PORT, that the "
+                "address is one of rank 0's machine as this machine knows it, and that no firewall closes the port. If "
+                f"rank 0 needs longer to start, give a greater {LIMIT_KEY}."
+            )
+        time.sleep(_PAUSE_S)
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(limit_s, 30.0)))
+
+
+def not_come(missing: Collection[int], world_size: int, limit_s: float) -> MissingRankError:
+    """What rank 0 raises when others have not come."""
+    host, port = _address()
+    here = [rank for rank in range(world_size) if rank not in missing]
+    return MissingRankError(
+        f"after {LIMIT_KEY}={limit_s:g} s {len(here)} of {world_size} ranks are here ({_numbers(here)}), and "
+        f"{_numbers(missing)} {'has' if len(missing) == 1 else 'have'} not come. Look at their own output: they may "
+        f"have failed, or not have been started, as WORLD_SIZE={world_size} means {world_size} processes with RANK 0 "
+        f"to {world_size - 1}, each once. Otherwise they do not reach MASTER_ADDR={host} MASTER_PORT={port}: "
+        "check that theirs are the same, that their machines know this one by that address, and that no firewall closes the port. "
+        f"If they need longer to start, give a greater {LIMIT_KEY}."
+    )
+
+
+def _numbers(ranks: Collection[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:20]))
+    return shown if len(ranks) <= 20 else f"{shown} and {len(ranks) - 20} more"
+
+
+def _address() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def _why_not(host: str, port: int, left_s: float) -> str | None:
+    """Why nobody can be reached there; None where somebody can."""
+    # Not left to the store, which prints a stack of C++ frames each time, and not the reason.
+    try:
+        socket.create_connection((host, port), timeout=min(left_s, _LONGEST_TRY_S)).close()
+    except socket.gaierror as error:
+        return f"this machine knows no host of that name ({error.strerror})"
+    except ConnectionRefusedError:
+        return "nothing listens there (connection refused)"
+    except OSError as error:
+        return f"no connection ({error.strerror or error})"
+    return None

@@ -1,0 +1,87 @@
+"""One live start in a run folder: a lock of the kernel on RUN/lock, which ends with the process, however that ends."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..errors import ConfigError
+from .failure import say
+
+FILE_NAME = "lock"
+_PATIENCE_S = 2.0  # a killed process gives back its memory before its locks
+_HELD = (errno.EAGAIN, errno.EACCES)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder for as long as a start works in it. On the rank that runs Hydra, before anything is changed.
+
+    The lock is POSIX's (`fcntl.lockf`): processes that are forked from this one do not keep it when this one is killed,
+    and NFS passes it on to other machines. It would be lost if this process opened and closed the file once more.
+
+    Raises:
+        ConfigError: another start is at work there, or the folder cannot be written.
+    """
+    path = run_dir / FILE_NAME
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise cannot_write(run_dir, error) from None
+    try:
+        _lock(descriptor, run_dir)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{_own_name()}\n".encode(), 0)
+        except OSError as error:
+            raise cannot_write(run_dir, error) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
+    """The letter for a folder in which nothing can be written."""
+    return ConfigError(
+        f"nothing can be written in {folder} ({error.strerror}), where this run is to keep its numbers and checkpoints"
+        ". Free some space or get the right to write there, or give another folder: run_dir=FOLDER (of a sweep "
+        "hydra.sweep.dir=FOLDER); without it the folder is made below the one in which you start."
+    )
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                say(
+                    f"warning: the file system of {run_dir} has no locks ({error.strerror}): nothing will notice a "
+                    "second start in the same run folder, so see to it that there is none"
+                )
+                return
+            if error.errno not in _HELD:
+                raise cannot_write(run_dir, error) from None
+            if time.monotonic() >= end:
+                raise _refusal(run_dir, os.pread(descriptor, 1000, 0)) from None
+        time.sleep(0.05)
+
+
+def _refusal(run_dir: Path, holder: bytes) -> ConfigError:
+    name = holder.decode(errors="replace").strip() or "a process that has left no name"
+    return ConfigError(
+        f"another start is at work in {run_dir}: {name}. Two would write the same files, so this one has changed "
+        "nothing. Wait for its end or end it, and start again to go on from its checkpoint; or give another run_dir."
+    )
+
+
+def _own_name() -> str:
+    return f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
