@@ -123,7 +123,11 @@ class Agreement:
         if window.source is not None:
             window.source.announcer = self
         if self._announced is None or self._announced[0] is not window:
-            self._read(self.ask(window, asks=False))  # what a rank asks of all is told at the end of the window
+            if self._world.group is None:  # nobody to ask
+                count, totals = self._totals(window, self.terms or [])
+                self._announce(window, [[float(count), *totals]])
+            else:
+                self._read(self.ask(window, asks=False))  # what a rank asks of all is told at the end of the window
         if self._announced is None or self._announced[0] is not window:
             raise ConfigError(self._obstacle)
         return self._announced[1]
