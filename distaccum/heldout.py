@@ -29,14 +29,14 @@ def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
     Call it on every rank: they share the micros, and run the same number of forwards.
     """
     world, window, objective = strategy.world, heldout.plan.window(), heldout.objective
-    own = window.deal(world.rank, world.size)
-    (padding,) = window.deal(0, window.num_micros)  # what a rank computes that has fewer, and counts in nothing
+    micros = window.micros
+    own = micros[world.rank :: world.size]
     weights: dict[str, float] = {}
     totals: torch.Tensor | None = None  # [terms] float64, on the device until the end: the host does not wait for it
     with strategy.evaluating() as model:
-        for index in range(-(-window.num_micros // world.size)):
+        for index in range(-(-len(micros) // world.size)):
             counts = index < len(own)
-            micro = own[index] if counts else padding
+            micro = own[index] if counts else micros[0]  # as many forwards as other ranks
             batch = heldout.dataset.batch(heldout.plan.samples(micro), torch.Generator())
             weighed = weights_of(objective, batch)
             sums_by_term = sums_of(objective, model, to_device(batch, world.device), [*weighed])

@@ -53,21 +53,14 @@ class Window:
         """All micros in the order of their global numbers; their sizes differ by one sample at most."""
         return self.deal(0, 1)
 
-    @property
-    def num_micros(self) -> int:
-        """How many there are over all ranks."""
-        return _ceil(self.size, self.micro_size)
-
     def deal(self, rank: int, world_size: int) -> tuple[Micro, ...]:
-        """The micros that one rank computes. Counts of two ranks differ by one at most; some may have none.
-
-        The work grows with this rank's micros only, not with the ranks.
-        """
-        return tuple(self._micro(number) for number in range(rank, self.num_micros, world_size))
-
-    def _micro(self, number: int) -> Micro:
-        size, larger = divmod(self.size, self.num_micros)  # the first `larger` ones have a sample more
-        return Micro(self.step, number, self.start + number * size + min(number, larger), size + (number < larger))
+        """The micros that one rank computes, no others are made. Counts differ by one at most; some may have none."""
+        count = _ceil(self.size, self.micro_size)
+        size, larger = divmod(self.size, count)  # the first `larger` ones have a sample more
+        return tuple(
+            Micro(self.step, number, self.start + number * size + min(number, larger), size + (number < larger))
+            for number in range(rank, count, world_size)
+        )
 
 
 @dataclass(frozen=True)

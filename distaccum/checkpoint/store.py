@@ -21,7 +21,7 @@ from . import folder as files
 from .manifest import MANIFEST, Manifest, StoredFile, check_plain
 from .reading import Checkpoint, TensorInfo, lines, newest_good
 from .storage import Piece, contents, local, pieces_of, shard_name, share_out, write_file
-from .together import own_group, together
+from .together import dealt, own_group, together
 
 __all__ = ["Checkpoint", "Checkpoints", "Saved", "TensorInfo"]
 
@@ -52,8 +52,9 @@ class _Save:
     serial: int
     facts: Mapping[str, Any]
     best: bool
-    held: list[list[Piece]]  # by rank
-    shares: list[list[Piece]]  # by rank
+    share: list[Piece]  # what this rank writes
+    held: list[list[Piece]]  # by rank, known to rank 0 only: what each holds
+    shares: list[list[Piece]]  # by rank, known to rank 0 only: what each writes
     started: float
 
 
@@ -102,26 +103,30 @@ class Checkpoints:
         """
         started = time.monotonic()
         self._join()
-        name = ""  # known to rank 0 as soon as there is a folder
+        name, serial = "", 0  # known to rank 0 as soon as there is a folder
+        held: list[list[Piece]] = []
+        shares: list[list[Piece]] = []
 
-        def announce() -> tuple[list[Piece], str, int]:
-            nonlocal name
-            pieces, serial = pieces_of(tensors), 0
+        def announce() -> list[Piece]:
+            nonlocal name, serial
+            pieces = pieces_of(tensors)
             if self._world.rank == 0:
                 check_plain(dict(facts), "facts")
                 serial = 1 + max((e.manifest.serial for e in self._entries() if e.manifest), default=0)
                 name = files.begin(self._folder, step)
-            return pieces, name, serial
+            return pieces
+
+        def deal(pieces: list[list[Piece]]) -> list[tuple[str, list[Piece]]]:
+            nonlocal held, shares
+            held, shares = pieces, share_out(pieces)
+            return [(name, share) for share in shares]
 
         try:
-            told = together(self._world, announce)
-            name, serial = told[0][1], told[0][2]
-            held = [pieces for pieces, _, _ in told]
-            shares = share_out(held)  # the same on every rank, or the same error
+            name, share = dealt(self._world, announce, deal)
         except CheckpointError as error:
             self._give_up(step, name, error)
-        own = {piece.name: tensors[piece.name] for piece in shares[self._world.rank]}
-        save = _Save(name, step, serial, deepcopy(dict(facts)), best, held, shares, started)
+        own = {piece.name: tensors[piece.name] for piece in share}
+        save = _Save(name, step, serial, deepcopy(dict(facts)), best, share, held, shares, started)
         if not self._asynchronous:
             self._finish(save, {key: local(tensor) for key, tensor in own.items()}, None)
             return
@@ -183,7 +188,7 @@ class Checkpoints:
     def _finish(self, save: _Save, own: Mapping[str, Tensor] | Exception, blocked_s: float | None) -> None:
         """Write this rank's file, and let rank 0 put the checkpoint in place."""
         rank = self._world.rank
-        share = save.shares[rank]
+        share = save.share
 
         def write() -> StoredFile | None:
             if isinstance(own, Exception):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from worlds import World as Ranks
 from worlds import world as ranks_of
 
+from distaccum.checkpoint.storage import Piece, write_file
 from distaccum.checkpoint.store import Checkpoint, Checkpoints
 from distaccum.errors import CheckpointError
 from distaccum.parallel.world import World
@@ -42,6 +45,28 @@ def load(root):
         checkpoint.load(held)
         differ[checkpoint.facts["kind"][0], into] = same_bits(held, whole())
     return differ
+
+
+def pieces_alive(folder):
+    """Save, and count the descriptions of pieces that this rank holds while it writes its file."""
+    checkpoints, counts = Checkpoints(folder, World.of(CPU), keep=9), []
+
+    def counting(*args):
+        gc.collect()
+        counts.append(sum(type(thing) is Piece for thing in gc.get_objects()))
+        return write_file(*args)
+
+    with mock.patch("distaccum.checkpoint.store.write_file", counting):
+        checkpoints.save(3, spread(whole(), "plain"), {})
+    return counts
+
+
+def test_only_rank_0_hears_of_all_pieces(four_ranks: Ranks, tmp_path):
+    """Rank 0 has one list of each rank, the others what they hold and what they write themselves."""
+    number = len(whole())
+    first, *others = four_ranks.run(pieces_alive, tmp_path)
+    assert first[0] >= 4 * number
+    assert all(count <= 2 * number for counts in others for count in counts), (number, first, others)
 
 
 @pytest.fixture(scope="module")
