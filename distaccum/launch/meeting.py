@@ -94,8 +94,8 @@ def not_come(missing: Collection[int], world_size: int, limit_s: float) -> Missi
         f"{_numbers(missing)} {'has' if len(missing) == 1 else 'have'} not come. Look at their own output: they may "
         f"have failed, or not have been started, as WORLD_SIZE={world_size} means {world_size} processes with RANK 0 "
         f"to {world_size - 1}, each once. Otherwise they do not reach MASTER_ADDR={host} MASTER_PORT={port}: "
-        "check that theirs are the same, that their machines know this one by that address, and that no firewall closes "
-        f"the port. If they need longer to start, give a greater {LIMIT_KEY}."
+        "check that theirs are the same, that their machines know this one by that address, and that no firewall "
+        f"closes the port. If they need longer to start, give a greater {LIMIT_KEY}."
     )
 
 
