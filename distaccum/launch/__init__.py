@@ -1,7 +1,8 @@
 """How a job is started: Hydra once for each job, the same configuration on every rank, nothing left behind.
 
-It knows nothing of training. Reading order: start, hydra_once, sweep, ranks, own_ranks, board, work, watch, signals,
-restarts, job_child, failure; for SLURM settings, slurm_names, slurm_script, slurm_submit.
+It knows nothing of training. Reading order: start, hydra_once, overrides, run_lock, sweep, ranks, own_ranks,
+meeting, board, work, watch, signals, restarts, job_child, failure; for SLURM settings, slurm_names, slurm_script,
+slurm_submit.
 """
 
 from .job import Job as Job
