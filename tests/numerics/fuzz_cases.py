@@ -193,8 +193,6 @@ MAY_REFUSE: dict[str, str] = {
     "no_grad": "there is no backward",
     "inference_mode": "there is no backward",
     "autocast": "autocast keeps the first weights' copies as long as it is open",
-    "no_sync": "whether gradients travel is not the loop's to say",
-    "compiled_ddp": "the wrapper is inside compiled code",
     "unused_under_ddp": "without find_unused_parameters DDP waits for every gradient",
     "static_graph_changes": "static_graph=True promises the first micro-batch's graph",
     "static_graph_apart": "static_graph=True needs DDP's own reduction, which is not atomic",
