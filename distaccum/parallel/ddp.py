@@ -61,25 +61,16 @@ class DDP(Strategy):
         """List what DDP's reducer was made for: parameters thawed or added since are not among them."""
         return self._reduced if self.sums is None else self.sums.parameters
 
-    def deliver(self) -> None:
-        """As for all strategies.
+    def after_micro(self) -> None:
+        """As for all strategies; parameters that the backward did not reach add zeros to what was sent."""
+        if self.sums is None:
+            torch_private.ddp_complete(self.model, self._reduced)
+        super().after_micro()
 
-        Raises:
-            ConfigError: when the last backward left parameters out, so that gradients are this rank's own.
-        """
-        left_out = None if self.sums is not None else torch_private.ddp_unreduced(self.model)
-        if left_out is not None:
-            names = {id(parameter): name for name, parameter in self.model.module.named_parameters()}
-            causes = [
-                f"{names[id(p)]} is {'not used in the last micro-batch' if p.requires_grad else 'frozen since'}"
-                for p in (self._reduced[number] for number in left_out)
-            ]
-            raise ConfigError(
-                f"The last backward of the window did not reduce {len(left_out)} parameter(s) that "
-                f"DistributedDataParallel was made for ({'; '.join(causes[:3])}), so gradients are this rank's own. "
-                "Nothing was updated. Use DistributedDataParallel(..., find_unused_parameters=True) where not every "
-                "micro-batch uses every parameter, and freeze parameters before it is made."
-            )
+    def deliver(self) -> None:
+        """As for all strategies; the last backward may have been run in parts."""
+        if self.sums is None:
+            torch_private.ddp_complete(self.model, self._reduced)
         super().deliver()
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:

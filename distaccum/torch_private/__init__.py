@@ -10,10 +10,10 @@ from distaccum.torch_private.groups import silent_group as silent_group
 from distaccum.torch_private.modules import composed as composed
 from distaccum.torch_private.modules import seen_through as seen_through
 from distaccum.torch_private.replicated import ddp_buckets as ddp_buckets
+from distaccum.torch_private.replicated import ddp_complete as ddp_complete
 from distaccum.torch_private.replicated import ddp_obstacle as ddp_obstacle
 from distaccum.torch_private.replicated import ddp_parameters as ddp_parameters
 from distaccum.torch_private.replicated import ddp_synchronises as ddp_synchronises
-from distaccum.torch_private.replicated import ddp_unreduced as ddp_unreduced
 from distaccum.torch_private.replicated import reset_ddp as reset_ddp
 from distaccum.torch_private.sharded import ShardedGroup as ShardedGroup
 from distaccum.torch_private.sharded import clear_sharded_gradients as clear_sharded_gradients

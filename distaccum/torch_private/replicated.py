@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,14 +78,34 @@ def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iter
         model.require_forward_param_sync = bool(model.require_forward_param_sync)
 
 
-def ddp_unreduced(model: DistributedDataParallel) -> list[int] | None:
-    """The numbers of the parameters for which the last backward has left the reduction waiting; None where it ended."""
+def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]) -> None:
+    """Let a reduction end that waits for parameters which the backward did not reach: they add zeros.
+
+    Other ranks may have reached them, and wait for this one.
+
+    Args:
+        model: after a backward; one that synchronised nothing, or all, is left alone.
+        reduced: from `ddp_parameters`.
+
+    Raises:
+        ConfigError: for parameters that were frozen since the model was made.
+    """
     try:
         model._check_reducer_finalized()
+        return
     except RuntimeError as error:
-        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
-        return [int(number) for number in found[1].split()] if found else []
-    return None
+        numbers = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        waiting = [reduced[int(number)] for number in numbers[1].split()] if numbers else []
+        names = {id(parameter): name for name, parameter in model.module.named_parameters()}
+        frozen = [names[id(parameter)] for parameter in waiting if not parameter.requires_grad]
+        if frozen or not waiting:
+            raise ConfigError(
+                f"The last backward did not reduce all gradients: {len(frozen)} parameter(s) ({', '.join(frozen[:3])}) "
+                "were frozen after DistributedDataParallel was made for them, so that what it has is this rank's own. "
+                "Nothing was updated. Freeze parameters before it is made, or use find_unused_parameters=True."
+            ) from error
+    torch.autograd.backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
+    model._check_reducer_finalized()
 
 
 def reset_ddp(model: DistributedDataParallel) -> None:

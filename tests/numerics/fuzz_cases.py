@@ -193,7 +193,6 @@ MAY_REFUSE: dict[str, str] = {
     "no_grad": "there is no backward",
     "inference_mode": "there is no backward",
     "autocast": "autocast keeps the first weights' copies as long as it is open",
-    "unused_under_ddp": "without find_unused_parameters DDP waits for every gradient",
     "static_graph_changes": "static_graph=True promises the first micro-batch's graph",
     "static_graph_apart": "static_graph=True needs DDP's own reduction, which is not atomic",
 }
@@ -207,9 +206,7 @@ def reasons_to_refuse(case: Case) -> list[str]:
     if case.wrapper in ALONE and case.mistake != "layer_replaced":  # nothing is wrapped: these are no mistakes
         found -= {"criterion_parameter", "thawed", "thawed_later", "frozen_after_wrapping", "frozen_later"}
     if case.wrapper in DDP and case.extra != "always" and not case.has("frozen"):
-        found |= {"ddp_find_unused": set(), "ddp_static_graph": {"static_graph_changes"}}.get(
-            case.wrapper, {"unused_under_ddp"}
-        )
+        found |= {"ddp_find_unused": set(), "ddp_static_graph": {"static_graph_changes"}}.get(case.wrapper, set())
     if case.wrapper == "ddp_static_graph" and case.has("agree_on_oom"):
         found.add("static_graph_apart")
     return [MAY_REFUSE[name] for name in MAY_REFUSE if name in found]

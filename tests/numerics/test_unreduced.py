@@ -170,34 +170,47 @@ def frozen_later(find_unused: bool) -> str:
 
 def test_a_layer_frozen_after_ddp_was_made(two_ranks: World) -> None:
     texts = two_ranks.run(frozen_later, False)
-    everywhere(texts, "c is frozen since")
+    everywhere(texts, "1 parameter(s) (c) were frozen after DistributedDataParallel was made")
     everywhere(texts, f"{-2 * MEAN:.6f} {-MEAN:.6f}")
     everywhere(two_ranks.run(frozen_later, True), f"{-3 * MEAN:.6f} {-MEAN:.6f}")
 
 
-def unused_in_the_last(find_unused: bool) -> str:
+def unused_in_the_last(policy: str, by_all: bool, **ddp: bool) -> tuple[float, float]:
+    """The third micro-batch does not reach c, on rank 0 or on both ranks."""
     model = Line()
-    wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
-    accumulator = da.Accumulator(wrapped, sgd(model.parameters()), outputs(), check_cut=False)
+    wrapped = DistributedDataParallel(model, **ddp)
     rounds = [0]
 
     def loss_sum(called: nn.Module, x: Tensor) -> Tensor:
         rounds[0] += 1
-        model.used = ("w",) if rounds[0] % 3 == 0 else ("w", "c")
+        leaves_out = rounds[0] == 3 and (by_all or dist.get_rank() == 0)
+        model.used = ("w",) if leaves_out else ("w", "c")
         return called(x).sum()
 
-    accumulator.objective = da.Objective(loss_sum, lambda x: len(x))
-    text = refusal(lambda: accumulator.step(own_micros()).loss)
-    return f"{text} {value(model.w):.6f} {value(model.c):.6f}"
+    objective = da.Objective(loss_sum, lambda x: len(x))
+    accumulator = da.Accumulator(
+        wrapped, sgd(model.parameters()), objective, sync=policy, check_cut=False, audit="always"
+    )
+    accumulator.step(own_micros())
+    return value(model.w), value(model.c)
 
 
-def test_a_parameter_unused_in_the_last_micro_batch(two_ranks: World) -> None:
-    texts = two_ranks.run(unused_in_the_last, False)
-    everywhere(texts, "c is not used in the last micro-batch")
-    everywhere(texts, "find_unused_parameters=True")
-    everywhere(texts, f"{0:.6f} {0:.6f}")
-    # x = 5 of rank 0 does not reach c; the third micro-batch of rank 1 is padding.
-    everywhere(two_ranks.run(unused_in_the_last, True), f"{-MEAN:.6f} {-8 / 5:.6f}")
+@pytest.mark.parametrize("by_all", [True, False], ids=["on all ranks", "on one rank"])
+@pytest.mark.parametrize("policy", ["boundary", "every"])
+def test_a_parameter_unused_in_the_last_micro_batch(two_ranks: World, policy: str, by_all: bool) -> None:
+    """x = 5 of rank 0 does not reach c; the third micro-batch of rank 1 is padding."""
+    expected = [(pytest.approx(-MEAN, rel=1e-15), pytest.approx(-8 / 5, rel=1e-15))] * 2
+    assert two_ranks.run(unused_in_the_last, policy, by_all) == expected
+
+
+def unused_with_options(option: str) -> tuple[float, float]:
+    return unused_in_the_last("boundary", False, **{option: True})
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "gradient_as_bucket_view"])
+def test_a_parameter_unused_in_the_last_micro_batch_with_options(two_ranks: World, option: str) -> None:
+    expected = [(pytest.approx(-MEAN, rel=1e-15), pytest.approx(-8 / 5, rel=1e-15))] * 2
+    assert two_ranks.run(unused_with_options, option) == expected
 
 
 def past_ddp(method: str) -> str:
@@ -263,7 +276,7 @@ def test_an_optimizer_over_a_copy_on_one_process() -> None:
         da.Accumulator(model, sgd(copy.deepcopy(model).parameters()), outputs())
 
 
-STRATEGIES = ("single", "ddp", "ddp apart", "fsdp", "fsdp in groups")
+STRATEGIES = ("single", "ddp", "ddp map", "ddp apart", "fsdp", "fsdp in groups")
 
 
 def decayed(kind: str) -> tuple[float, float]:
@@ -272,7 +285,7 @@ def decayed(kind: str) -> tuple[float, float]:
     wrapped: nn.Module = model
     dtype: dict[str, Any] = {}
     if kind.startswith("ddp"):
-        wrapped = DistributedDataParallel(model, find_unused_parameters=kind == "ddp")
+        wrapped = DistributedDataParallel(model, find_unused_parameters=kind == "ddp map")
         dtype = {"accum_dtype": torch.float32} if kind == "ddp apart" else {}
     with torch.no_grad():
         model.c.fill_(1.0)
