@@ -79,6 +79,7 @@ class Agreement:
         self.requested = Request.none  # by any rank, in the rows that were read last
         self.padding: Any = None  # a micro-batch to compute with weight 0 where this rank has none
         self.asked = 0  # rows that were shared so far
+        self._newest: Shared | None = None  # the rows that were read last
         self._complaint = "Its own error says why."  # or why this rank cannot count a window
         self._obstacle = ""  # why a window is not announced
 
@@ -210,6 +211,9 @@ class Agreement:
 
     def _read(self, asked: Asked, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
         rows, own = asked.shared.read(*scalars)
+        # gloo's thread holds the table for a moment longer. Let go of here, it would be freed there, which ends the
+        # process where the interpreter is at its end.
+        self._newest = asked.shared
         self.requested = Request.none
         for row in rows:
             self.requested |= Request(int(row[1 + len(self.terms or [])]))

@@ -47,10 +47,10 @@ class World:
         device = self.device if served else torch.device("cpu")
         told = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda")
         row = torch.cat([told.to(device, non_blocking=True), *(part.to(device) for part in measured)])
-        table = torch.zeros(self.size, row.numel(), dtype=torch.float64, device=device)
-        table[self.rank] = row
+        table = torch.zeros(self.size * row.numel(), dtype=torch.float64, device=device)
+        table[self.rank * row.numel() : (self.rank + 1) * row.numel()] = row
         # One all-reduce in which each rank adds to its own row only: a gather whose name is the same in every torch.
-        return Shared(self.size, [], [table.flatten()], dist.all_reduce(table, group=self.group, async_op=True))
+        return Shared(self.size, [], [table], dist.all_reduce(table, group=self.group, async_op=True))
 
     def gather_objects(self, value: T) -> list[T]:
         """One small object of each rank, in rank order. Pickled: for set-up only, between ranks of this job."""
