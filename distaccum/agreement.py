@@ -7,6 +7,7 @@ are known before its first backward, and whether an update is made is decided by
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from distaccum.data.window import MicroBatches
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, in_one_line
 from distaccum.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_weights, weights_of
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import Shared, World
@@ -80,8 +81,8 @@ class Agreement:
         self.padding: Any = None  # a micro-batch to compute with weight 0 where this rank has none
         self.asked = 0  # rows that were shared so far
         self._newest: Shared | None = None  # the rows that were read last
-        self._complaint = "Its own error says why."  # or why this rank cannot count a window
-        self._obstacle = ""  # why a window is not announced
+        self._why: Exception | None = None  # why this rank could not count the newest window that it refused
+        self._refusing: list[int] = []  # the ranks that could not
 
     def meet(self, window: MicroBatches) -> None:
         """Before the first window: agree on the objective's terms too, and lend a micro-batch to ranks that have none.
@@ -91,15 +92,16 @@ class Agreement:
         """
         if self.terms is not None:
             return
-        first = window.peek()
+        first, own, why = None, None, None
+        totals: tuple[int, list[float]] = (REFUSED, [])
         try:
+            first = window.peek()
             own = None if first is None else list(weights_of(self._objective, first))
-            row = (own, self._totals(window, own or []), "")
-        except ConfigError as error:
-            row = (None, (REFUSED, []), str(error))
-        told = self._world.gather_objects(row)
-        if refusing := [(rank, why) for rank, (_, _, why) in enumerate(told) if why]:
-            raise ConfigError(_uncounted(*refusing[0]))
+            totals = self._totals(window, own or [])
+        except Exception as error:
+            why = error
+        told = self._world.gather_objects((own, totals, why and in_one_line(why)))
+        self._refuse({rank: row[2] for rank, row in enumerate(told) if row[2]}, why)
         having = [rank for rank, (terms, _, _) in enumerate(told) if terms is not None]
         terms = (told[having[0]][0] if having else None) or []
         if any(told[rank][0] != terms for rank in having):
@@ -130,7 +132,12 @@ class Agreement:
             else:
                 self._read(self.ask(window, asks=False))  # what a rank asks of all is told at the end of the window
         if self._announced is None or self._announced[0] is not window:
-            raise ConfigError(self._obstacle)
+            self._refuse(dict.fromkeys(self._refusing, "Its own error says why."), self._why)
+            raise ConfigError(
+                f"Rank {self._world.rank} is starting a window while other ranks are finishing one. Every rank must "
+                "loop over the same windows and pass each to Accumulator.step; to inspect a micro-batch on one rank, "
+                "read it from the loader."
+            )
         return self._announced[1]
 
     def skip(self, upcoming: MicroBatches | None) -> None:
@@ -157,8 +164,8 @@ class Agreement:
         terms = self.terms or []
         try:
             count, totals = self._totals(upcoming, terms)
-        except ConfigError as error:  # all ranks refuse the window together, when it begins
-            self._complaint, count, totals = str(error), REFUSED, [0.0] * len(terms)
+        except Exception as error:  # all ranks refuse the window together, when it begins
+            self._why, count, totals = error, REFUSED, [0.0] * len(terms)
         request = self.asking.request() if asks and self.asking is not None else Request.none
         known, measured = [float(count), *totals, float(request.value)], []
         if norm_share is None:
@@ -224,19 +231,20 @@ class Agreement:
     def _announce(self, window: MicroBatches, rows: list[list[float]]) -> None:
         counts = [int(row[0]) for row in rows]
         if min(counts) < 0:
-            self._obstacle = (
-                _uncounted(counts.index(REFUSED), self._complaint)
-                if REFUSED in counts
-                else f"Rank {self._world.rank} is at the beginning of a window, and other ranks are at the end of one. "
-                "Every rank must iterate over the windows of an epoch and pass the same ones to Accumulator.step; to "
-                "look at a micro-batch on one rank, read it from the loader."
-            )
-            return
+            self._refusing = [rank for rank, count in enumerate(counts) if count == REFUSED]
+            return  # some rank does not know it yet
         if window.source is not None and window.source.whole and min(counts) == 0:
             counts, rows = [0], []  # it is dropped on all ranks
         weights = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
         window.rounds = max(counts)
         self._announced = (window, Announced(Denominator(weights), max(counts), sum(counts)))
+
+    def _refuse(self, refusing: Mapping[int, str], own: Exception | None) -> None:
+        """Raise on all ranks for a window that some of them cannot count: there the error itself."""
+        if self._world.rank in refusing and own is not None:
+            raise own
+        for rank, why in refusing.items():
+            raise ConfigError(f"The micro-batches of rank {rank} cannot be counted. {why}")
 
     def _totals(self, window: MicroBatches | None, terms: list[str]) -> tuple[int, list[float]]:
         """This rank's number of micros in a window and their weights by term.
@@ -252,9 +260,7 @@ class Agreement:
             weights = [weights_of(self._objective, micro) for micro in window]
         strange = [list(weight) for weight in weights if weight.keys() != set(terms)]
         if strange and terms:
-            raise ConfigError(f"The objective's weight has the terms {terms}, and {strange[0]} in another micro-batch.")
+            raise ConfigError(
+                f"The objective's weight must have the same terms for every micro-batch: {terms}, got {strange[0]}."
+            )
         return len(window), [math.fsum(weight[name] for weight in weights) for name in terms]
-
-
-def _uncounted(rank: int, why: str) -> str:
-    return f"The micro-batches of rank {rank} cannot be counted. {why}"

@@ -18,28 +18,30 @@ _WRAPPING = ("accelerate.", "lightning.", "lightning_fabric.")
 
 
 def own_optimizer(optimizer: Any) -> Optimizer:
-    """Return the optimizer inside of what Accelerate or Fabric made of it.
+    """Return the plain optimizer that Accelerate or Fabric may have wrapped.
 
     Raises:
         ConfigError: for anything else than one optimizer whose `step()` makes one update.
     """
     optimizer = _inside(optimizer, "optimizer")
     if not isinstance(optimizer, Optimizer):
-        several = " Several optimizers: make one of parameter groups." if isinstance(optimizer, list | tuple) else ""
+        several = (
+            " Merge several optimizers into one with parameter groups." if isinstance(optimizer, list | tuple) else ""
+        )
         raise ConfigError(
             f"optimizer is a {type(optimizer).__name__}; give one torch.optim.Optimizer over the model's "
             f"parameters.{several}"
         )
     if _wants_arguments(optimizer):
         raise ConfigError(
-            f"{type(optimizer).__name__} computes the loss several times per update (step(closure)), and a window is "
-            "computed once. Use an optimizer whose step() takes no closure, such as SGD or AdamW."
+            f"{type(optimizer).__name__}.step() requires an argument (a closure), but a window's loss is computed only "
+            "once. Use an optimizer whose step(closure) can be called without one, such as SGD or AdamW."
         )
     return optimizer
 
 
 def own_scheduler(scheduler: Any) -> Any:
-    """Return the scheduler inside of what Accelerate made of it, which moves it once per rank in each update.
+    """Return the plain scheduler that Accelerate may have wrapped (its wrapper steps once per rank).
 
     Raises:
         ConfigError: for what has no `step()` that can be called once per update.
@@ -55,7 +57,7 @@ def own_scheduler(scheduler: Any) -> Any:
         )
     if _wants_arguments(scheduler):
         raise ConfigError(
-            f"{type(scheduler).__name__}.step() wants arguments, and it is called without any after each update. Give "
+            f"{type(scheduler).__name__}.step() requires arguments, but is called without any after each update. Give "
             "torch's LR schedulers, or step yours after Accumulator.step with what it needs."
         )
     return scheduler
@@ -77,8 +79,8 @@ def check_schedule_left(scheduler: Any) -> None:
     """
     if isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps:
         raise ConfigError(
-            f"OneCycleLR was made for total_steps={scheduler.total_steps} and has made them all. Give it the number "
-            "of updates of the whole training: windows, not micro-batches."
+            f"OneCycleLR has already made all its total_steps={scheduler.total_steps}. Set total_steps to the number "
+            "of updates (windows, not micro-batches) of the whole training."
         )
 
 
@@ -90,12 +92,14 @@ def check_surroundings(device: torch.device) -> None:
     """
     if not torch.is_grad_enabled():
         name = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
-        raise ConfigError(f"Accumulator.step was called inside {name}, where nothing can be trained. Leave it before.")
+        raise ConfigError(
+            f"Accumulator.step was called inside {name}, where nothing can be trained. Call it outside that block."
+        )
     if torch.is_autocast_enabled(device.type):
         raise ConfigError(
-            "Accumulator.step was called inside torch.autocast. It keeps the 16-bit copies of the first weights until "
-            "it is left, so that later windows would not see any update. Leave it, and use da.autocast(objective, "
-            "dtype), or open it inside of the objective."
+            "Accumulator.step was called inside torch.autocast. Autocast caches 16-bit copies of the weights until the "
+            "block ends, so later windows would not see any update. Call step outside of it and use "
+            "da.autocast(objective, dtype)."
         )
 
 
@@ -106,7 +110,7 @@ def check_window(window: Any) -> Sequence[Any]:
         ConfigError: for a generator, and for what is one batch.
     """
     if isinstance(window, Tensor | Mapping | str) or not isinstance(window, Sequence):
-        what = "one micro-batch" if isinstance(window, Tensor | Mapping) else "no list"
+        what = "one micro-batch" if isinstance(window, Tensor | Mapping) else "not a list"
         raise ConfigError(
             f"Accumulator.step got a {type(window).__name__}, which is {what}. Give a list of micro-batches, a window "
             "of da.windows(loader, ...), or da.windows.split(batch, K) for one batch that is to be cut."

@@ -38,6 +38,11 @@ class ProofError(DistaccumError, AssertionError):
     """`verify` found a difference beyond its tolerance. All ranks raise it."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Write an error's class and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
 E = TypeVar("E", bound=Enum)
 
 

@@ -87,7 +87,7 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
     has_graph = not torch.is_grad_enabled()
     for name, value in sums.items():
         if not isinstance(value, Tensor) or value.ndim:
-            logs = " Return the sum alone: how much was counted is weight's to say, and what is logged is the caller's."
+            logs = " Return only the sum: report the count from weight(), and log other values yourself."
             raise ConfigError(
                 f"The objective's loss_sum for '{name}' is {_shown(value)}. It must be one number, the sum over "
                 "everything counted in the micro-batch: use reduction='sum', or end with .sum()."
@@ -96,9 +96,9 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro: Any, terms: S
         if value.itemsize < 4:
             # What is divided by is rounded to the dtype of the sum, and so is the whole gradient.
             raise ConfigError(
-                f"The objective's loss_sum for '{name}' is in {value.dtype}, where the division by its count is off by "
-                "up to 4e-3, and with it each gradient. Sum in float32: losses.float().sum(), or give logits.float() "
-                "to the loss."
+                f"The objective's loss_sum for '{name}' has dtype {value.dtype}; dividing it by the count is off by up "
+                "to 0.4%, and every gradient with it. Sum in float32: losses.float().sum(), or give logits.float() to "
+                "the loss."
             )
         has_graph = has_graph or value.requires_grad
     if not has_graph:

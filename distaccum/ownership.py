@@ -28,8 +28,9 @@ class Parameters:
         unread = sum(parameter.requires_grad for parameter in self._others)
         if unread and strategy.world.rank == 0:
             warnings.warn(
-                f"{unread} trained parameter(s) of the model are not in the optimizer. Their gradients are computed "
-                "and sent, and cleared with each window; freeze them before the model is wrapped.",
+                f"{unread} trainable parameter(s) of the model are not in the optimizer. Their gradients are computed, "
+                "sent and thrown away in each window. If nothing else trains them, call requires_grad_(False) before "
+                "wrapping the model.",
                 StateWarning,
                 stacklevel=3,
             )
@@ -85,9 +86,9 @@ def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned:
     known = [names[id(p)] for p in strange if id(p) in names]
     if known:
         raise ConfigError(
-            f"The gradients of {len(known)} trained parameter(s) ({known[0]}, ...) would stay on each rank: they were "
-            "frozen or not there when the model was wrapped, or DistributedDataParallel was told to ignore them. Wrap "
-            "the model, and make the accumulator, after parameters are thawed or added."
+            f"{len(known)} trainable parameter(s), e.g. {known[0]}, would keep gradients of this rank only: they were "
+            "frozen or missing when the model was wrapped, or DistributedDataParallel ignores them. Unfreeze or add "
+            "parameters first, then wrap the model, then make the accumulator."
         )
     raise ConfigError(
         f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the first of shape "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from distaccum.data.containers import Parts, parts, rebuilt
 from distaccum.errors import ConfigError
 
 _AS_IT_IS = (bool, int, float, complex, str, bytes, type(None))  # in every micro-batch
@@ -56,22 +56,21 @@ def split(batch: Any, num_micros: int) -> list[Any]:
             "of parts to Accumulator.step."
         )
     (num_samples,) = sizes
-    parts = min(num_micros, num_samples)
-    bounds = [-(-i * num_samples // parts) for i in range(parts + 1)] if parts else []
+    count = min(num_micros, num_samples)
+    bounds = [-(-i * num_samples // count) for i in range(count + 1)] if count else []
     return [_part(batch, slice(first, end), num_samples) for first, end in pairwise(bounds)]
 
 
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor and how to come to it."""
+def _tensors(value: Any, path: str, *, strict: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor and how to come to it; unless strict, what cannot be entered is passed over."""
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, MutableMapping):
-        for key, entry in value.items():
-            yield from _tensors(entry, f"{path}[{key!r}]")
-    elif isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
-        for index, entry in enumerate(value):
-            yield from _tensors(entry, f"{path}[{index}]")
-    elif not isinstance(value, _AS_IT_IS):
+    elif (old := _opened(value)) is not None:
+        for key, entry in old.items.items():
+            yield from _tensors(entry, f"{path}[{key!r}]", strict=strict)
+        for name, entry in old.attributes.items():  # a class may keep there what is no part of the batch
+            yield from _tensors(entry, f"{path}.{name}", strict=False)
+    elif strict and not isinstance(value, _AS_IT_IS):
         raise ConfigError(
             f"split() cuts tensors in mappings, tuples and lists, and batch{path} is a {type(value).__name__}. "
             "Cut the batch yourself, and pass the list of parts to Accumulator.step."
@@ -81,21 +80,27 @@ def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _part(value: Any, samples: slice, num_samples: int, path: str = "") -> Any:
     if isinstance(value, Tensor):
         return value[samples]
-    if isinstance(value, MutableMapping):
-        part = copy.copy(value)
-        for key, entry in value.items():
-            part[key] = _part(entry, samples, num_samples, f"{path}[{key!r}]")
-        return part
-    if not isinstance(value, tuple | list):
+    old = _opened(value)
+    if old is None:
         return value
-    if hasattr(value, "_fields"):
-        entries = zip(value._fields, value, strict=True)
-        return type(value)(*(_part(entry, samples, num_samples, f"{path}.{name}") for name, entry in entries))
-    if value and next(_tensors(value, path), None) is None:
+    if isinstance(value, list | tuple) and value and next(_tensors(value, path, strict=False), None) is None:
         if len(value) != num_samples:
             raise ConfigError(
                 f"split() cannot tell what batch{path} is: a {type(value).__name__} of {len(value)} without tensors, "
                 f"in a batch of {num_samples} samples. Take it out of the batch, or give it one entry a sample."
             )
         return type(value)(value[samples])
-    return type(value)(_part(entry, samples, num_samples, f"{path}[{i}]") for i, entry in enumerate(value))
+    items = {key: _part(entry, samples, num_samples, f"{path}[{key!r}]") for key, entry in old.items.items()}
+    own = {
+        name: _part(entry, samples, num_samples, f"{path}.{name}") if _has_tensors(entry) else entry
+        for name, entry in old.attributes.items()
+    }
+    return rebuilt(value, Parts(items, own))
+
+
+def _has_tensors(value: Any) -> bool:
+    return next(_tensors(value, "", strict=False), None) is not None
+
+
+def _opened(value: Any) -> Parts | None:
+    return None if isinstance(value, PackedSequence) else parts(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -20,3 +20,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, buffer in own:
             setattr(module, name, buffer)
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; nan is nan."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

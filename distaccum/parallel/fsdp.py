@@ -180,9 +180,9 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
         _refuse_other_meshes(name, parameter, first, world)
     if torch_private.offloads(model):
         raise ConfigError(
-            "This FSDP2 model keeps its parameters on the CPU (CPUOffloadPolicy), where neither micro-batches nor the "
-            "numbers that ranks share would meet it. Use fully_shard() without offload_policy; nn.checkpoint, smaller "
-            "micro-batches or more ranks save memory too."
+            "This FSDP2 model uses CPUOffloadPolicy, which is not supported: its parameters are on the CPU and "
+            "micro-batches are on the GPU. Call fully_shard() without offload_policy; to save memory use "
+            "nn.checkpoint, smaller micro-batches or more ranks."
         )
     return FSDP(model, world, sync, dtypes, first.device_mesh)
 

@@ -76,8 +76,8 @@ class Verdict:
             return
         if sum(self.counted.bytes.values()) < sum(self.forecast.bytes.values()):
             causes = (
-                "Something did not travel: a forward past the wrapped module (model.module), parameters that the last "
-                "micro-batch did not use or that were frozen after wrapping, or a no_sync() around the step"
+                "Less was sent than expected: perhaps the objective calls model.module, or a part of it, instead of "
+                "the model it is given"
             )
         else:
             causes = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distaccum.data.containers import parts
+from distaccum.nn.buffers import same
 
 # What torch keeps in every module for itself.
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
@@ -156,5 +157,5 @@ def _join(name: str, own: str) -> str:
 
 def _equal(one: Tensor | float, other: Tensor | float) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+        return same(one, other)
     return type(one) is type(other) and repr(one) == repr(other)  # nan is nan

@@ -94,15 +94,20 @@ def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]
         model._check_reducer_finalized()
         return
     except RuntimeError as error:
-        numbers = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        numbers = re.search(r"Parameter indices which did not receive grad for rank \d+:\s*([\d ]+)", str(error))
         waiting = [reduced[int(number)] for number in numbers[1].split()] if numbers else []
         names = {id(parameter): name for name, parameter in model.module.named_parameters()}
         frozen = [names[id(parameter)] for parameter in waiting if not parameter.requires_grad]
-        if frozen or not waiting:
+        if not waiting:
+            raise ConfigError(
+                "DistributedDataParallel did not finish its reduction after the last backward, and torch does not say "
+                f"which parameters are missing: {error}"
+            ) from error
+        if frozen:
             raise ConfigError(
                 f"The last backward did not reduce all gradients: {len(frozen)} parameter(s) ({', '.join(frozen[:3])}) "
-                "were frozen after DistributedDataParallel was made for them, so that what it has is this rank's own. "
-                "Nothing was updated. Freeze parameters before it is made, or use find_unused_parameters=True."
+                "were frozen after DistributedDataParallel was made for them, so the gradients are this rank's own. "
+                "Nothing was updated. Freeze parameters before wrapping, or use find_unused_parameters=True."
             ) from error
     torch.autograd.backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
     model._check_reducer_finalized()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 from collections import OrderedDict, UserDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -588,3 +588,35 @@ def test_a_split_batch_is_one_big_batch(run: Callable[..., list[Any]]) -> None:
 def test_split_refuses_what_it_cannot_cut(batch: Any, message: str) -> None:
     with pytest.raises(da.ConfigError, match=message):
         da.windows.split(batch, 2)
+
+
+class Held(MutableMapping[str, Any]):
+    """A mapping of one's own that keeps its items in an inner dict."""
+
+    def __init__(self, **items: Any) -> None:
+        self._items = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def test_splitting_a_mapping_of_ones_own_leaves_the_batch_as_it_is() -> None:
+    batch = Held(x=torch.arange(8.0), names=list("abcdefgh"), scale=2.0)
+    parts = da.windows.split(batch, 4)
+    assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [part["names"] for part in parts] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    assert {type(part) for part in parts} == {Held}
+    assert len(batch["x"]) == 8
+    assert parts[0]["scale"] == 2.0

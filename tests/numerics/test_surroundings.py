@@ -164,7 +164,7 @@ def test_losses_that_are_not_taken_for_means() -> None:
 def test_logs_beside_the_loss() -> None:
     model = linear()
     objective = da.Objective(lambda m, x: (m(x).sum(), {"accuracy": 1}), lambda x: len(x))
-    with pytest.raises(da.ConfigError, match="Return the sum alone"):
+    with pytest.raises(da.ConfigError, match="Return only the sum"):
         da.Accumulator(model, sgd(model), objective).step([column(1.0)])
 
 
@@ -189,7 +189,7 @@ def test_reduce_on_plateau_follows_the_loss_of_all_ranks(two_ranks: World) -> No
     [
         (lambda o: [LambdaLR(o, lambda s: 1.0)], "ChainedScheduler"),
         (lambda o: object(), "no step"),
-        (lambda o: type("Needs", (), {"step": lambda self, metric: None})(), "wants arguments"),
+        (lambda o: type("Needs", (), {"step": lambda self, metric: None})(), "requires arguments"),
     ],
     ids=["list", "object", "needs a metric"],
 )
@@ -475,6 +475,61 @@ def one_rank_cannot_count(when: str) -> str:
 
 @pytest.mark.parametrize(("when", "steps"), [("first", 0), ("later", 1), ("streamed", 1)])
 def test_a_denominator_that_is_no_number_on_one_rank(two_ranks: World, when: str, steps: int) -> None:
-    for text in two_ranks.run(one_rank_cannot_count, when):
-        assert "The micro-batches of rank 1 cannot be counted" in text
+    first, second = two_ranks.run(one_rank_cannot_count, when)
+    assert "The micro-batches of rank 1 cannot be counted" in first
+    assert "weight for 'loss' is nan" in second
+    for text in (first, second):
         assert text.endswith(f" {steps} {-2.0 * steps + 0.0}"), text
+
+
+def test_samples_that_interact_in_the_loss_are_named() -> None:
+    """A contrastive loss: no mean, and not the sum of its halves'."""
+    model = linear()
+    objective = da.Objective(lambda m, x: (m(x) - m(x).mean()).square().sum() + m(x).sum(), len)
+    nn.init.ones_(model.weight)
+    accumulator = da.Accumulator(model, sgd(model, 0.1), objective)
+    with pytest.warns(da.StateWarning, match="samples interact in the loss"):
+        accumulator.step([column(1.0, 2.0, 5.0, 9.0)])
+    assert accumulator.step([column(1.0, 2.0, 5.0, 9.0)]).step == 2  # said once
+
+
+def test_modules_beside_the_model_are_left_alone() -> None:
+    """A generator whose BatchNorm trains: the look at the loss neither moves it nor takes the loss for a mean."""
+    model, other = linear(), nn.Sequential(nn.Linear(1, 1, dtype=F64), nn.BatchNorm1d(1, dtype=F64))
+    objective = da.Objective(lambda m, x: m(other(x).detach()).sum(), len)
+    da.Accumulator(model, sgd(model), objective).step([column(1.0, 2.0, 5.0, 9.0)])
+    assert int(other[1].num_batches_tracked) == 1
+
+
+def test_buffers_loaded_after_the_accumulator_was_made_have_not_moved() -> None:
+    model = da.convert_batchnorm(nn.Sequential(linear(), nn.BatchNorm1d(1, dtype=F64)), "pooled")
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    accumulator = da.Accumulator(model, sgd(model), outputs())
+    model.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accumulator.step([column(1.0, 2.0)])
+
+
+def bad_sample(when: str) -> str:
+    """A micro-batch that the objective cannot count, on rank 1 only: its own error there, a refusal elsewhere."""
+    model = DistributedDataParallel(linear())
+    objective = da.Objective(lambda m, batch: m(batch["x"]).sum(), lambda batch: len(batch["x"]))
+    accumulator = da.Accumulator(model, sgd(model), objective)
+    good = {"x": column(2.0)}
+    bad = {"y": column(2.0)} if dist.get_rank() else good
+    loader = [bad] if when == "first" else [good, bad]
+    try:
+        for window in da.windows(loader, num_micros=1):
+            accumulator.step(window)
+    except (KeyError, da.ConfigError) as error:
+        return f"{type(error).__name__} {error} after {accumulator.steps}"
+    return "accepted"
+
+
+@pytest.mark.parametrize(("when", "steps"), [("first", 0), ("later", 1)])
+def test_a_micro_batch_that_one_rank_cannot_count(two_ranks: World, when: str, steps: int) -> None:
+    first, second = two_ranks.run(bad_sample, when)
+    assert "ConfigError The micro-batches of rank 1 cannot be counted" in first
+    assert second == f"KeyError 'x' after {steps}"
+    assert first.endswith(f"after {steps}")

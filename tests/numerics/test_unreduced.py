@@ -144,7 +144,7 @@ def thawed(when: str, dtype: torch.dtype = F64) -> str:
 
 @pytest.mark.parametrize("when", ["before the accumulator", "between windows", "added", "ignored"])
 def test_a_parameter_thawed_or_added_after_ddp_was_made(two_ranks: World, when: str) -> None:
-    everywhere(two_ranks.run(thawed, when), "would stay on each rank")
+    everywhere(two_ranks.run(thawed, when), "would keep gradients of this rank only")
 
 
 def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_ranks: World) -> None:
@@ -152,7 +152,7 @@ def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_r
     assert len(set(texts)) == 1
     values = [float(value) for value in texts[0].removeprefix("accepted: ").strip("[]").split(", ")]
     assert values == pytest.approx([-MEAN, -MEAN], rel=2**-8)
-    everywhere(two_ranks.run(thawed, "between windows", torch.bfloat16), "would stay on each rank")
+    everywhere(two_ranks.run(thawed, "between windows", torch.bfloat16), "would keep gradients of this rank only")
 
 
 def frozen_later(find_unused: bool) -> str:
@@ -417,7 +417,7 @@ def test_the_ledger_sees_what_dtensor_and_all_to_all_send(two_ranks: World) -> N
 def test_the_ledger_names_why_less_travelled() -> None:
     from distaccum.parallel.ledger import Traffic, Verdict
 
-    with pytest.raises(da.LedgerError, match="Something did not travel: a forward past the wrapped module"):
+    with pytest.raises(da.LedgerError, match="Less was sent than expected: perhaps the objective calls"):
         Verdict(Traffic.of([("all_reduce", 100)]), Traffic()).require(1)
     with pytest.raises(da.LedgerError, match="a module communicates on its own"):
         Verdict(Traffic(), Traffic.of([("all_reduce", 100)])).require(1)
