@@ -154,7 +154,7 @@ def schedule_of(config: Config, problem: Problem, plan: Plan, optimizer: Optimiz
 
 
 def schedule_position(unit: ScheduleUnit, problem: Problem, plan: Plan, step: int) -> int | None:
-    """Where a training stands before a step, in the unit of its schedule; None for tokens of unknown number."""
+    """Return the schedule position before a step, in the schedule's unit; None for tokens of unknown number."""
     if unit is ScheduleUnit.steps:
         return step
     if unit is ScheduleUnit.samples:

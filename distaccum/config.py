@@ -165,7 +165,9 @@ def typed(composed: dict[str, Any]) -> Config:
     config = _convert(Config, composed, "")
     config.model, config.data, config.launch = model, data, launch
     if not config.run_dir.strip():
-        raise ConfigError("run_dir is empty, as of a shell variable that is not set; name a folder, or leave it out.")
+        raise ConfigError(
+            "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out."
+        )
     for name in ("log_every_steps", "evaluate_every_steps", "heldout_samples"):
         if getattr(config.train, name) < 1:
             raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")

@@ -19,7 +19,7 @@ class CheckpointError(DistaccumError, RuntimeError):
 
 
 class RecordError(DistaccumError, RuntimeError):
-    """What a run has to tell could not be written: its numbers, its result, or that it was stopped."""
+    """Signals that metrics, the result or the stop mark could not be written."""
 
 
 class DivergenceError(DistaccumError, ArithmeticError):
@@ -47,7 +47,7 @@ E = TypeVar("E", bound=Enum)
 
 
 class StateWarning(UserWarning):
-    """Something is accepted that one would rather know of. Python's warning filters silence it."""
+    """Warns of something that is accepted but probably not intended. Python's warning filters silence it."""
 
 
 def choice(kind: type[E], value: E | str, name: str) -> E:

@@ -16,7 +16,7 @@ class Rhythm:
 
 @dataclass
 class Progress:
-    """Where a training stands; with the plan, all that a resumed run has to know of its data."""
+    """Says how far a training has come; with the plan, this is all that a resumed run has to know of its data."""
 
     windows: int = 0  # so far, the skipped ones included: the plan's number of the next one
     step: int = 0  # optimizer updates so far

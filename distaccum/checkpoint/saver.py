@@ -53,6 +53,7 @@ class Saver:
         self._config = config
         self._facts = facts
         self._saved_at = time.monotonic()
+        self._step = 0  # of the save that was begun last
         self.failed: list[str] = []  # saves that did not succeed, though the training went on
 
     def minutes_are_over(self) -> bool:
@@ -90,20 +91,21 @@ class Saver:
         facts = {**self._facts, **facts, "optimizer": optimizer_values(model, optimizer)}
         told = self.wait(stopping)  # whatever became of the one before, this one is tried
         best = best and self.keeps_best
-        told += self._guarded(lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
+        self._step = step
+        told += self._guarded(step, lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
         self._saved_at = time.monotonic()
         return told + (self.wait(stopping) if stopping else [])
 
     def wait(self, stopping: bool = False) -> list[str]:
         """Wait for a save that is on its way; what became of it."""
-        return self._guarded(self._checkpoints.wait, stopping)
+        return self._guarded(self._step, self._checkpoints.wait, stopping)
 
-    def _guarded(self, do: Callable[[], object], stopping: bool) -> list[str]:
+    def _guarded(self, step: int, do: Callable[[], object], stopping: bool) -> list[str]:
         try:
             do()
         except CheckpointError as error:
             if stopping or not self._config.goes_on:
                 raise
-            self.failed.append(str(error).partition(" was not saved")[0].replace("The", "the", 1))
+            self.failed.append(f"the checkpoint of step {step}")
             return [f"checkpoint.on_failure=continue, so the training goes on: {error}"]
         return [saved.told() for saved in self._checkpoints.saved()]

@@ -33,7 +33,7 @@ def together(world: World, call: Callable[[], T]) -> list[T]:
 
 
 def dealt(world: World, call: Callable[[], T], deal: Callable[[list[T]], list[U]]) -> U:
-    """Call something on every rank, and give each rank its part of what rank 0 makes of all that was returned.
+    """Call something on every rank, and give each rank its share of what rank 0 computes from all results.
 
     No other rank than the first sees more than its own: what ranks return may be large, and they may be many.
 

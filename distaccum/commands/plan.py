@@ -227,5 +227,5 @@ def _schedules(config: Config, problem: Problem, windows: Plan, schedule: LRSche
         if position is not None:
             rates.append((float(step), schedule.set(position, window.effective_batch)))
     panels = {"effective batch (samples)": batches, **({"learning rate": rates} if rates else {})}
-    unknown = "" if rates else "\nlearning rate: by tokens, which samples of many lengths tell only when they are read"
+    unknown = "" if rates else "\nlearning rate: not drawn, since it depends on tokens and samples differ in length"
     return plot(panels, "steps", float(steps)) + unknown

@@ -64,7 +64,8 @@ def _end(run_dir: Path, training: Training, goes_on: bool) -> None:
     report.end(f"all {trainer.progress} done", heldout, code, baseline, unit, not_written)
     if code:
         raise RecordError(
-            f"all {trainer.progress} are done, and {run_dir} could not take {trouble}; its numbers stand above."
+            f"The training finished ({trainer.progress}), but {run_dir}/{trouble} could not be written. Its numbers "
+            "are printed above."
         )
 
 

@@ -75,7 +75,7 @@ def mapped(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bo
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors of nested containers, and of an object's own attributes."""
+    """Yield the tensors of nested containers, and of an object's own attributes."""
     if isinstance(value, Tensor):
         yield value
         return

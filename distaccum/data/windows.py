@@ -130,7 +130,7 @@ class Windows:
             self._epoch = self._following(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell the position at a boundary of this rank: what was stepped, whatever was read. Save one on each rank.
+        """Return the position of this rank at a boundary: what was stepped, whatever was read. Save one on each rank.
 
         Call it after `Accumulator.step`. A window that was handed out and not stepped is handed out again by whoever
         loads this state (where nothing was passed to an accumulator so far, windows count as used once handed out).
@@ -159,10 +159,10 @@ class Windows:
                 round; from the loop, for a loader that ends before that position.
         """
         if (state["loader"] is not None) != self._has_state:
-            had, has = ("with", "none") if state["loader"] is not None else ("without", "one")
+            had, has = ("no", "supports") if state["loader"] is None else ("a", "does not support")
             raise ConfigError(
-                f"The state was saved {had} the state of a loader, and this loader ({type(self._loader).__name__}) has "
-                f"{has} (state_dict and load_state_dict). Make the windows over a loader of the same class."
+                f"The saved state has {had} loader state, but this loader ({type(self._loader).__name__}) {has} "
+                "state_dict() and load_state_dict(). Use the same class of loader as when it was saved."
             )
         self._epoch = _Epoch(int(state["read"]), deque(state["held"]), bool(state["over"]))
         self._reads_ahead = self._reads_ahead and not self._epoch.held  # what is held cannot be read again
@@ -171,14 +171,14 @@ class Windows:
             self._loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
 
     def _following(self, epoch: _Epoch) -> _Epoch:
-        """The next epoch; what was read and not used is lost only where it will be read again."""
+        """Make the next epoch; what was read and not used is dropped only where it will be read again."""
         if not self._is_iterator and self._last is not Last.carry:
             return _Epoch()
         held, epoch.held = epoch.held, deque()
         return _Epoch(epoch.read if self._is_iterator else 0, held)
 
     def _open(self, epoch: _Epoch) -> Iterator[Any]:
-        """The loader's micro-batches from the epoch's position on."""
+        """Return an iterator over the loader's micro-batches, from the epoch's position on."""
         epoch.begun = True
         skip, self._skip = self._skip, 0
         if epoch.over and not self._is_iterator:
@@ -195,7 +195,7 @@ class Windows:
         return stream
 
     def _cut(self, epoch: _Epoch, stream: Iterator[Any]) -> MicroBatches:
-        """The window after those that were handed out; its micro-batches are still held."""
+        """Make the window after those that were handed out; its micro-batches are still held."""
         epoch.fill(self._num_micros, stream)
         micros = list(islice(epoch.held, self._num_micros))
         if len(micros) < self._num_micros and self._last is not Last.keep:

@@ -25,6 +25,7 @@ from distaccum.huggingface.counting import (
     label_names,
 )
 from distaccum.huggingface.objective import HuggingFace, config_of, configured_aux_coef, mean_and_aux
+from distaccum.memory import is_out_of_memory
 
 MOST_SAMPLES = 8  # of the micro-batch; each is one forward
 # Samples computed together and alone differ by roundings. A wrong denominator differs by (its share of a sample - the
@@ -67,7 +68,7 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
             aux_coef = _aux_coef(model, micro)
             kept = _explaining(model, micro, aux_coef, candidates)
         except (IndexError, RuntimeError) as error:
-            if size > 1:
+            if size > 1 or is_out_of_memory(error):
                 raise
             raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
@@ -78,6 +79,8 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
         try:
             left = _explaining(model, {**micro, "labels": _mostly_ignored(labels)}, aux_coef, kept)
         except (IndexError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             # Every label counts for such a head. What is left fits this data alike, in another unit at most.
             reason = (
                 f"{_named(kept)} fit the samples alike, and the head takes no label -100 ({error}); a label that it "
@@ -166,12 +169,16 @@ def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
     labels: Tensor = micro["labels"]
     places = (labels != IGNORED).flatten().nonzero().flatten()
     if len(labels) != 1 or labels.is_floating_point() or labels.ndim < 2 or len(places) < FEWEST_LABELS:
-        raise ConfigError(_several_rows(f"its labels of shape {list(labels.shape)} and {labels.dtype} make no second"))
+        raise ConfigError(
+            _several_rows(
+                f"its labels of shape {list(labels.shape)} and {labels.dtype} cannot be turned into a second sample"
+            )
+        )
     if labels.device.type != "cpu" and len(places) == labels.numel():
         raise ConfigError(
             _several_rows(
-                f"labels are ignored in no copy on {labels.device.type}, where a head that does not know -100 ends the "
-                "process (on the CPU they are)"
+                f"on {labels.device.type} a head that does not know the label -100 would crash the process, so no "
+                "labels are masked there; run find on the CPU"
             )
         )
     two = {
@@ -184,9 +191,9 @@ def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
 
 def _several_rows(reason: str) -> str:
     return (
-        f"HuggingFace.find compares samples, and this micro-batch is not several: {reason}. Hand over several rows, "
-        "HuggingFace.find(model, collate([row1, row2])) with your loader's collate, or write "
-        "HuggingFace(denominator=...) if you know what the head's mean is taken over."
+        f"HuggingFace.find needs at least two samples to compare, and this micro-batch has one: {reason}. Pass several "
+        "rows, HuggingFace.find(model, collate([row1, row2])), or write HuggingFace(denominator=...) if you know what "
+        "the head averages over."
     )
 
 

@@ -156,7 +156,7 @@ def fail(error: BaseException, rank: int, first: tuple[int, int], text: str | No
         leave(1)
     code = report(error, f"[rank {rank}] ")
     if is_foreseen(error):
-        write_error_file(letter(error), "the error message stands above")
+        write_error_file(letter(error), "see the error message above")
     else:
         get_error_handler().record_exception(error)
     leave(code)

@@ -58,9 +58,8 @@ def host_store(limit_s: float) -> Store:
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingRankError(
-            f"rank 0 cannot open the store where all ranks meet, at MASTER_ADDR={host} MASTER_PORT={port}: {reason} "
-            "Another process has the port (another start?), or the address is not of this machine. Give a free port "
-            "and an address of the machine on which rank 0 runs."
+            f"Rank 0 cannot listen on MASTER_ADDR={host} MASTER_PORT={port}: {reason.rstrip('.')}. The port is taken, "
+            "or the address does not belong to this machine. Set a free port and an address of rank 0's machine."
         ) from None
 
 
@@ -75,27 +74,27 @@ def find_store(rank: int, world_size: int, limit_s: float) -> Store:
     while (reason := _why_not(host, port, max(0.1, end - time.monotonic()))) is not None:
         if time.monotonic() >= end:
             raise MissingRankError(
-                f"rank {rank} of {world_size} has looked for rank 0 at MASTER_ADDR={host} MASTER_PORT={port} for "
-                f"{LIMIT_KEY}={limit_s:g} s: {reason}. Look at rank 0's own output: it may have failed, or not have "
-                "been started. Otherwise check that all ranks have the same MASTER_ADDR and MASTER_PORT, that the "
-                "address is one of rank 0's machine as this machine knows it, and that no firewall closes the port. If "
-                f"rank 0 needs longer to start, give a greater {LIMIT_KEY}."
+                f"Rank {rank} of {world_size} could not reach rank 0 at MASTER_ADDR={host} MASTER_PORT={port} within "
+                f"{limit_s:g} s ({LIMIT_KEY}): {reason}. Check rank 0's output first: it may have failed or never "
+                "started. Then check that all ranks use the same address and port, that this machine can resolve the "
+                "address, and that no firewall blocks the port. If rank 0 is only slow to start, raise "
+                f"{LIMIT_KEY}."
             )
         time.sleep(_PAUSE_S)
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(limit_s, 30.0)))
 
 
 def not_come(missing: Collection[int], world_size: int, limit_s: float) -> MissingRankError:
-    """What rank 0 raises when others have not come."""
+    """Make the error that rank 0 raises when ranks are missing."""
     host, port = _address()
     here = [rank for rank in range(world_size) if rank not in missing]
     return MissingRankError(
-        f"after {LIMIT_KEY}={limit_s:g} s {len(here)} of {world_size} ranks are here ({_numbers(here)}), and "
-        f"{_numbers(missing)} {'has' if len(missing) == 1 else 'have'} not come. Look at their own output: they may "
-        f"have failed, or not have been started, as WORLD_SIZE={world_size} means {world_size} processes with RANK 0 "
-        f"to {world_size - 1}, each once. Otherwise they do not reach MASTER_ADDR={host} MASTER_PORT={port}: "
-        "check that theirs are the same, that their machines know this one by that address, and that no firewall "
-        f"closes the port. If they need longer to start, give a greater {LIMIT_KEY}."
+        f"After {limit_s:g} s ({LIMIT_KEY}) only {len(here)} of {world_size} ranks have connected ({_numbers(here)}); "
+        f"missing: {_numbers(missing)}. Look at their own output: they may have failed, or not have been started, as "
+        f"WORLD_SIZE={world_size} means {world_size} processes with RANK 0 to {world_size - 1}, each once. Otherwise "
+        f"they do not reach MASTER_ADDR={host} MASTER_PORT={port}: check that theirs are the same, that their machines "
+        "know this one by that address, and that no firewall closes the port. If they need longer to start, raise "
+        f"{LIMIT_KEY}."
     )
 
 

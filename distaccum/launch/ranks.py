@@ -73,7 +73,13 @@ def recognise(environment: Mapping[str, str]) -> Place:
     world_size = whole_number(environment, "WORLD_SIZE", at_least=1)
     rank = _below(environment, "RANK", "WORLD_SIZE", world_size)
     local_world_size = whole_number(environment, "LOCAL_WORLD_SIZE", world_size, at_least=1)
-    local_rank = _below(environment, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_world_size, default=rank)
+    if "LOCAL_RANK" not in environment and rank >= local_world_size:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={local_world_size} is set and LOCAL_RANK is not. Set LOCAL_RANK to this process's "
+            f"number on its machine, from 0 to {local_world_size - 1}."
+        )
+    total_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "WORLD_SIZE"
+    local_rank = _below(environment, "LOCAL_RANK", total_name, local_world_size, default=rank)
     started_by = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "environment"
     if world_size > 1 and started_by == "environment":
         _check_meeting_point(environment)
@@ -81,10 +87,11 @@ def recognise(environment: Mapping[str, str]) -> Place:
 
 
 _BY_HAND = (
-    "A start by hand needs RANK (0, 1, ...), WORLD_SIZE (how many), MASTER_ADDR (where rank 0 runs) and MASTER_PORT (a "
-    "free port there) in the environment of each rank; one process needs none of them: unset them, or write "
-    "`env -u RANK -u WORLD_SIZE ...` before the command."
+    "Without torchrun, each process needs RANK (0, 1, ...), WORLD_SIZE (the number of processes), MASTER_ADDR (the "
+    "host of rank 0) and MASTER_PORT (a free port there). For a single process, unset all four: env -u RANK -u "
+    "WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT ..."
 )
+_RELATED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int | None = None, at_least: int = 0) -> int:
@@ -97,7 +104,8 @@ def whole_number(environment: Mapping[str, str], name: str, default: int | None 
     if text is None and default is not None:
         return default
     if text is None:
-        raise ConfigError(f"{name} is missing from the environment, which has others of its kind. {_BY_HAND}")
+        related = ", ".join(other for other in _RELATED if other in environment)
+        raise ConfigError(f"{name} is not set, although related variables ({related}) are. {_BY_HAND}")
     if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < at_least:
         raise ConfigError(
             f"The environment has {name}={text!r}; it must be a whole number from {at_least} on. {_BY_HAND}"

@@ -27,7 +27,7 @@ def held(run_dir: Path) -> Iterator[None]:
     and NFS passes it on to other machines. It would be lost if this process opened and closed the file once more.
 
     Raises:
-        ConfigError: another start is at work there, or the folder cannot be written.
+        ConfigError: another run uses the folder, or it cannot be written to.
     """
     path = run_dir / FILE_NAME
     try:
@@ -47,11 +47,11 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
-    """The letter for a folder in which nothing can be written."""
+    """Make the error for a folder that cannot be written to."""
     return ConfigError(
-        f"nothing can be written in {folder} ({error.strerror}), where this run is to keep its numbers and checkpoints"
-        ". Free some space or get the right to write there, or give another folder: run_dir=FOLDER (of a sweep "
-        "hydra.sweep.dir=FOLDER); without it the folder is made below the one in which you start."
+        f"Cannot write to the run folder {folder} ({error.strerror}). Free some space, fix its permissions, or choose "
+        "another: run_dir=FOLDER (for a sweep hydra.sweep.dir=FOLDER). By default it is created under the current "
+        "directory."
     )
 
 
@@ -78,8 +78,8 @@ def _lock(descriptor: int, run_dir: Path) -> None:
 def _refusal(run_dir: Path, holder: bytes) -> ConfigError:
     name = holder.decode(errors="replace").strip() or "a process that has left no name"
     return ConfigError(
-        f"another start is at work in {run_dir}: {name}. Two would write the same files, so this one has changed "
-        "nothing. Wait for its end or end it, and start again to go on from its checkpoint; or give another run_dir."
+        f"{run_dir} is in use by another run ({name}). Two runs would overwrite each other's files, so nothing was "
+        "changed. Wait for it or stop it, then start again to resume from its checkpoint; or choose another run_dir."
     )
 
 

@@ -70,7 +70,7 @@ def launch(
         has_board = place.world_size > 1 or agent_holds_store()
         board = Board(place, limit_s=asked_limit_s(argv)) if has_board else None
     except MissingRankError as error:
-        write_error_file(str(error), "the error message stands above")
+        write_error_file(str(error), "see the error message above")
         leave(report(error))
     if board is not None and place.rank != 0:
         _follow(place, board, task)
@@ -105,7 +105,7 @@ def launch(
     if board is None:
         return code
     if code:
-        write_error_file(f"exit code {code}", "the error message stands above")
+        write_error_file(f"exit code {code}", "see the error message above")
     if code > 128:  # the others may be at work on a job, and not look for orders
         board.claim(code, patience_s=0.0)
     board.end(code)

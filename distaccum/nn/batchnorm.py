@@ -75,7 +75,10 @@ def mode_of(model: nn.Module) -> BatchNormMode | None:
     modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro: name for name, layer in layers}
     if len(modes) > 1:
         found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
-        raise ConfigError(f"One BatchNorm mode can be judged, and {found}: use convert_batchnorm(model, mode) for all.")
+        raise ConfigError(
+            f"verify() needs one BatchNorm mode for all layers, but {found}. Call convert_batchnorm(model, mode) on "
+            "the whole model."
+        )
     return next(iter(modes), None)
 
 
@@ -94,7 +97,7 @@ def unconverted(model: nn.Module) -> nn.Module:
 
 
 def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> PooledStatistics | None:
-    """What keeps the running statistics of the model's pooled and sync layers; None where it has none of them.
+    """Make the object that keeps the running statistics of a model's pooled and sync layers; None without such layers.
 
     Sync layers meet in `group` from here on: the ranks that train this model; None: all ranks.
     """

@@ -94,7 +94,7 @@ class NormaliseTogether(torch.autograd.Function):
         eps: float,
         group: dist.ProcessGroup | None,  # in which mean and var were taken
     ) -> Tensor:
-        """Local."""
+        """Normalise without communication."""
         ctx.group = group
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), share)
         return normalise(x, mean, var, weight, bias, eps)

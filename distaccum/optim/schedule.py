@@ -128,9 +128,9 @@ def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) 
         return schedule
     if tenth is None:
         raise ConfigError(
-            f"optim.schedule.warmup=auto is at most {MOST_WARMUP_STEPS} steps, and samples differ in length, so that "
-            f"nobody knows how many {schedule.unit.value} these are. Give optim.schedule.warmup in "
-            f"{schedule.unit.value}, 0 for none, or use optim.schedule.unit=steps or samples."
+            f"optim.schedule.warmup=auto cannot be converted to {schedule.unit.value}, because samples differ in "
+            f"length. Set optim.schedule.warmup in {schedule.unit.value} (0 for none), or use "
+            "optim.schedule.unit=steps or samples."
         )
     end = total if schedule.total is None else schedule.total
     assert end is not None, "a training of unknown length has no tenth either"

@@ -156,9 +156,9 @@ class Report:
         except OSError as error:
             if not self._go_on:
                 raise RecordError(
-                    f"{self.metrics_path} cannot be written ({error.strerror}): without it nobody knows what this run "
-                    "does. Free some space and start it again with the same run_dir to go on; with "
-                    "checkpoint.on_failure=continue a run trains on and counts what it could not write."
+                    f"{self.metrics_path} cannot be written ({error.strerror}), so the run stops. Free some space and "
+                    "start again with the same run_dir to resume. With checkpoint.on_failure=continue a run keeps "
+                    "training and reports how many records were lost."
                 ) from None
             self._num_lost += 1
             if self._num_lost == 1:

@@ -118,7 +118,9 @@ def test_every_choice_of_conf_composes_and_is_typed() -> None:
 
 def test_a_folder_that_cannot_be_written_is_a_letter(tmp_path: Path) -> None:
     """Before anything starts: folders that cannot be made, a full disk."""
-    letter = r"^error: nothing can be written in {} \({}\), where this run is to keep its numbers and checkpoints"
+    letter = (
+        r"^error: Cannot write to the run folder {} \({}\)\. Free some space, fix its permissions, or choose another"
+    )
     with small_disk(tmp_path / "full", 1 << 16) as disk:
         cases = [(["run_dir=/proc/no"], "/proc/no", "No such file or directory", tmp_path)]
         cases += [([], r"/proc/\d+/runs", "No such file or directory", Path("/proc/self"))]

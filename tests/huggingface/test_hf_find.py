@@ -49,6 +49,13 @@ def every_label(logits: Tensor, labels: Tensor) -> Tensor:
     return tokens(logits, labels)
 
 
+def short_of_memory(logits: Tensor, labels: Tensor) -> Tensor:
+    """Has no memory for the copy with ignored labels."""
+    if (labels < 0).any():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    return tokens(logits, labels)
+
+
 def weighted(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=torch.tensor([1.0, 5.0, 25.0]))
 
@@ -132,7 +139,7 @@ def test_one_row_is_no_excuse_for_a_wrong_denominator(mean: Any) -> None:
 
 @pytest.mark.parametrize(("mean", "labels", "why"), [
     (every_label, torch.tensor([[0, 1, 2, 0, 1, 2]]), "fails on a copy with ignored labels"),
-    (tokens, torch.tensor([[0, 1, 2, -100, -100, -100]]), r"labels of shape \[1, 6\]"),
+    (tokens, torch.tensor([[0, 1, 2, -100, -100, -100]]), r"shape \[1, 6\] .* cannot be turned into a second"),
     (lambda logits, labels: F.cross_entropy(logits[:, 0], labels), torch.tensor([1]), r"labels of shape \[1\]"),
     (lambda logits, labels: F.mse_loss(logits[..., 0], labels), torch.ones(1, 6), "torch.float32"),
 ])  # fmt: skip
@@ -140,6 +147,12 @@ def test_one_row_that_compares_with_nothing_says_what_to_hand_over(mean: Any, la
     batch = {**micro(ragged=False, size=1), "labels": labels}
     with pytest.raises(ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*denominator="):
         HuggingFace.find(Head(mean), batch)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_memory_that_runs_out_says_nothing_about_the_head(size: int) -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        HuggingFace.find(Head(short_of_memory), micro(ragged=False, size=size))
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels == "tokens"])

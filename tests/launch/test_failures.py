@@ -114,12 +114,14 @@ def test_a_rank_that_never_comes_is_named(start, tmp_path):
     lost, late = by_hand(start, 3, "train.timeout_s=3", ranks=(1, 2))
     programs = (zero, two, lost, late)
     assert [program.wait(20).code for program in programs] == [1, 1, 1, 1]
-    assert zero.output.startswith("error: after train.timeout_s=3 s 2 of 4 ranks are here (0, 2), and 1, 3 have not")
+    assert zero.output.startswith(
+        "error: After 3 s (train.timeout_s) only 2 of 4 ranks have connected (0, 2); missing: 1, 3. "
+    )
     assert "WORLD_SIZE=4 means 4 processes with RANK 0 to 3" in zero.output
     assert two.output == ""  # what there is to say stands once
     for rank, program in ((1, lost), (2, late)):
-        assert program.output.startswith(f"error: rank {rank} of 3 has looked for rank 0 at MASTER_ADDR=127.0.0.1")
-        assert "for train.timeout_s=3 s: nothing listens there (connection refused)" in program.output
+        assert program.output.startswith(f"error: Rank {rank} of 3 could not reach rank 0 at MASTER_ADDR=127.0.0.1")
+        assert " within 3 s (train.timeout_s): nothing listens there (connection refused)" in program.output
     assert all(len(program.output.splitlines()) <= 1 for program in programs)
     assert seen(tmp_path) == []
 
@@ -131,7 +133,7 @@ def test_a_port_that_is_taken_is_a_letter(start):
         place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
         program = start(environment=place).wait(20)
     assert program.code == 1
-    assert "error: rank 0 cannot open the store where all ranks meet" in program.output
+    assert "error: Rank 0 cannot listen on MASTER_ADDR=127.0.0.1" in program.output
     assert "Traceback" not in program.output
 
 

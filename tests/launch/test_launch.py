@@ -147,18 +147,22 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
     ("environment", "words"),
     [
         ("RANK= WORLD_SIZE=2", "RANK=''; it must be a whole number from 0 on"),
-        ("RANK=", "WORLD_SIZE is missing"),
+        ("RANK=", "WORLD_SIZE is not set, although related variables (RANK) are"),
         ("RANK=one WORLD_SIZE=2", "RANK='one'"),
         ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number from 1 on"),
         ("RANK=2 WORLD_SIZE=2", "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1"),
-        ("RANK=1", "WORLD_SIZE is missing"),
-        ("WORLD_SIZE=2", "RANK is missing"),
+        ("RANK=1", "WORLD_SIZE is not set, although related variables (RANK) are"),
+        ("WORLD_SIZE=2", "RANK is not set, although related variables (WORLD_SIZE) are"),
         ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR is missing"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR is empty"),
-        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a", "MASTER_PORT is missing"),
+        (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a",
+            "MASTER_PORT is not set, although related variables (RANK, WORLD_SIZE, MASTER_ADDR) are",
+        ),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is no port"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=x", "LOCAL_RANK='x'"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1 and LOCAL_"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=2", "LOCAL_RANK=2 and WORLD_SIZE=2: ranks"),
         ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=", "SLURM_STEP_NUM_TASKS=''"),
     ],
 )
@@ -172,6 +176,15 @@ def test_an_environment_that_cannot_be_is_a_letter(environment, words, monkeypat
     assert told.startswith("error: ")
     assert words in told
     assert "env -u RANK" in told
+
+
+def test_a_local_rank_that_is_missing_is_no_false_report():
+    environment = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    told = r"^LOCAL_WORLD_SIZE=4 is set and LOCAL_RANK is not\. Set LOCAL_RANK to .* on its machine, from 0 to 3\.$"
+    with pytest.raises(ConfigError, match=told):
+        recognise(environment | {"LOCAL_WORLD_SIZE": "4"})
+    assert recognise(environment | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}).local_rank == 1
+    assert recognise(environment).local_rank == 5
 
 
 @pytest.mark.parametrize(
@@ -233,7 +246,7 @@ def test_a_second_start_in_a_run_folder_is_refused(start, tmp_path):
         others = [start(f"run_dir={run}", *arguments[way], **how) for way, how in ways.items()]
         others += by_hand(start, 2, f"run_dir={run}")
         assert [other.wait().code for other in others] == [2, 2, 1, 2, 2], [other.output for other in others]
-        letter = rf"error: another start is at work in {run}: host {socket.gethostname()}, pid {holder}, since 20\d\d-"
+        letter = rf"error: {run} is in use by another run \(host {socket.gethostname()}, pid {holder}, since 20\d\d-"
         for other in others[:-1]:
             assert len(re.findall(letter, other.output)) == 1, other.output
         assert others[-1].output == ""
@@ -254,7 +267,7 @@ def test_a_second_sweep_in_a_folder_is_refused_as_a_whole(start, tmp_path):
     wait_for_ranks(tmp_path, 1)
     second = start(*sweep).wait()
     assert second.code == 2
-    assert second.output.count(f"error: another start is at work in {tmp_path / 'sweep'}: host") == 1
+    assert second.output.count(f"error: {tmp_path / 'sweep'} is in use by another run (host") == 1
     assert not (tmp_path / "sweep" / "sweep.csv").exists()
     first.kill()
 

@@ -383,7 +383,8 @@ def test_what_is_refused() -> None:
 
 def test_layers_of_several_modes_are_refused_by_name() -> None:
     model = nn.Sequential(convert_batchnorm(nn.BatchNorm1d(2), BatchNormMode.sync), nn.Sequential(nn.BatchNorm1d(2)))
-    with pytest.raises(ConfigError, match=r"One BatchNorm mode can be judged, and 0 is sync, 1\.0 is micro: use"):
+    told = r"needs one BatchNorm mode for all layers, but 0 is sync, 1\.0 is micro\. Call convert_batchnorm"
+    with pytest.raises(ConfigError, match=told):
         mode_of(model)
     assert mode_of(convert_batchnorm(model, BatchNormMode.pooled)) is BatchNormMode.pooled
     assert mode_of(model.eval()) is None

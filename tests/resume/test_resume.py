@@ -428,6 +428,7 @@ def test_a_full_disk(asynchronous: bool, run: Make, undisturbed: Undisturbed) ->
     assert attempt.codes == [0, 0], str(attempt)
     assert found.acted(go_on)
     assert "checkpoint.on_failure=continue, so the training goes on: The checkpoint of step 6" in found.notes()
+    assert re.search(r"not written: the checkpoint of step 6$", attempt.texts[0], re.MULTILINE), attempt.texts[0]
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
 
@@ -469,7 +470,7 @@ def test_a_disk_that_is_full_is_one_message(full_while_it_trains: tuple[Run, Cal
     _, start = full_while_it_trains
     attempt = start("checkpoint.keep=0", "train.steps=80")
     assert attempt.codes[0] == 1
-    assert "metrics.jsonl cannot be written (No space left on device): without it nobody" in attempt.texts[0]
+    assert "metrics.jsonl cannot be written (No space left on device), so the run stops." in attempt.texts[0]
     assert "Traceback" not in attempt.texts[0]
 
 
