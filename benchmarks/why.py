@@ -70,7 +70,7 @@ def our_loop(
 ) -> list[float]:
     """The same by distaccum."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accumulator = da.Accumulator(model, optimizer, objective or da.Objective(lambda m, x: -m(x).sum(), len))
+    accumulator = da.Accumulator(model, optimizer, objective or da.Objective(lambda m, x: -m(x).double().sum(), len))
     weights = [0.0]
     for _ in range(epochs):
         for window in da.windows(loader, num_micros=steps):
@@ -168,7 +168,9 @@ def our_rates() -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     windows = da.windows([column(1.0)] * MICROS, num_micros=WINDOW)
     scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step * WINDOW / MICROS))
-    accumulator = da.Accumulator(model, optimizer, da.Objective(lambda m, x: -m(x).sum(), len), scheduler=scheduler)
+    accumulator = da.Accumulator(
+        model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len), scheduler=scheduler
+    )
     return [*(accumulator.step(window).lr for window in windows), scheduler.get_last_lr()[0]]
 
 
@@ -209,7 +211,7 @@ def logged_loss() -> Row:
     nn.init.constant_(model.weight, -1.0)
     printed = [float(-model(column(x)).mean().detach() / len(values)) for x in values][-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accumulator = da.Accumulator(model, optimizer, da.Objective(lambda m, x: -m(x).sum(), len))
+    accumulator = da.Accumulator(model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len))
     return Row(
         "the loss that is printed is the last micro's, divided by K",
         "micros with losses 1, 2, 3 and 6: loss",
@@ -231,7 +233,7 @@ def all_reduces() -> tuple[int, int, int]:
     model = DistributedDataParallel(line())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     accumulator = da.Accumulator(
-        model, optimizer, da.Objective(lambda m, x: -m(x).sum(), len), audit="always"
+        model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len), audit="always"
     )  # fmt: skip
     (first, second) = (accumulator.step(window) for window in da.windows(loader * 2, num_micros=4))
     assert first.verdict is not None

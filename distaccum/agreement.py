@@ -220,7 +220,7 @@ class Agreement:
         rows, own = asked.shared.read(*scalars)
         # gloo's thread holds the table for a moment longer. Let go of here, it would be freed there, which ends the
         # process where the interpreter is at its end.
-        self._newest = asked.shared
+        self._newest = asked.shared if self._world.group is not None else None
         self.requested = Request.none
         for row in rows:
             self.requested |= Request(int(row[1 + len(self.terms or [])]))

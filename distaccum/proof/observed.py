@@ -18,6 +18,7 @@ from distaccum.errors import ConfigError, LedgerError, StateWarning
 from distaccum.parallel.ledger import Audit
 from distaccum.proof.state import Kept
 from distaccum.record import StepRecord
+from distaccum.schedules.first_window import FirstLook
 from distaccum.step import Accumulator
 
 
@@ -98,7 +99,8 @@ def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
     accumulator.scheduler, accumulator.audit = None, Audit.always
     accumulator.loss_scale = copy.copy(loss_scale)
     first_look = accumulator._first_look
-    accumulator._first_look = copy.copy(first_look)  # the first window of the training is still to come
+    # The first window of the training is still to come, and what a loss is worth the proof says.
+    accumulator._first_look = FirstLook(strategy, check_cut=False)
     model.eval()
     for module, training in modes:
         if isinstance(module, _BatchNorm):

@@ -135,7 +135,7 @@ def clean_after(kind: str, spoil: str) -> list[str]:
         model = Chain("tied")
         model.blocks[1].linear.register_forward_hook(lambda module, args, out: watched(out))
         wrapped = wrap(model, kind)
-        made = accumulator(wrapped, kind, 3, objective=da.Objective(sums, counted))
+        made = accumulator(wrapped, kind, 3, objective=da.Objective(sums, counted), check_cut=False)  # calls count
         first, second = windows((4, 4))
         full = first if len(first) == 4 else [*first, *first][:4]
         if spoilt:

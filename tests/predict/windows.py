@@ -57,6 +57,7 @@ class Case:
         torch.manual_seed(3)
         if self.model == "resnet":
             model: nn.Module = ResNet(ResNetConfig("resnet", 10, 3, [32, 64, 128], 2, False))
+            da.convert_batchnorm(model, "micro")
         elif self.model == "llama":
             from transformers import LlamaConfig, LlamaForCausalLM
 
