@@ -114,9 +114,7 @@ class FSDP(Strategy):
         scatters = num_rounds if self.sync in (Sync.every, Sync.shard) else 1
         reduces = num_rounds if self.sync is Sync.every else 1
         entries: list[tuple[str, int]] = []
-        groups = list(torch_private.sharded_groups(self.model))
-        # A module that no forward has come to sends nothing; before the first forward, nobody knows of any.
-        for group in [group for group in groups if group.was_gathered] or groups:
+        for group in torch_private.sharded_groups(self.model):
             if group.gather_bytes and self._shards > 1:
                 per_micro = 1 if self.sync is Sync.keep or not group.reshards else 2
                 entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro)

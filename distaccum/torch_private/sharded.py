@@ -22,7 +22,6 @@ class ShardedGroup:
     reshards: bool  # whether it is gathered once more for the backward
     reduce_dtype: torch.dtype  # in which gradients are accumulated and reduced
     compute_dtype: torch.dtype  # of the gathered parameters
-    was_gathered: bool  # whether a forward has come to it so far
 
 
 def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
@@ -45,8 +44,7 @@ def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
         # The root is kept after its forward unless the user said otherwise; torch decides that in the first forward.
         undecided = is_root and bool(_state(model)._auto_reshard_after_forward)
         reshards = group.post_forward_mesh_info is not None and not undecided
-        was_gathered = any(hasattr(param, "_unsharded_param") for param in group.fsdp_params)
-        yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype, compute_dtype, was_gathered)
+        yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype, compute_dtype)
 
 
 def clear_sharded_gradients(model: nn.Module) -> None:
