@@ -51,7 +51,7 @@ class Jobs:
             folder=work, PYTHON=sys.executable, LAUNCHER="torchrun",
         )  # fmt: skip
         self.hanging = cluster.submit(
-            *two_nodes, train, *SMALL, "optim.lr=0.1", "train.timeout_s=6",
+            *two_nodes, train, *SMALL, "optim.lr=0.1", "train.timeout_s=12",
             "+faults=[{rank: 1, step: 2, at: forward, kind: hang}]",
             folder=work, PYTHON=self.with_faults(), RUN_DIR=str(work / "runs" / "hanging"),
         )  # fmt: skip
@@ -151,7 +151,7 @@ def test_a_hanging_rank_ends_the_job_and_is_named(jobs: Jobs) -> None:
     run_dir, log = jobs.work / "runs" / "hanging", jobs.hanging.log()
     assert (run_dir / "faults" / "rank-1-step-2.json").exists(), log
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "1:0"), log
-    assert "a collective took longer than train.timeout_s=6: rank 1 has not come" in " ".join(log.split())
+    assert "a collective took longer than train.timeout_s=12: rank 1 has not come" in " ".join(log.split())
     assert "faults.py" in (run_dir / "stacks" / "rank-1.txt").read_text()
     assert (run_dir / "stacks" / "rank-0.txt").exists()
 
