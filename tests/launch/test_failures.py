@@ -85,7 +85,7 @@ def test_host_of_the_store_is_killed(start, tmp_path):
 
 
 def test_hanging_rank_is_named_and_leaves(start, tmp_path):
-    """It sleeps in Python and ignores SIGTERM; torchrun would kill it only after 30 s. The limit is the start's, too."""
+    """It sleeps in Python and ignores SIGTERM; torchrun would kill it after 30 s. The limit is the start's, too."""
     programs = ways(start, tmp_path, 3, "fault.kind=hang", "fault.rank=1", "timeout_s=8")
     ends_within(programs, 9, tmp_path, 8 + 15)
     assert [program.code for each in programs.values() for program in each] == [1] * 5

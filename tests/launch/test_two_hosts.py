@@ -12,7 +12,7 @@ from .programs import stacks, starts, wait_for_ranks, wait_until, wait_until_gon
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 NAMES = ("hosta", "hostb")
-TIMEOUT_S = 3
+TIMEOUT_S = 6
 
 
 def ip(*words):
