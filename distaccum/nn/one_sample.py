@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from distaccum.errors import ConfigError
 
 CURES = (
@@ -15,19 +12,16 @@ CURES = (
 )
 
 
-@contextmanager
-def explained(index: int) -> Iterator[None]:
-    """Enter around the forward of a micro-batch of this rank, counted from 0.
+def explained(error: ValueError, index: int) -> ValueError:
+    """Return the error to raise for one that a forward raised: with the cures, where it is BatchNorm's.
 
-    Raises:
-        ConfigError: instead of torch's error about a single value in a channel, with the micro-batch and the cures.
+    Args:
+        error: of the forward.
+        index: of its micro-batch among those of this rank's window, from 0.
     """
-    try:
-        yield
-    except ValueError as error:
-        if one_value_per_channel(error):
-            raise ConfigError(f"Micro-batch {index} of this rank's window has one sample. {CURES}") from error
-        raise
+    if one_value_per_channel(error):
+        return ConfigError(f"Micro-batch {index} of this rank's window has one sample. {CURES}")
+    return error
 
 
 def one_value_per_channel(error: BaseException | None) -> bool:

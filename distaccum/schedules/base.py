@@ -112,15 +112,18 @@ class Forwards:
         _check(self._objective, window, index, self.last_micro)
         if self._seed is not None:
             seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
-        with explained(index), self._strategy.observing():
-            own = sums_of(self._objective, self._strategy.called, micro, self._terms)
+        try:
+            with self._strategy.observing():
+                own = sums_of(self._objective, self._strategy.called, micro, self._terms)
+        except ValueError as error:
+            raise explained(error, index) from error.__cause__
         self._sums += [value.detach() for value in own]
         if self._gradient is None:
             self._gradient = self._denominator.gradient(own, self._factor)
         return joined(own), self._gradient
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
-        with explained(self.done - 1), self._strategy.padding():
+        with self._strategy.padding():
             own = sums_of(self._objective, self._strategy.called, to_device(self._padding, self._device), self._terms)
         return joined(own), self._denominator.gradient(own, 0.0)
 
