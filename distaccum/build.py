@@ -20,7 +20,7 @@ from distaccum.checkpoint.saver import Saver
 from distaccum.checkpoint.store import Checkpoints
 from distaccum.config import Config, Device
 from distaccum.data.loader import Loader
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, in_one_line
 from distaccum.heldout import Heldout
 from distaccum.launch import Job
 from distaccum.memory import Meter
@@ -99,7 +99,7 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         try:
             budget.predicted = predicted(config, problem, world.size, machine)
         except Exception as error:  # advice is not worth a run: a model may do what tensors without memory cannot
-            report.note(f"plan: memory was not predicted ({type(error).__name__}: {error})".splitlines()[0])
+            report.note(f"plan: memory was not predicted ({in_one_line(error)})")
     trainer = Trainer(
         plan,
         loader,

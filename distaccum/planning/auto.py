@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distaccum.budget import Predicted
 from distaccum.config import Config
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, in_one_line
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
 from distaccum.planning.candidates import Candidates
@@ -51,7 +51,7 @@ def settled(
         except ConfigError:
             raise
         except Exception as error:  # a model may do what tensors without memory cannot; the same on all ranks
-            told = [f"auto as without a limit, as memory cannot be predicted here ({_line(error)})"]
+            told = [f"auto as without a limit, as memory cannot be predicted here ({in_one_line(error)})"]
     if config.accum.micro != AUTO:
         return config, told
     if kept is not None:
@@ -61,10 +61,6 @@ def settled(
         kept = found.micro_size
         told.append(found.text + ("; found anew, as ranks or settings are others than before" if anew else ""))
     return replace(config, accum=replace(config.accum, micro=kept)), told
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def is_open(config: Config, world_size: int) -> bool:
