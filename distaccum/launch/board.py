@@ -255,6 +255,8 @@ class Board:
             raise meeting.not_come(missing, self._place.world_size, limit_s)
 
     def _connect(self) -> Store:
+        if agent_holds_store():  # it was there before any rank
+            return meeting.open_store(self._limit_s)
         return meeting.find_store(self._place.rank, self._place.world_size, self._limit_s)
 
     def _key(self, name: str) -> str:

@@ -64,7 +64,7 @@ def host_store(limit_s: float) -> Store:
 
 
 def find_store(rank: int, world_size: int, limit_s: float) -> Store:
-    """Connect to the store that rank 0 or a launcher holds.
+    """Wait for the store that rank 0 holds, with a reason where it does not come, and connect to it.
 
     Raises:
         MissingRankError: nobody has answered there for `limit_s` seconds.
@@ -81,6 +81,12 @@ def find_store(rank: int, world_size: int, limit_s: float) -> Store:
                 f"{LIMIT_KEY}."
             )
         time.sleep(_PAUSE_S)
+    return open_store(limit_s)
+
+
+def open_store(limit_s: float) -> Store:
+    """Connect to a store that is there."""
+    host, port = _address()
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(limit_s, 30.0)))
 
 

@@ -88,6 +88,7 @@ def work_until(job, came):
 
 def misbehave(kind: str, is_culprit: bool) -> None:
     if is_culprit and kind in ("raise", "desert"):
+        time.sleep(0.3)  # the others are at work by then
         raise ArithmeticError("the culprit's own error")
     if is_culprit and kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROGRAM = str(HERE / "program.py")
+FORKED_S = 0.3  # an agent has forked all its ranks by then
 
 
 class Warm:
@@ -174,6 +175,9 @@ class _Rank:
 
         def body():
             gc.freeze()  # what the agent holds is not for this process to close
+            # The agent's store resolves names while ranks connect to it. A rank that is forked in that moment finds the
+            # resolver locked for ever, so that none connects before all are forked.
+            time.sleep(FORKED_S)
             os.environ.clear()
             os.environ.update(env)
             _main(args[args.index(PROGRAM) + 1 :])
