@@ -11,9 +11,10 @@ from enum import Enum
 
 from distaccum.batch_arithmetic import solve
 from distaccum.errors import OutOfMemoryError
-from distaccum.memory import Meter, is_out_of_memory
+from distaccum.memory import Meter
 from distaccum.plan import Plan, Window
 from distaccum.report import size
+from distaccum.torch_private import is_out_of_memory
 
 MEASURED_STEPS = 2  # the second one finds the optimizer's state there
 TIMED_STEPS = 3  # after them

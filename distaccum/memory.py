@@ -18,8 +18,6 @@ from distaccum.errors import ConfigError
 from distaccum.torch_private import storage_resizes
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-# What torch, CUDA and NCCL say when memory is short and the error is not torch's own class. Texts, for want of types.
-_SHORT = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 def parse_bytes(text: str | int, name: str) -> int:
@@ -33,13 +31,6 @@ def parse_bytes(text: str | int, name: str) -> int:
     if size < 1:
         raise ConfigError(f"{name} is {text!r}; give an amount of memory such as 2GiB, 512MiB or 80GB.")
     return int(size)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was short, on a device or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)
 
 
 class Tracker(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from worlds import World
@@ -30,3 +30,18 @@ def four_ranks() -> Iterator[World]:
     made = World(4)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[Callable[[int], World]]:
+    """The world of so many ranks."""
+    started: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in started:
+            started[size] = World(size)
+        return started[size]
+
+    yield of
+    for world in started.values():
+        world.close()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import IGNORED
-from distaccum.huggingface.objective import config_of, configured_aux_coef
+from distaccum.huggingface.heads import config_of, configured_aux_coef
 
 
 @dataclass(frozen=True)

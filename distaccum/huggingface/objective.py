@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import DenominatorName, check_micro, counted, countless
+from distaccum.huggingface.heads import mean_and_aux
+from distaccum.huggingface.probe import probe
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,8 @@ class HuggingFace:
 
     @classmethod
     def find(cls, model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
-        """Measure what the head of this model averages over: see `distaccum.huggingface.find.find`."""
-        from distaccum.huggingface.find import find
-
-        return find(model, micro)
+        """Measure what the head of this model averages over: see `distaccum.huggingface.probe.probe`."""
+        return cls(*probe(model, micro))
 
     def loss_sum(self, model: nn.Module, micro: Mapping[str, Any]) -> Tensor | dict[str, Tensor]:
         """The head's mean times its denominator [], float32 or wider; with `aux_coef` the auxiliary term beside it.
@@ -85,48 +84,3 @@ class HuggingFace:
         check_micro(name, micro)
         count = int(counted(name, micro))
         return {"loss": count, "aux": int(count > 0)} if self.aux_coef else count
-
-
-def mean_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
-    """The mean loss [] of a model's output and its auxiliary loss [], float32 or wider.
-
-    Raises:
-        ConfigError: for an output without a scalar loss, or with further losses whose denominators are not known.
-    """
-    fields = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "loss") else {}
-    loss = fields.get("loss") if fields else output[0] if isinstance(output, tuple) and output else None
-    if not isinstance(loss, Tensor) or loss.ndim != 0:
-        got = (
-            f"a loss of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"no loss in {type(output).__name__}"
-        )
-        raise ConfigError(
-            f"HuggingFace: the model returned {got}. It must carry its mean as one number .loss; write an "
-            "Objective(loss_sum, weight) over .logits for other models."
-        )
-    others = [name for name, value in fields.items() if name.endswith("_loss") and isinstance(value, Tensor)]
-    if others not in ([], ["aux_loss"]):
-        raise ConfigError(
-            f"HuggingFace: the model returned {others} beside .loss. How they are contained in it, and what each is "
-            "averaged over, is not known here. Switch them off, or write an Objective with a term for each."
-        )
-    aux = fields["aux_loss"] if others else None
-    return _wide(loss), None if aux is None else _wide(aux)
-
-
-def config_of(model: nn.Module) -> Any:
-    """The configuration of a model, wrapped or not."""
-    return (model.module if isinstance(model, DistributedDataParallel) else model).config
-
-
-def configured_aux_coef(config: Any) -> float | None:
-    """The factor that a configuration of transformers names for the auxiliary loss; None where it names none."""
-    for owner in (config, config.get_text_config()):
-        for name in ("router_aux_loss_coef", "aux_loss_coef"):
-            if getattr(owner, name, None) is not None:
-                return float(getattr(owner, name))
-    return None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least: a mean in bf16 times a count would be a sum of two digits."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -17,12 +17,12 @@ from distaccum.assembly import make_accumulator
 from distaccum.config import Config
 from distaccum.data.base import Dataset
 from distaccum.data.window import MicroBatches
-from distaccum.memory import Meter, is_out_of_memory
+from distaccum.memory import Meter
 from distaccum.parallel.ledger import Audit
 from distaccum.parallel.world import World
 from distaccum.problem import Problem
 from distaccum.schedules.overlap import AUTO
-from distaccum.torch_private import silence
+from distaccum.torch_private import is_out_of_memory, silence
 
 WINDOWS = 2  # in the second one the optimizer's state is there from the beginning
 ROUNDS = 3  # a first micro, a last one, and one between them

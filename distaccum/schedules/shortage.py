@@ -9,7 +9,6 @@ import torch
 from distaccum import torch_private
 from distaccum.agreement import Agreement
 from distaccum.errors import OutOfMemoryError
-from distaccum.memory import is_out_of_memory
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.schedules import microbatch
 from distaccum.schedules.base import Forwards
@@ -39,7 +38,7 @@ def run(
     try:
         compute(forwards)()
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not torch_private.is_out_of_memory(error):
             raise
         said = str(error).strip().split("\n")[0].rstrip(".") + "."
     # Only here, as the error holds on to all that the forward has made.

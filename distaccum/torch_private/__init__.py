@@ -9,6 +9,7 @@ from distaccum.torch_private.groups import silence as silence
 from distaccum.torch_private.groups import silent_group as silent_group
 from distaccum.torch_private.modules import composed as composed
 from distaccum.torch_private.modules import seen_through as seen_through
+from distaccum.torch_private.oom import is_out_of_memory as is_out_of_memory
 from distaccum.torch_private.replicated import ddp_buckets as ddp_buckets
 from distaccum.torch_private.replicated import ddp_complete as ddp_complete
 from distaccum.torch_private.replicated import ddp_obstacle as ddp_obstacle

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from distaccum.huggingface.counting import (
     is_question_answering,
     label_names,
 )
-from distaccum.huggingface.objective import HuggingFace, config_of, configured_aux_coef, mean_and_aux
-from distaccum.memory import is_out_of_memory
+from distaccum.huggingface.heads import config_of, configured_aux_coef, mean_and_aux
+from distaccum.torch_private import is_out_of_memory
 
 MOST_SAMPLES = 8  # of the micro-batch; each is one forward
 # Samples computed together and alone differ by roundings. A wrong denominator differs by (its share of a sample - the
@@ -35,7 +35,15 @@ FEWEST_LABELS = 4  # of a single row, so that it and a copy with every second on
 _PER_SAMPLE = {DenominatorName.samples, DenominatorName.numbers}  # the same thing where a sample has one label
 
 
-def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
+class Head(NamedTuple):
+    """What was measured of a head: the arguments of `HuggingFace`."""
+
+    denominator: DenominatorName
+    aux_coef: float
+    reason: str
+
+
+def probe(model: nn.Module, micro: Mapping[str, Any]) -> Head:
     """Measure the denominator of a head's mean, and check how much of an auxiliary loss is in it.
 
     Runs the micro-batch and each of its first 8 samples alone, without dropout and gradients, and keeps the candidates
@@ -52,7 +60,8 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
             positions is compared with a copy in which every second of its labels is ignored.
 
     Returns:
-        The objective; its `reason` says what was measured, and which of several equivalent candidates was taken.
+        The denominator, the factor, and a reason that says what was measured and which of several equivalent
+        candidates was taken.
 
     Raises:
         ConfigError: where nothing explains the numbers, or candidates that differ do; it shows the numbers.
@@ -72,9 +81,7 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
                 raise
             raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
-            return HuggingFace(
-                _preferred(kept, labels), aux_coef, f"measured: {_named(kept)}, nothing else, fits the samples"
-            )
+            return Head(_preferred(kept, labels), aux_coef, f"measured: {_named(kept)}, nothing else, fits the samples")
         _refuse_unsafe(labels, kept)
         try:
             left = _explaining(model, {**micro, "labels": _mostly_ignored(labels)}, aux_coef, kept)
@@ -86,7 +93,7 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
                 f"{_named(kept)} fit the samples alike, and the head takes no label -100 ({error}); a label that it "
                 "ignores by another number would be counted"
             )
-            return HuggingFace(_preferred(kept, labels), aux_coef, reason)
+            return Head(_preferred(kept, labels), aux_coef, reason)
     if len(left) > 1 and not (labels.numel() == len(labels) and set(left) == _PER_SAMPLE):
         raise ConfigError(
             f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples have almost the same "
@@ -95,7 +102,7 @@ def find(model: nn.Module, micro: Mapping[str, Any]) -> HuggingFace:
             "other samples or on a float32 model."
         )
     reason = f"measured with ignored labels: {_named(left)}, nothing else, fits the samples"
-    return HuggingFace(_preferred(left, labels), aux_coef, reason)
+    return Head(_preferred(left, labels), aux_coef, reason)
 
 
 def _explaining(
