@@ -132,13 +132,15 @@ class Run:
         ]
         if meanwhile is not None:
             meanwhile([process.pid for process in processes])
-        deadline, killed = began + LIMIT_S, False
+        deadline, killed, late = began + LIMIT_S, False, False
         while any(process.exitcode is None for process in processes):
             left = deadline - time.monotonic()
             if left <= 0:
+                # With one that has failed the others only had its grace; without, they had all the time there is.
+                killed, late = True, late or not any(process.exitcode for process in processes)
                 for process in processes:
                     process.kill()
-                killed, deadline = True, time.monotonic() + 10
+                deadline = time.monotonic() + 10
             wait([process.sentinel for process in processes if process.exitcode is None], timeout=max(0.0, left))
             if not killed and any(process.exitcode for process in processes):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
@@ -146,7 +148,7 @@ class Run:
         texts = [path.read_text() if path.exists() else "" for path in (place / f"rank-{r}.txt" for r in range(ranks))]
         attempt = Attempt([process.exitcode for process in processes], texts, seconds)
         self.attempts.append(attempt)
-        if killed:
+        if late:
             raise AssertionError(f"the ranks did not end within {LIMIT_S} s:\n{attempt}")
         return attempt
 
