@@ -22,6 +22,16 @@ Weight = int | float | Mapping[str, int] | Mapping[str, float]
 SINGLE_TERM = "loss"  # the name of the term where an objective has only one
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a sum of many such numbers does not stall: float32, or `dtype` where that is wider."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in the dtype that `wide` names; the tensor itself where it has that dtype already."""
+    return tensor.to(wide(tensor.dtype))
+
+
 class SupportsObjective(Protocol):
     """What an accumulator asks of an objective."""
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
-from distaccum.loss import LossSum, Objective, SupportsObjective
+from distaccum.loss import LossSum, Objective, SupportsObjective, widened
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class CausalLM:
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(
-            _wide(logits.flatten(0, 1)), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
+            widened(logits.flatten(0, 1)), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
         )
 
     def weight(self, micro: Any) -> int:
@@ -52,7 +52,7 @@ class Classification:
     def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
         """The sum [] of the samples' cross entropies, float32 or wider."""
         inputs, labels = _inputs_and_labels(micro, "inputs")
-        return F.cross_entropy(_wide(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum")
+        return F.cross_entropy(widened(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum")
 
     def weight(self, micro: Any) -> int:
         """The number of labels that count."""
@@ -68,7 +68,7 @@ class ClassificationAccuracy:
     def loss_sum(self, model: nn.Module, micro: Any) -> dict[str, Tensor]:
         """Sums [] over samples: cross entropy and the number that are right. The latter has no gradient."""
         inputs, labels = _inputs_and_labels(micro, "inputs")
-        logits = _wide(_logits(model(inputs)))
+        logits = widened(_logits(model(inputs)))
         loss = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).sum().to(loss.dtype)}
 
@@ -85,7 +85,7 @@ class Regression:
     def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
         """The sum [] of squared errors, float32 or wider."""
         inputs, labels = _inputs_and_labels(micro, "inputs")
-        outputs = _wide(_logits(model(inputs)))
+        outputs = widened(_logits(model(inputs)))
         if outputs.shape != labels.shape:  # broadcasting would count other numbers than the weight does
             raise ConfigError(f"Regression: the model returned {list(outputs.shape)}, labels are {list(labels.shape)}.")
         return F.mse_loss(outputs, labels.to(outputs.dtype), reduction="sum")
@@ -135,8 +135,3 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ConfigError(f"The model returned {type(output).__name__}; expected logits, or an object with .logits.")
     return logits
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least: a sum over many tokens in bf16 loses the small ones."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -34,7 +34,7 @@ def four_ranks() -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def worlds() -> Iterator[Callable[[int], World]]:
-    """The world of so many ranks."""
+    """A function that gives the world of a size, started when it is first used."""
     started: dict[int, World] = {}
 
     def of(size: int) -> World:

@@ -10,13 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distaccum.loss import wide
+
 BUCKET_BYTES = 25 * 2**20  # of one all-reduce, like DDP's own buckets
-NARROW = (torch.bfloat16, torch.float16)
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of many such numbers do not stall: float32, or itself where that is wider."""
-    return torch.float32 if dtype in NARROW else dtype
 
 
 class SumDtype(Enum):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distaccum.loss import widened
+
 
 @torch.no_grad()
 def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
@@ -13,7 +15,7 @@ def squared_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
     if device.type == "cpu":
         # Sums are added in a tree; norms are not on a CPU, and in float32 are off by 1e-5 for a large matrix.
-        squares = [(g.float() if g.itemsize < 4 else g).square().sum() for g in gradients]
+        squares = [widened(g).square().sum() for g in gradients]
         return torch.stack(squares).double().sum()
     wide = torch.float64 if any(g.dtype is torch.float64 for g in gradients) else torch.float32
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=wide)).double().square().sum()

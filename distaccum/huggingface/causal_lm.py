@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import IGNORED
 from distaccum.huggingface.heads import config_of, configured_aux_coef
+from distaccum.loss import widened
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class HuggingFaceCausalLM:
         """The sum [] of the tokens' cross entropies, float32 or wider, and the auxiliary term."""
         output = model(input_ids=micro["input_ids"])
         logits = output.logits.flatten(0, 1)
-        wide = logits.float() if logits.itemsize < 4 else logits
-        loss = F.cross_entropy(wide, micro["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(widened(logits), micro["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
         if not self.aux_coef:
             return loss
         aux = getattr(output, "aux_loss", None)

@@ -1,19 +1,19 @@
-"""Reads what heads of transformers return, and what their configurations name."""
+"""Readers for what heads of transformers return: the mean loss, the auxiliary loss and its factor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum.errors import ConfigError
+from distaccum.loss import widened
 
 
 def mean_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
-    """The mean loss [] of a model's output and its auxiliary loss [], float32 or wider.
+    """Return the mean loss [] of a model's output and its auxiliary loss [], float32 or wider.
 
     Raises:
         ConfigError: for an output without a scalar loss, or with further losses whose denominators are not known.
@@ -35,23 +35,18 @@ def mean_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
             "averaged over, is not known here. Switch them off, or write an Objective with a term for each."
         )
     aux = fields["aux_loss"] if others else None
-    return _wide(loss), None if aux is None else _wide(aux)
+    return widened(loss), None if aux is None else widened(aux)
 
 
 def config_of(model: nn.Module) -> Any:
-    """The configuration of a model, wrapped or not."""
+    """Return the configuration of a model, wrapped or not."""
     return (model.module if isinstance(model, DistributedDataParallel) else model).config
 
 
 def configured_aux_coef(config: Any) -> float | None:
-    """The factor that a configuration of transformers names for the auxiliary loss; None where it names none."""
+    """Return the factor that a configuration of transformers names for the auxiliary loss; None where it names none."""
     for owner in (config, config.get_text_config()):
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if getattr(owner, name, None) is not None:
                 return float(getattr(owner, name))
     return None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Float32 at least: a mean in bf16 times a count would be a sum of two digits."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

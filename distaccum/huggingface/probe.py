@@ -36,7 +36,7 @@ _PER_SAMPLE = {DenominatorName.samples, DenominatorName.numbers}  # the same thi
 
 
 class Head(NamedTuple):
-    """What was measured of a head: the arguments of `HuggingFace`."""
+    """Holds what was measured of a head: the arguments of `HuggingFace`."""
 
     denominator: DenominatorName
     aux_coef: float

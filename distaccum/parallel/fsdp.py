@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distaccum import torch_private
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import GradientDtypes, GradientSums, wide
+from distaccum.grads.accumulate import GradientDtypes, GradientSums
+from distaccum.loss import wide
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World

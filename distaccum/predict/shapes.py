@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from distaccum.loss import wide
+
 ROOT = -1  # the group of what belongs to no block
 
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
@@ -94,17 +96,17 @@ class Setup:
 
     def accumulated(self, parameter: ParameterShape) -> torch.dtype:
         """In which sums over micros are, where distaccum makes them."""
-        return self.accumulate or _wide(parameter.dtype)
+        return self.accumulate or wide(parameter.dtype)
 
     def reduced(self, parameter: ParameterShape) -> torch.dtype:
         """In which a gradient is summed over ranks; under FSDP2 over the micros that it does not reduce, too."""
-        return self.reduce or _wide(self.gathered(parameter) if self.sharded else parameter.dtype)
+        return self.reduce or wide(self.gathered(parameter) if self.sharded else parameter.dtype)
 
     def own_sums(self, model: ModelShape) -> bool:
         """Whether distaccum keeps sums beside `.grad`, because those would be in another dtype than asked."""
         if self.sharded:
             return self.sync == "every" and any(
-                not self.accumulated(p) is p.dtype is _wide(p.dtype) for p in model.trained
+                not self.accumulated(p) is p.dtype is wide(p.dtype) for p in model.trained
             )
         apart = self.apart and self.strategy == "ddp"
         return apart or any(not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained)
@@ -127,8 +129,3 @@ def describe(model: nn.Module, blocks: Sequence[nn.Module]) -> ModelShape:
         for name, p in model.named_parameters()
     )
     return ModelShape(parameters, sum(buffer.nbytes for buffer in model.buffers()))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """As in grads/accumulate.py, which talks to ranks and so is out of reach here."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from distaccum import torch_private
 from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
-from distaccum.grads.accumulate import wide
-from distaccum.loss import SupportsObjective, weights_of
+from distaccum.loss import SupportsObjective, weights_of, wide
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.proof import reference
 from distaccum.proof.observed import Observed
