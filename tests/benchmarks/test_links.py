@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +47,8 @@ def test_every_way_sends_what_it_should(tmp_path: Path) -> None:
     assert set(world["agreement"]) == set(samples) - {"compute alone"}
     assert set(world["missing"]) <= {"Accelerate", "Fabric"}
 
-    sent = {name: statistics.median(max(one["bytes"]) for one in taken) for name, taken in samples.items()}
+    # The least of the rounds: a segment that the full queue of a link has dropped is sent, and counted, once more.
+    sent = {name: min(max(one["bytes"]) for one in taken) for name, taken in samples.items()}
     gradients = 4 * found["parameters"]
     micros = found["settings"]["num_micros"]
     # On two ranks an all-reduce sends each host's gradients once. Headers, acknowledgements and the messages in which
