@@ -88,13 +88,15 @@ class DDP(Strategy):
         self._know_reducer()
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Buckets as DDP has them now; it arranges them anew once, after its first synchronised backward."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        """Buckets as DDP has them now; it arranges them anew once, after its first synchronised backward.
+
+        What was frozen or thawed since DDP was made changes nothing: it sends what it was made for.
+        """
         if self.sums is not None:
             reductions = num_rounds if self.sync is Sync.every else 1
             return Traffic.of([("all_reduce", size) for size in self.sums.messages()] * reductions)
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
-        num_bytes = sum(p.numel() * p.element_size() for p in trained)
+        num_bytes = sum(p.numel() * p.element_size() for p in self._reduced)
         layouts = [torch_private.ddp_buckets(self.model)] * synced
         if self._windows_begun <= 1:
             layouts[:1] = [self._first_buckets]
@@ -103,7 +105,8 @@ class DDP(Strategy):
             told = 1 if self._windows_begun <= 1 else 0
         else:
             told = synced if self.model.find_unused_parameters else 0
-        return Traffic.of(entries + [("all_reduce", 4 * len(trained))] * told)  # which parameters were used, int32
+        used = ("all_reduce", 4 * len(self._reduced))  # which parameters were used, int32
+        return Traffic.of(entries + [used] * told)
 
     @property
     def evaluation_model(self) -> nn.Module:
