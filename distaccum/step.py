@@ -26,7 +26,7 @@ from distaccum.nn.blocks import blocks_of
 from distaccum.ownership import Parameters, outside
 from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
-from distaccum.parallel.recognise import recognise
+from distaccum.parallel.recognise import in_shards, recognise
 from distaccum.record import StepRecord
 from distaccum.schedules import microbatch, shortage
 from distaccum.schedules.base import Forwards
@@ -103,7 +103,9 @@ class Accumulator:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
         self.optimizer = own_optimizer(optimizer)
         dtypes = GradientDtypes(accum_dtype, reduce_dtype)
-        self.strategy = recognise(model, sync, dtypes, apart=agree_on_oom, others=outside(model, self.optimizer))
+        self.strategy = recognise(
+            model, sync, dtypes, apart=agree_on_oom, others=outside(in_shards(model), self.optimizer)
+        )
         self.objective = objective
         self.clip_norm = clip_norm
         self.scheduler = own_scheduler(scheduler)

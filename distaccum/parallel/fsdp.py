@@ -22,6 +22,23 @@ from distaccum.parallel.world import World
 MODEL_PARALLEL = {"tp", "cp", "pp", "sp", "ep", "tensor", "context", "pipeline", "sequence", "expert"}
 
 
+def shard_again(model: nn.Module) -> None:
+    """Shard what a forward without backward, such as an evaluation's, has left gathered.
+
+    Raises:
+        ConfigError: for parameters that were frozen or thawed meanwhile, which FSDP2 would forget.
+    """
+    if names := torch_private.changed_while_gathered(model):
+        raise ConfigError(
+            f"{len(names)} parameter(s), {names[0]} first, were frozen or thawed while FSDP2 held the model gathered, "
+            "as it does after an evaluation. FSDP2 forgets that when it shards the model again. Call requires_grad_() "
+            "before the evaluation, or after it and after reshard() of each FSDP2 module."
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class FSDP(Strategy):
     """A module to which `fully_shard` was applied, ours or the user's."""
 
@@ -34,7 +51,6 @@ class FSDP(Strategy):
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
-        self._parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self.groups = torch_private.sharding_groups(model)
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
@@ -59,7 +75,7 @@ class FSDP(Strategy):
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
         if first:  # forwards without backward, such as an evaluation's, would change what this window gathers
-            self._reshard()
+            shard_again(self.model)
             torch_private.forget_forwards(self.model)
         # The order matters: this one sets the all-reduce flag too.
         self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
@@ -130,11 +146,7 @@ class FSDP(Strategy):
         """As for all strategies; afterwards parameters are in shards again, whatever the policy kept."""
         with super().evaluating() as model:
             yield model
-        self._reshard()
-
-    def _reshard(self) -> None:
-        for part in self._parts:
-            part.reshard()
+        shard_again(self.model)
 
     def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
         """The module's own policy decides in which dtype it reduces, and sums over micros that it does not reduce."""

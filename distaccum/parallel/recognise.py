@@ -45,6 +45,22 @@ def recognise(
     return strategy
 
 
+def in_shards(model: nn.Module) -> nn.Module:
+    """Return the model, whose parameters are those that an optimizer has: FSDP2 modules are sharded again.
+
+    Raises:
+        ConfigError: for parameters that were frozen or thawed on gathered copies.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FSDPModule
+
+        from distaccum.parallel.fsdp import shard_again
+
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            shard_again(model)
+    return model
+
+
 def _strategy(
     model: nn.Module, policy: Sync, dtypes: GradientDtypes, apart: bool, others: Sequence[nn.Parameter]
 ) -> Strategy:

@@ -17,6 +17,7 @@ from distaccum.torch_private.replicated import ddp_parameters as ddp_parameters
 from distaccum.torch_private.replicated import ddp_synchronises as ddp_synchronises
 from distaccum.torch_private.replicated import reset_ddp as reset_ddp
 from distaccum.torch_private.sharded import ShardedGroup as ShardedGroup
+from distaccum.torch_private.sharded import changed_while_gathered as changed_while_gathered
 from distaccum.torch_private.sharded import clear_sharded_gradients as clear_sharded_gradients
 from distaccum.torch_private.sharded import custom_divide_factor as custom_divide_factor
 from distaccum.torch_private.sharded import forget_forwards as forget_forwards

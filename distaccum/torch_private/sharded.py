@@ -75,6 +75,19 @@ def forget_forwards(model: nn.Module) -> None:
         getattr(group.comm_ctx, "post_forward_order", []).clear()  # not there before the first forward
 
 
+def changed_while_gathered(model: nn.Module) -> list[str]:
+    """Name the parameters that were frozen or thawed on gathered copies: FSDP2 forgets it with the next shards."""
+    names: list[str] = []
+    for group, _ in _fsdp_groups(model):
+        for param in group.fsdp_params:
+            owner, name = param._module_info.module, param._module_info.param_name
+            there = getattr(owner, name)
+            if there is not param.sharded_param and there.requires_grad != param.sharded_param.requires_grad:
+                path = next(path for path, module in model.named_modules() if module is owner)
+                names.append(f"{path}.{name}".removeprefix("."))
+    return names
+
+
 def reduce_unused_parameters(model: nn.Module) -> None:
     """Make every rank reduce all trained parameters, as zeros where a micro did not use them.
 

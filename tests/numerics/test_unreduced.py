@@ -158,7 +158,7 @@ def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_r
 def frozen_later(find_unused: bool) -> str:
     model = Line()
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
-    accumulator = da.Accumulator(wrapped, sgd(model.parameters()), outputs())
+    accumulator = da.Accumulator(wrapped, sgd(model.parameters()), outputs(), audit="always")
     accumulator.step(own_micros())
     model.c.requires_grad_(False)
     before = value(model.w)
@@ -394,6 +394,38 @@ def test_a_parameter_thawed_and_frozen_under_fsdp(two_ranks: World) -> None:
     expected = [[-MEAN, 0.0], [-2 * MEAN, -MEAN], [-3 * MEAN, -MEAN]]
     for found in two_ranks.run(thawed_and_frozen_under_fsdp):
         assert found == [pytest.approx(pair, rel=1e-15) for pair in expected]
+
+
+def frozen_after_an_evaluation(reshard: bool) -> list[Any]:
+    """An evaluation leaves FSDP2's root gathered, and what is frozen then is a copy that the next shards replace."""
+    model = fully_shard(Line())
+    optimizer = sgd(model.parameters())
+    with torch.no_grad():
+        model(own_micros()[0])  # before the accumulator is made, too
+    accumulator = da.Accumulator(model, optimizer, outputs(), audit="always")
+    found: list[Any] = []
+    for trained in (True, True, False):
+        with torch.no_grad():
+            model(own_micros()[0])
+        if reshard:
+            model.reshard()
+        model.c.requires_grad_(trained)
+        try:
+            accumulator.step(own_micros())
+        except da.ConfigError as error:
+            return [*found, str(error)]
+        found.append(values(model))
+    return found
+
+
+def test_a_parameter_frozen_after_an_evaluation_under_fsdp(two_ranks: World) -> None:
+    both = [pytest.approx([-MEAN, -MEAN], rel=1e-15), pytest.approx([-2 * MEAN, -2 * MEAN], rel=1e-15)]
+    for found in two_ranks.run(frozen_after_an_evaluation, False):
+        assert found[:2] == both
+        assert found[2].startswith("1 parameter(s), c first, were frozen or thawed while FSDP2 held the model gathered")
+        assert len(found) == 3
+    for found in two_ranks.run(frozen_after_an_evaluation, True):
+        assert found == [*both, pytest.approx([-3 * MEAN, -2 * MEAN], rel=1e-15)]
 
 
 def dtensor_collectives() -> list[str]:
