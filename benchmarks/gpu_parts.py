@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.nn.precision import Precision
+from distaccum.parallel.precision import Precision
 
-# As in tests/numerics: sums of some hundred float64 terms of order one, in another order.
+# As in tests/step: sums of some hundred float64 terms of order one, in another order.
 EXACT = 1e-12
 
 

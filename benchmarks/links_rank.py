@@ -21,7 +21,7 @@ from hosts import LINK, sent_bytes
 from links_arms import Arm, build, first_model
 from links_names import COMPUTE, REFERENCE, Settings
 
-from distaccum.processes import tie_to_parent
+from distaccum.launch.processes import tie_to_parent
 
 TRANSFER_PORT = 29501
 TIMEOUT_S = 600  # of a collective: the slowest window on the slowest link stays far below

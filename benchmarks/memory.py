@@ -32,14 +32,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import distaccum as da
-from distaccum.memory import Meter
+from distaccum.core.objectives import autocast
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.blocks import checkpoint_blocks
-from distaccum.nn.precision import Precision
-from distaccum.objectives import autocast
+from distaccum.parallel.apply import ParallelConfig, StrategyName, wrap
+from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
-from distaccum.predict import MicroTrace, Peak, Setup, describe, memory, peak, states_of, trace, update
-from distaccum.wrap import ParallelConfig, StrategyName, wrap
+from distaccum.planner import MicroTrace, Peak, Setup, describe, memory, peak, states_of, trace, update
+from distaccum.planner.meter import Meter
 
 SIZES = {  # tokens in a sample, vocabulary, layers, heads, width
     "smoke": (16, 500, 2, 4, 64),

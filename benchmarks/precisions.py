@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 from why import on_ranks
 
 import distaccum as da
+from distaccum.core.objectives import cast_inputs
 from distaccum.data.text import Layout, Source, TextConfig, load_text
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.nn.precision import Precision
-from distaccum.objectives import cast_inputs
-from distaccum.predict import Setup, by_kind, describe, gradient_sends, memory, states_of
-from distaccum.proof import reference
+from distaccum.parallel.precision import Precision
+from distaccum.planner import Setup, by_kind, describe, gradient_sends, memory, states_of
+from distaccum.verify import reference
 
 RESULTS = Path(__file__).parent / "results" / "precisions.json"
 NUMS_MICROS = (1, 16, 256, 1024)

@@ -35,7 +35,7 @@ from typing import Any
 import machine
 from hosts import LINK, NoHostsError, hosts
 
-from distaccum.report.table import table
+from distaccum.metrics.table import table
 
 UNLIMITED = "unlimited"
 RANKS, PORT = 2, 29500
@@ -44,7 +44,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "distaccum"  # whose source is t
 MODEL = ["model.num_layers=6", "model.width=192", "model.num_heads=6", "data.seq_len=64", "accum.micro=2"]
 BUCKETS = "parallel.bucket_mb=2"  # about a block's gradients
 # For --smoke: the command line's entry, with nothing repeated more often than it must be.
-SHORT = """from distaccum.commands import profile
+SHORT = """from distaccum.app.commands import profile
 profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0, 0.0, 2**18
 from distaccum.cli import main
 main()

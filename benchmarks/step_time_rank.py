@@ -19,18 +19,18 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distaccum.assembly import make_accumulator
-from distaccum.config import config_dir, typed
-from distaccum.data.window import MicroBatches
+from distaccum.app.assembly import make_accumulator
+from distaccum.app.config import config_dir, typed
+from distaccum.app.task import make_model, make_problem
+from distaccum.core.window import MicroBatches
+from distaccum.launch.processes import tie_to_parent
 from distaccum.parallel.ledger import Ledger
 from distaccum.parallel.world import World
-from distaccum.predict.machine import Machine
-from distaccum.predict.shapes import Policy, Setup, Strategy, describe
-from distaccum.predict.time import step_time
-from distaccum.predict.trace import trace
-from distaccum.predict.traffic import by_kind, control_sends, gradient_sends
-from distaccum.problem import make_model, make_problem
-from distaccum.processes import tie_to_parent
+from distaccum.planner.hardware import Machine
+from distaccum.planner.shapes import Policy, Setup, Strategy, describe
+from distaccum.planner.step_time import step_time
+from distaccum.planner.trace import trace
+from distaccum.planner.traffic import by_kind, control_sends, gradient_sends
 
 WARM_WINDOWS = 2  # DDP arranges its buckets anew after the first
 NUM_MICROS = (2, 8)  # K

@@ -25,9 +25,9 @@ import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distaccum.commands.check import check
-from distaccum.commands.verify import prove_configuration
-from distaccum.config import config_dir, typed
+from distaccum.app.commands.check import check
+from distaccum.app.commands.verify import prove_configuration
+from distaccum.app.config import config_dir, typed
 from distaccum.parallel.world import World
 
 RANKS = 2

@@ -1,9 +1,14 @@
 """Distributed training with gradient accumulation: K micro-batches on R ranks make exactly one big batch."""
 
-from .agreement import Request as Request
-from .arguments import CarriedOver as CarriedOver
-from .arguments import from_training_arguments as from_training_arguments
-from .data.window import MicroBatches as MicroBatches
+from .core.loss import Objective as Objective
+from .core.objectives import CausalLM as CausalLM
+from .core.objectives import Classification as Classification
+from .core.objectives import Regression as Regression
+from .core.objectives import autocast as autocast
+from .core.plan import Micro as Micro
+from .core.plan import Plan as Plan
+from .core.plan import Window as Window
+from .core.window import MicroBatches as MicroBatches
 from .data.windows import windows as windows
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
@@ -16,19 +21,14 @@ from .errors import StateWarning as StateWarning
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
 from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM
-from .loss import Objective as Objective
+from .huggingface.training_arguments import CarriedOver as CarriedOver
+from .huggingface.training_arguments import from_training_arguments as from_training_arguments
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .nn.batchnorm_layers import BatchNormMode as BatchNormMode
-from .objectives import CausalLM as CausalLM
-from .objectives import Classification as Classification
-from .objectives import Regression as Regression
-from .objectives import autocast as autocast
 from .parallel.base import Sync as Sync
-from .plan import Micro as Micro
-from .plan import Plan as Plan
-from .plan import Window as Window
-from .proof.prove import verify as verify
-from .proof.result import Proof as Proof
-from .record import StepRecord as StepRecord
-from .step import Accumulator as Accumulator
+from .step.accumulator import Accumulator as Accumulator
+from .step.consensus import Request as Request
+from .step.record import StepRecord as StepRecord
+from .verify.prove import verify as verify
+from .verify.result import Proof as Proof
 from .version import __version__ as __version__

@@ -37,14 +37,14 @@ def main() -> None:
     if word == "export":
         sys.exit(_export(overrides))
     # Imported here, so that help and mistakes cost nothing.
-    from distaccum.commands.check import check
-    from distaccum.commands.plan import plan
-    from distaccum.commands.profile import profile
-    from distaccum.commands.train import train
-    from distaccum.commands.verify import verify
-    from distaccum.config import config_dir
+    from distaccum.app.commands.check import check
+    from distaccum.app.commands.plan import plan
+    from distaccum.app.commands.profile import profile
+    from distaccum.app.commands.train import train
+    from distaccum.app.commands.verify import verify
+    from distaccum.app.config import config_dir
     from distaccum.launch import Program, launch
-    from distaccum.report.sweep import tell_sweep
+    from distaccum.metrics.sweep import tell_sweep
 
     if word == "plan":  # nothing runs, so that there is no run folder
         overrides += ["hydra.run.dir=."]
@@ -67,7 +67,7 @@ def _export(paths: list[str]) -> int:
     if len(paths) != 2:
         print(f"distaccum export needs RUN and TARGET, and got {len(paths)} words.\n\n{USAGE}", file=sys.stderr)
         return 2
-    from distaccum.commands.export import export
+    from distaccum.app.commands.export import export
     from distaccum.launch.failure import report
 
     try:

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test
 export OMP_NUM_THREADS=1 # ranks are many, cores are few
-exec "${DISTACCUM_VENV:-.venv}/bin/python" tests/resume/chaos.py "${1:?how many runs}" "${2:-0}"
+exec "${DISTACCUM_VENV:-.venv}/bin/python" tests/app/resume/chaos.py "${1:?how many runs}" "${2:-0}"

@@ -32,7 +32,7 @@ if [ "${1:-}" = --wheels ]; then
 fi
 
 # The package as it lies here, and the models and reference of the numerical tests.
-export PYTHONPATH="$root:$root/tests/numerics${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root:$root/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1
 if ! "$python" -c 'import numpy' 2>/dev/null; then
   if [ -z "$wheels" ]; then

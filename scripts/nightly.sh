@@ -12,6 +12,6 @@ failed=0
 # 300 training loops composed at random, each exact or refused on all ranks. The suite has 20 of them, always the same;
 # mistakes meet surroundings in thousands of pairs, so a night tries other ones. A failing seed is run again by --case.
 echo "nightly: loops composed at random, from seed $start"
-"$python" tests/numerics/fuzz.py --seeds 300 --start "$start" || failed=1
+"$python" tests/step/fuzz/fuzz.py --seeds 300 --start "$start" || failed=1
 
 exit "$failed"

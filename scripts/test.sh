@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite, with what it needs. Arguments go to pytest: scripts/test.sh tests/test_plan.py -k property
+# The whole test suite, with what it needs. Arguments go to pytest: scripts/test.sh tests/core/test_plan.py -k property
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test

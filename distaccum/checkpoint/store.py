@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distaccum.errors import CheckpointError, ConfigError
+from distaccum.metrics.format import duration, size
 from distaccum.parallel.world import World
-from distaccum.report.human import duration, size
 
 from . import folder as files
 from .manifest import MANIFEST, Manifest, StoredFile, check_plain

@@ -15,11 +15,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from distaccum.core.plan import Micro, Plan, Window
+from distaccum.core.rng import random_key
+from distaccum.core.window import MicroBatches
 from distaccum.data.base import Dataset
-from distaccum.data.window import MicroBatches
-from distaccum.plan import Micro, Plan, Window
-from distaccum.processes import tie_to_parent
-from distaccum.shuffle import random_key
+from distaccum.launch.processes import tie_to_parent
 
 
 class Loader:

@@ -20,8 +20,8 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from distaccum.core.window import MicroBatches, Source
 from distaccum.data.split import split
-from distaccum.data.window import MicroBatches, Source
 from distaccum.errors import ConfigError, choice
 
 

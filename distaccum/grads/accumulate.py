@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distaccum.loss import wide
+from distaccum.core.loss import wide
 
 BUCKET_BYTES = 25 * 2**20  # of one all-reduce, like DDP's own buckets
 

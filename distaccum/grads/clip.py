@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distaccum.loss import widened
+from distaccum.core.loss import widened
 
 
 @torch.no_grad()

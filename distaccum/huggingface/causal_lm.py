@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distaccum.core.loss import widened
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import IGNORED
 from distaccum.huggingface.heads import config_of, configured_aux_coef
-from distaccum.loss import widened
 
 
 @dataclass(frozen=True)

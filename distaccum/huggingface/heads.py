@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from distaccum.core.loss import widened
 from distaccum.errors import ConfigError
-from distaccum.loss import widened
 
 
 def mean_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from distaccum._torch import is_out_of_memory
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import (
     IGNORED,
@@ -25,7 +26,6 @@ from distaccum.huggingface.counting import (
     label_names,
 )
 from distaccum.huggingface.heads import config_of, configured_aux_coef, mean_and_aux
-from distaccum.torch_private import is_out_of_memory
 
 MOST_SAMPLES = 8  # of the micro-batch; each is one forward
 # Samples computed together and alone differ by roundings. A wrong denominator differs by (its share of a sample - the

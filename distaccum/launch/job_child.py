@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from ..processes import tie_to_parent
 from .board import Board
 from .failure import leave, read_error_file, say
 from .job import Ended, Order, Task
+from .processes import tie_to_parent
 from .ranks import Place, recognise
 from .signals import signals_forwarded
 from .work import run_on_rank

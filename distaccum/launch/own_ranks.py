@@ -15,10 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
-from ..processes import tie_to_parent
 from .board import Board
 from .failure import error_message, leave, say
 from .job import Ended, Order, Task
+from .processes import tie_to_parent
 from .ranks import recognise
 from .signals import signals_forwarded
 from .watch import clear_stacks

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import ConfigError
-from ..processes import tie_to_parent
 from . import hydra_once, own_ranks
 from .board import Board, PeerFailedError, agent_holds_store
 from .failure import exit_code, is_lost_peer, leave, report, say, shorten, write_error_file
 from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
 from .meeting import MissingRankError, asked_limit_s
+from .processes import tie_to_parent
 from .ranks import Place, ranks_here, recognise, warn_without_srun
 from .restarts import Restarts
 from .run_lock import held

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError, choice
+from distaccum.nn.batch_stats import blended, buffers_of, is_served, no_moments, running_of, several_ranks, width
 from distaccum.nn.batchnorm_layers import CONVERTED, LAZY, BatchNormMode, Windowed
-from distaccum.nn.moments import blended, buffers_of, is_served, no_moments, running_of, several_ranks, width
 
 
 def has_batchnorm(model: nn.Module) -> bool:

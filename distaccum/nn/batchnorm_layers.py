@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distaccum.nn.moments import (
+from distaccum.nn.batch_stats import (
     NormaliseTogether,
     all_reduced,
     blended,

@@ -1,6 +1,6 @@
 """Optimizers, and what is set before each of their steps: learning rate and beta2, as functions of position."""
 
-from distaccum.batch_schedule import ScheduleUnit as ScheduleUnit
+from distaccum.core.batch_schedule import ScheduleUnit as ScheduleUnit
 from distaccum.optim.optimizer import OptimConfig as OptimConfig
 from distaccum.optim.optimizer import OptimImplementation as OptimImplementation
 from distaccum.optim.optimizer import OptimName as OptimName

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 
-from distaccum.batch_schedule import ScheduleUnit
+from distaccum.core.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
 
 AUTO = "auto"  # a warm-up that follows the length of the training, see `with_warmup`

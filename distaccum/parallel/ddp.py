@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distaccum import torch_private
+from distaccum import _torch
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.parallel.base import Strategy, Sync
@@ -32,7 +32,7 @@ class DDP(Strategy):
         """Refuse what torch's DDP cannot accumulate; `apart`: no micro sends anything, all travels after the window."""
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
         self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank")
-        obstacle = torch_private.ddp_obstacle(model)
+        obstacle = _torch.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
                 f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it; "
@@ -55,7 +55,7 @@ class DDP(Strategy):
     def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Let DDP synchronise with the boundary only, where a forward past DDP is refused. It reads the flag there."""
         self._windows_begun += first
-        return torch_private.ddp_synchronises(self.model, self.sums is None and self._synced(first, last))
+        return _torch.ddp_synchronises(self.model, self.sums is None and self._synced(first, last))
 
     def owned(self) -> list[nn.Parameter] | None:
         """List what DDP's reducer was made for: parameters thawed or added since are not among them."""
@@ -64,18 +64,18 @@ class DDP(Strategy):
     def after_micro(self) -> None:
         """As for all strategies; parameters that the backward did not reach add zeros to what was sent."""
         if self.sums is None:
-            torch_private.ddp_complete(self.model, self._reduced)
+            _torch.ddp_complete(self.model, self._reduced)
         super().after_micro()
 
     def deliver(self) -> None:
         """As for all strategies; the last backward may have been run in parts."""
         if self.sums is None:
-            torch_private.ddp_complete(self.model, self._reduced)
+            _torch.ddp_complete(self.model, self._reduced)
         super().deliver()
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
         """DDP must send each bucket itself, as soon as its gradients are complete."""
-        if torch_private.has_hooks(self.model.parameters()):
+        if _torch.has_hooks(self.model.parameters()):
             return "a parameter has hooks, which would miss the gradients that are added past autograd"
         if self.model.find_unused_parameters or self.model.static_graph:
             return "find_unused_parameters and static_graph look through the whole graph of a micro-batch"
@@ -84,7 +84,7 @@ class DDP(Strategy):
     def abort(self) -> None:
         """A reducer whose backward was interrupted is replaced."""
         super().abort()
-        torch_private.reset_ddp(self.model)
+        _torch.reset_ddp(self.model)
         self._know_reducer()
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
@@ -97,7 +97,7 @@ class DDP(Strategy):
             return Traffic.of([("all_reduce", size) for size in self.sums.messages()] * reductions)
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
         num_bytes = sum(p.numel() * p.element_size() for p in self._reduced)
-        layouts = [torch_private.ddp_buckets(self.model)] * synced
+        layouts = [_torch.ddp_buckets(self.model)] * synced
         if self._windows_begun <= 1:
             layouts[:1] = [self._first_buckets]
         entries = [e for n in layouts for e in [("all_reduce", 0)] * (n - 1) + [("all_reduce", num_bytes)]]
@@ -117,8 +117,8 @@ class DDP(Strategy):
     def _know_reducer(self) -> None:
         """Note what a new reducer begins with."""
         self._windows_begun = 0
-        self._first_buckets = torch_private.ddp_buckets(self.model)
-        self._reduced = torch_private.ddp_parameters(self.model)
+        self._first_buckets = _torch.ddp_buckets(self.model)
+        self._reduced = _torch.ddp_parameters(self.model)
 
     def _synced(self, first: bool, last: bool) -> bool:
         # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what

@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from distaccum import torch_private
+from distaccum import _torch
+from distaccum.core.loss import wide
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
-from distaccum.loss import wide
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
@@ -28,7 +28,7 @@ def shard_again(model: nn.Module) -> None:
     Raises:
         ConfigError: for parameters that were frozen or thawed meanwhile, which FSDP2 would forget.
     """
-    if names := torch_private.changed_while_gathered(model):
+    if names := _torch.changed_while_gathered(model):
         raise ConfigError(
             f"{len(names)} parameter(s), {names[0]} first, were frozen or thawed while FSDP2 held the model gathered, "
             "as it does after an evaluation. FSDP2 forgets that when it shards the model again. Call requires_grad_() "
@@ -51,13 +51,13 @@ class FSDP(Strategy):
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
-        self.groups = torch_private.sharding_groups(model)
+        self.groups = _torch.sharding_groups(model)
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
         self.replicas = mesh.size(0) if self._replicated else 1
         kept = (Sync.boundary, Sync.keep, Sync.every) + ((Sync.shard,) if self._replicated else ())
         self.refuse(kept, "a 1-D mesh has no replicas to postpone the all-reduce for")
-        if torch_private.custom_divide_factor(model) is not None:
+        if _torch.custom_divide_factor(model) is not None:
             raise ConfigError(
                 "set_gradient_divide_factor() was called on this model, so its gradients would be divided twice. "
                 "Leave it out: the division by the global weight is done here, once."
@@ -65,7 +65,7 @@ class FSDP(Strategy):
         self._refuse_other_dtypes(dtypes)
         # Ranks may use different parameters in a window; all must reduce the same ones, and with a postponed all-reduce
         # a partial sum must not meet another parameter's.
-        torch_private.reduce_unused_parameters(model)
+        _torch.reduce_unused_parameters(model)
         if sync is Sync.every and not GradientDtypes(dtypes.accumulate).are_own(model.parameters()):
             # Each micro's reduced shard would be summed in the parameter's dtype.
             self.sums = GradientSums(model.parameters(), dtypes)
@@ -76,7 +76,7 @@ class FSDP(Strategy):
         """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
         if first:  # forwards without backward, such as an evaluation's, would change what this window gathers
             shard_again(self.model)
-            torch_private.forget_forwards(self.model)
+            _torch.forget_forwards(self.model)
         # The order matters: this one sets the all-reduce flag too.
         self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
         if self.sync is Sync.shard:
@@ -90,7 +90,7 @@ class FSDP(Strategy):
         """Parameters must be there while one block after the other is computed for several micros."""
         if self.sync is not Sync.keep:
             return f"sync='{self.sync.value}' gathers parameters for each micro-batch; sync='keep' does not"
-        if torch_private.shared_group(self.model, blocks):
+        if _torch.shared_group(self.model, blocks):
             return "two blocks are in one group of FSDP2"
         return super().tail_obstacle(blocks)
 
@@ -123,7 +123,7 @@ class FSDP(Strategy):
     def abort(self) -> None:
         """Clear also what lives off the parameters: unsharded sums, HSDP's partial sums, a pass that did not end."""
         super().abort()
-        torch_private.clear_sharded_gradients(self.model)
+        _torch.clear_sharded_gradients(self.model)
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
         """Counted over FSDP2's groups: gathered once or twice a micro, reduced as the policy says."""
@@ -131,7 +131,7 @@ class FSDP(Strategy):
         scatters = num_rounds if self.sync in (Sync.every, Sync.shard) else 1
         reduces = num_rounds if self.sync is Sync.every else 1
         entries: list[tuple[str, int]] = []
-        for group in torch_private.sharded_groups(self.model):
+        for group in _torch.sharded_groups(self.model):
             if group.gather_bytes and self._shards > 1:
                 per_micro = 1 if self.sync is Sync.keep or not group.reshards else 2
                 entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro)
@@ -150,7 +150,7 @@ class FSDP(Strategy):
 
     def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
         """The module's own policy decides in which dtype it reduces, and sums over micros that it does not reduce."""
-        for group in torch_private.sharded_groups(self.model):
+        for group in _torch.sharded_groups(self.model):
             found, asked = group.reduce_dtype, dtypes.reduce or wide(group.reduce_dtype)
             if group.scatter_bytes and found is not asked:
                 raise ConfigError(
@@ -191,7 +191,7 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
     (_, first), *_ = sharded
     for name, parameter in sharded:
         _refuse_other_meshes(name, parameter, first, world)
-    if torch_private.offloads(model):
+    if _torch.offloads(model):
         raise ConfigError(
             "This FSDP2 model uses CPUOffloadPolicy, which is not supported: its parameters are on the CPU and "
             "micro-batches are on the GPU. Call fully_shard() without offload_policy; to save memory use "

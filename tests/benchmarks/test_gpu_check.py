@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("benchmarks", "tests/numerics"):
+for folder in ("benchmarks", "tests/support"):
     sys.path.insert(0, str(ROOT / folder))
 
 import gpu_check  # noqa: E402

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from worlds import World
 
 import distaccum as da
-from distaccum.config import Config, config_dir, typed
+from distaccum.app.config import Config, config_dir, typed
 from distaccum.grads.accumulate import SumDtype
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,10 +15,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from distaccum.core.plan import Plan
 from distaccum.data.images import ImageDataset, ImagesConfig, ImageSource, frequency_loss, load_images
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
-from distaccum.plan import Plan
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from distaccum.batch_schedule import BatchSchedule, Ramp, ScheduleUnit
+from distaccum.core.batch_schedule import BatchSchedule, Ramp, ScheduleUnit
+from distaccum.core.plan import Plan
 from distaccum.data import loader as under_test
 from distaccum.data.loader import Loader
-from distaccum.plan import Plan
 
 SCHEDULE = BatchSchedule(((0, 4), (40, 22)), ScheduleUnit.samples, Ramp.linear)
 

@@ -167,7 +167,7 @@ def compose(overrides: list[str]) -> None:
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
 
-    from distaccum.config import config_dir, typed
+    from distaccum.app.config import config_dir, typed
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed: Any = OmegaConf.to_container(hydra_compose("config", overrides=overrides), resolve=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from commands import command_line
 
-from distaccum.predict.machine import KINDS, Link, Machine
+from distaccum.planner.hardware import KINDS, Link, Machine
 
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -13,13 +13,13 @@ from disks import fill, small_disk
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from distaccum.build import build
-from distaccum.commands.check import check
-from distaccum.config import config_dir, typed
+from distaccum.app.build import build
+from distaccum.app.commands.check import check
+from distaccum.app.config import config_dir, typed
+from distaccum.app.preemption import Preemption
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
 from distaccum.parallel.world import World
-from distaccum.preempt import Preemption
 
 
 def composed(*overrides: str) -> dict[str, Any]:

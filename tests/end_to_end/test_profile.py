@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from commands import command_line
 
-from distaccum.predict.machine import KINDS, Machine
+from distaccum.planner.hardware import KINDS, Machine
 
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "device=cpu"]
 
 # The command line's own entry, with nothing repeated more often than it must be.
 SHORT = """
 from distaccum.cli import main
-from distaccum.commands import profile
+from distaccum.app.commands import profile
 profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0, 0.0, 2**18
 main()
 """

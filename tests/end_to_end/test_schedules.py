@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commands import command_line
 
-from distaccum.report.metrics import read_metrics
+from distaccum.metrics.run_log import read_metrics
 
 SMALL = [
     "data=path", "data.seq_len=16", "model.num_layers=1", "model.num_heads=2", "model.width=16", "loader.workers=0",

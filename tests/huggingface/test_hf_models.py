@@ -13,9 +13,9 @@ import yaml
 from heads import make
 from torch import nn
 
-from distaccum.config import config_dir
+from distaccum.app.config import config_dir
 from distaccum.errors import ConfigError
-from distaccum.models.hf import HFConfig, build_hf
+from distaccum.huggingface.models import HFConfig, build_hf
 from distaccum.nn.blocks import blocks_of
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ from worlds import World
 
 import distaccum as da
 from distaccum.huggingface import HuggingFace, HuggingFaceCausalLM
-from distaccum.models.hf import HFConfig, build_hf
+from distaccum.huggingface.models import HFConfig, build_hf
 from distaccum.nn.blocks import blocks_of
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from distaccum.errors import ConfigError
 from distaccum.launch import Job, launch, write_result
-from distaccum.report.sweep import tell_sweep
+from distaccum.metrics.sweep import tell_sweep
 
 KEYS = ("launch", "model", "run_dir", "device", "value", "fault", "timeout_s", "train")
 

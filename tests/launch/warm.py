@@ -67,7 +67,7 @@ class Warm:
 
 def serve():
     """In the server: fork what is asked for, and tell how it ended, until nobody asks any more."""
-    for name in ("torch.distributed.run", "distaccum.launch", "distaccum.report.sweep"):
+    for name in ("torch.distributed.run", "distaccum.launch", "distaccum.metrics.sweep"):
         importlib.import_module(name)
 
     for line in sys.stdin:

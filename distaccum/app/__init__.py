@@ -1,0 +1,1 @@
+"""The program `distaccum`: configuration, task, training, validation, resume, and the commands."""

@@ -1,0 +1,265 @@
+"""The schema of a run: from what Hydra composed to typed values. conf/ owns all defaults, this file all types."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distaccum.app.oom import OnOutOfMemory
+from distaccum.checkpoint.saver import CheckpointConfig
+from distaccum.core.batch_schedule import Ramp, ScheduleUnit
+from distaccum.core.batch_size import Ragged
+from distaccum.core.plan import LastWindow
+from distaccum.data.images import ImagesConfig
+from distaccum.data.text import TextConfig
+from distaccum.errors import ConfigError
+from distaccum.grads.accumulate import SumDtype
+from distaccum.huggingface.models import HFConfig
+from distaccum.launch import LocalLaunch, SlurmLaunch
+from distaccum.metrics import LoggerConfig
+from distaccum.models.gpt import GPTConfig
+from distaccum.models.resnet import ResNetConfig
+from distaccum.nn.batchnorm_layers import BatchNormMode
+from distaccum.optim import OptimConfig
+from distaccum.parallel.apply import ParallelConfig
+from distaccum.parallel.base import Sync
+from distaccum.parallel.ledger import Audit
+from distaccum.parallel.precision import Precision
+from distaccum.planner.meter import parse_bytes
+from distaccum.step.accumulator import NonFinite
+
+
+class Device(Enum):
+    """`auto` is the GPU of this rank where there are GPUs, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class AccumConfig:
+    """How micro-batches make an effective batch, see batch_arithmetic.solve."""
+
+    effective_batch: int | None
+    effective_tokens: int | None
+    micro: Any  # a number, auto or null: OmegaConf has no union of them
+    num_micros: int | None
+    schedule: list[dict[str, int]] | None  # `from` is no name for a field; batch_schedule.entries_of reads them
+    schedule_unit: ScheduleUnit
+    ramp: Ramp
+    ragged: Ragged
+    last_window: LastWindow
+    sync: Sync
+    nonfinite: NonFinite
+    audit: Audit
+    dtype: SumDtype | None
+    overlap_micros: Any  # a number or auto: OmegaConf has no union of them
+    overlap_memory_mb: int | None
+    on_oom: OnOutOfMemory
+
+
+@dataclass
+class LimitsConfig:
+    """What a rank may take of its device."""
+
+    memory: Any  # 2GiB, a number of bytes or null
+    margin: float
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """None: what the device has, which is no limit on the CPU."""
+        return None if self.memory is None else parse_bytes(self.memory, "limits.memory")
+
+
+@dataclass
+class PrecisionConfig:
+    """In which dtype the model computes. The rest is for fp16's loss scale."""
+
+    name: Precision
+    loss_scale: float
+    loss_scale_growth_windows: int
+
+
+@dataclass
+class NNConfig:
+    """What changes inside the model."""
+
+    batchnorm: BatchNormMode
+    compile: bool
+    checkpoint: bool
+
+
+@dataclass
+class LoaderConfig:
+    """How samples are read."""
+
+    workers: int
+    pin_memory: bool | None
+
+
+@dataclass
+class TrainConfig:
+    """How long to train and how often to say something."""
+
+    steps: int | None
+    epochs: int | None
+    seed: int
+    log_every_steps: int
+    evaluate_every_steps: int
+    heldout_samples: int
+    timeout_s: float
+    max_minutes: float | None
+    deterministic: bool
+
+
+@dataclass
+class Config:
+    """One run. `model`, `data` and `launch` are of the dataclass that their `name` says."""
+
+    model: Any
+    data: Any
+    launch: Any
+    accum: AccumConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    precision: PrecisionConfig
+    nn: NNConfig
+    logger: LoggerConfig
+    loader: LoaderConfig
+    train: TrainConfig
+    device: Device
+    run_dir: str
+    resume: str
+    init_weights: str | None
+    checkpoint: CheckpointConfig
+    limits: LimitsConfig
+    machine: str | None
+    world_size: int | None
+    experiment: str | None = None
+
+
+MODELS: dict[str, type] = {"gpt": GPTConfig, "hf": HFConfig, "resnet": ResNetConfig}
+DATA: dict[str, type] = {"text": TextConfig, "images": ImagesConfig}
+LAUNCH: dict[str, type] = {"local": LocalLaunch, "slurm": SlurmLaunch}
+
+T = TypeVar("T")
+
+
+def typed(composed: dict[str, Any]) -> Config:
+    """Check names and types of a composed configuration.
+
+    Raises:
+        ConfigError: for a key that does not exist (also one that `+` added), a missing value or a wrong type.
+    """
+    composed = dict(composed)
+    model = _choose(composed.pop("model", None), MODELS, "model")
+    data = _choose(composed.pop("data", None), DATA, "data")
+    launch = _choose(composed.pop("launch", None), LAUNCH, "launch")
+    config = _convert(Config, composed, "")
+    config.model, config.data, config.launch = model, data, launch
+    if not config.run_dir.strip():
+        raise ConfigError(
+            "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out."
+        )
+    for name in ("log_every_steps", "evaluate_every_steps", "heldout_samples"):
+        if getattr(config.train, name) < 1:
+            raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
+    for name, value in (
+        ("train.max_minutes", config.train.max_minutes),
+        ("checkpoint.every.steps", config.checkpoint.every.steps),
+        ("checkpoint.every.minutes", config.checkpoint.every.minutes),
+    ):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} is {value}; give a positive number, or null.")
+    overlap, memory_mb = config.accum.overlap_micros, config.accum.overlap_memory_mb
+    if overlap != "auto" and (isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1):
+        raise ConfigError(f"accum.overlap_micros is {overlap!r}; give a number of micro-batches from 1 on, or auto.")
+    if memory_mb is not None and memory_mb < 0:
+        raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give MiB from 0 on, or null for no limit.")
+    micro = config.accum.micro
+    if micro not in (None, "auto") and (isinstance(micro, bool) or not isinstance(micro, int)):
+        raise ConfigError(f"accum.micro is {micro!r}; give a number of samples, auto for the most that fit, or null.")
+    warmup = config.optim.schedule.warmup
+    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int)):
+        raise ConfigError(
+            f"optim.schedule.warmup is {warmup!r}; give a whole number of optim.schedule.unit, 0 for none, or auto."
+        )
+    if not 0 <= config.limits.margin < 1:
+        raise ConfigError(f"limits.margin is {config.limits.margin}; it is a share of the memory, from 0 on below 1.")
+    _ = config.limits.memory_bytes  # refused here where it is no amount
+    if config.checkpoint.keep < 0:
+        raise ConfigError(f"checkpoint.keep is {config.checkpoint.keep}; it is a number, and 0 saves nothing.")
+    if (config.train.steps is None) == (config.train.epochs is None):
+        raise ConfigError(
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the "
+            "other to null; it says how long the training is."
+        )
+    return config
+
+
+def _choose(node: Any, kinds: dict[str, type], where: str) -> Any:
+    name = node.get("name") if isinstance(node, dict) else None
+    if name not in kinds:
+        raise ConfigError(
+            f"{where}.name is {name!r}. Known: {', '.join(kinds)}; {where}=NAME chooses from conf/{where}/."
+        )
+    return _convert(kinds[name], node, f"{where}.")
+
+
+def _convert(kind: type[T], node: dict[str, Any], prefix: str) -> T:
+    _refuse_unknown(kind, node, prefix)
+    try:
+        schema = OmegaConf.structured(kind)
+        if kind is Config:
+            node = {"model": None, "data": None, "launch": None, **node}
+        result = OmegaConf.to_object(OmegaConf.merge(schema, node))
+    except OmegaConfBaseException as error:
+        key = prefix + str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {reason}.") from None
+    assert isinstance(result, kind)
+    return result
+
+
+def _refuse_unknown(kind: Any, node: Any, prefix: str) -> None:
+    """OmegaConf would refuse unknown keys as well, but not say which ones there are."""
+    if not isinstance(node, dict) or not hasattr(kind, "__dataclass_fields__"):
+        return
+    known = {field.name: field for field in fields(kind)}
+    for key, value in node.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(known)}."
+            raise ConfigError(f"There is no key {prefix}{key}.{meant}")
+        inner = _dataclass_of(kind, key)
+        if inner is not None:
+            _refuse_unknown(inner, value, f"{prefix}{key}.")
+
+
+def _dataclass_of(kind: Any, name: str) -> Any:
+    from typing import get_type_hints
+
+    hint = get_type_hints(kind)[name]
+    return hint if hasattr(hint, "__dataclass_fields__") else None
+
+
+def config_dir() -> Path:
+    """The folder of the configuration: inside the package when installed from a wheel, else beside it.
+
+    Raises:
+        ConfigError: when neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(
+        f"No configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum."
+    )

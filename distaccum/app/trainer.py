@@ -1,0 +1,271 @@
+"""Many steps, in a fixed order: rate, step, report, evaluate, save, stop. No callbacks; all collaborators are named."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import asdict, replace
+
+import torch
+
+from distaccum.app.oom import REMEDIES, Budget, OnOutOfMemory
+from distaccum.app.preemption import Preemption
+from distaccum.app.progress import Progress, Rhythm
+from distaccum.app.validation import Heldout, evaluate
+from distaccum.checkpoint.saver import Saver
+from distaccum.core.plan import Plan, Window
+from distaccum.data.loader import Loader
+from distaccum.errors import OutOfMemoryError
+from distaccum.metrics import Report
+from distaccum.optim import LRSchedule, ScheduleUnit
+from distaccum.parallel.base import Sync
+from distaccum.parallel.ledger import Verdict
+from distaccum.step.accumulator import Accumulator
+from distaccum.step.consensus import Request
+from distaccum.step.record import StepRecord
+
+
+class Trainer:
+    """Trains by a plan until its last window."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        loader: Loader,
+        accumulator: Accumulator,
+        schedule: LRSchedule,
+        unit: ScheduleUnit,
+        heldout: Heldout,
+        rhythm: Rhythm,
+        preemption: Preemption,
+        saver: Saver | None,
+        report: Report | None,
+        budget: Budget,
+        *,
+        counts_tokens: bool,
+    ) -> None:
+        """Keep the collaborators; `report` is there on rank 0 only. Where weights are tokens, they are told as such."""
+        self.plan = plan
+        self.loader = loader
+        self.accumulator = accumulator
+        self.schedule = schedule
+        self.unit = unit
+        self.heldout = heldout
+        self.rhythm = rhythm
+        self.preemption = preemption
+        self.saver = saver
+        self.report = report
+        self.budget = budget
+        self.counts_tokens = counts_tokens
+        self.progress = Progress()
+        self._resumed = Progress()  # where this start began
+        self._seconds = 0.0  # of training in this start, without evaluating and saving
+
+    def resume(self, progress: Progress) -> None:
+        """Begin there, and not at the first step. Model, optimizer and accumulator are loaded by the caller."""
+        self.progress, self._resumed = progress, replace(progress)
+
+    def run(self) -> str | None:
+        """Train until the last window, or until a rank is asked to stop: then why. Call it on every rank.
+
+        Whichever it was, the run is saved there, if it is saved at all.
+        """
+        try:
+            return self._run()
+        finally:
+            self.loader.close()
+
+    def request(self) -> Request:
+        """What this rank asks of all at the next boundary."""
+        request = Request.none if self.preemption.reason is None else Request.stop
+        if self.saver is not None and self.saver.minutes_are_over():
+            request |= Request.save
+        return request
+
+    def _run(self) -> str | None:
+        if self._evaluation_is_due():  # it was stopped before it could
+            best = self._evaluate()
+            if best and self.saver is not None and self.saver.keeps_best:
+                self._save(best, stopping=False)
+        while True:
+            try:
+                return self._windows()
+            except OutOfMemoryError as error:
+                self._shrink(error)
+
+    def _windows(self) -> str | None:
+        progress, rhythm = self.progress, self.rhythm
+        since, began = _Since(self.loader.waited_s), time.perf_counter()
+        for window, micros in self.loader.windows(progress.windows, progress.position, rhythm.windows):
+            self.schedule.set(self._position(window), window.effective_batch)
+            with self.budget.step(progress.step + 1, self.plan, window, self.accumulator.strategy.world.size):
+                record = self.accumulator.step(micros, self)
+            progress.windows, progress.position = window.step + 1, window.next_start
+            progress.step, made = record.step, record.skipped is None
+            progress.samples += window.size
+            progress.tokens += record.weight
+            since.count(window.size, record)
+            last = progress.windows == rhythm.windows
+            stop = Request.stop in record.requested and not last
+            if self.report is not None:
+                shown = (made and progress.step % rhythm.log_every_steps == 0) or last or stop
+                self._tell(window, record, since, shown)
+                self._note(self.budget.told(last or stop))
+                if shown:
+                    since = _Since(self.loader.waited_s)
+            self._seconds += time.perf_counter() - began
+            best = False
+            if not stop and self._evaluation_is_due():
+                best = self._evaluate()
+                since = _Since(self.loader.waited_s)
+            if self._save_is_due(record, best, last or stop):
+                self._save(best, stop)
+                since = _Since(self.loader.waited_s)
+            if stop:
+                return self.preemption.reason or "another rank was asked to stop"
+            began = time.perf_counter()
+        if self.saver is not None:
+            self._note(self.saver.wait())
+        return None
+
+    def _shrink(self, error: OutOfMemoryError) -> None:
+        """Go on from the window in which memory ran out, on all ranks alike, in micros of half the size."""
+        if self.budget.on_oom is not OnOutOfMemory.shrink:
+            raise error
+        if self.plan.largest_micro == 1:
+            raise OutOfMemoryError(f"{error.args[0]} One sample cannot be halved: {REMEDIES}.") from None
+        self.plan = self.loader.plan = replace(self.plan, halvings=self.plan.halvings + 1)
+        size = self.plan.largest_micro
+        self._note(
+            [
+                f"step {self.progress.step + 1}: {error}; computed once more, and all after it, in micro-batches of "
+                f"{size} sample(s), with the same effective batch (accum.micro={size} begins so)"
+            ]
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        progress, rhythm = self.progress, self.rhythm
+        ends = progress.windows == rhythm.windows
+        if ends and not progress.heldout:  # even where no window made a step
+            return True
+        due = ends or progress.step % rhythm.evaluate_every_steps == 0
+        return due and progress.step > progress.evaluated_step
+
+    def _save_is_due(self, record: StepRecord, best: bool, ends: bool) -> bool:
+        if self.saver is None:
+            return False
+        made = record.skipped is None  # else the step was saved when it was made
+        due = Request.save in record.requested or (made and self.saver.is_due(self.progress.step))
+        return ends or due or (best and self.saver.keeps_best)
+
+    def _save(self, best: bool, stopping: bool) -> None:
+        assert self.saver is not None
+        accumulator = self.accumulator
+        facts = {"progress": asdict(self.progress), "accumulator": accumulator.state_dict()}
+        model = accumulator.strategy.evaluation_model
+        step, optimizer = self.progress.step, accumulator.optimizer
+        self._note(self.saver.save(step, model, optimizer, facts, best=best, stopping=stopping))
+
+    def _note(self, texts: list[str]) -> None:
+        if self.report is not None:
+            for text in texts:
+                self.report.note(text)
+
+    def totals(self) -> dict[str, float]:
+        """What was done, and how fast in this start, without evaluating and saving."""
+        progress, before, seconds = self.progress, self._resumed, max(self._seconds, 1e-9)
+        return {
+            "steps": progress.step,
+            "samples": progress.samples,
+            "samples_per_s": (progress.samples - before.samples) / seconds,
+            **self._tokens("tokens_per_s", (progress.tokens - before.tokens) / seconds),
+        }
+
+    def _tokens(self, name: str, value: float) -> dict[str, float]:
+        return {name: value} if self.counts_tokens else {}
+
+    def _position(self, window: Window) -> int:
+        if self.unit is ScheduleUnit.steps:
+            return window.step
+        return window.start if self.unit is ScheduleUnit.samples else int(self.progress.tokens)
+
+    def _tell(self, window: Window, record: StepRecord, since: _Since, shown: bool) -> None:
+        assert self.report is not None
+        if record.verdict is not None:
+            self.report.note(f"ledger: {self._sent(record, record.verdict)}")
+        if record.chosen is not None:
+            self.report.note(record.chosen)
+        if record.skipped is not None:
+            self.report.note(f"window {window.step + 1} skipped, after step {record.step}: {record.skipped}")
+        elapsed = max(since.elapsed_s, 1e-9)
+        self.report.step(
+            {
+                "step": self.progress.step,
+                "window": self.progress.windows,
+                "epoch": window.epoch,
+                "samples": self.progress.samples,
+                **self._tokens("tokens", int(self.progress.tokens)),
+                "loss": record.loss,
+                "grad_norm": record.grad_norm,
+                "lr": record.lr,
+                "weight": record.weight,
+                "skipped": record.skipped,
+                "samples_per_s": since.samples / elapsed,
+                **self._tokens("tokens_per_s", since.tokens / elapsed),
+                "data_wait_share": min(1.0, (self.loader.waited_s - since.waited_s) / elapsed),
+                "comm_share": None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed),
+                "peak_memory_bytes": peak_memory_bytes(self.accumulator.strategy.world.device),
+            },
+            record.step + self.rhythm.windows - self.progress.windows,
+            shown,
+        )
+
+    def _sent(self, record: StepRecord, verdict: Verdict) -> str:
+        strategy = self.accumulator.strategy
+        if strategy.world.size == 1 and not verdict.counted.counts:
+            return "one process: nothing to send, and nothing was sent"
+        name = f"step {record.step}" if record.skipped is None else f"the skipped window after step {record.step}"
+        once = "" if strategy.sync is Sync.every else "; each gradient crossed the network once"
+        return f"{name} sent {verdict.counted}, exactly the forecast{once}"
+
+    def _evaluate(self) -> bool:
+        """Evaluate held-out samples; whether the loss is the least so far."""
+        means, progress = evaluate(self.accumulator.strategy, self.heldout), self.progress
+        progress.evaluated_step, progress.heldout = progress.step, means
+        if self.report is not None:
+            tokens = self._tokens("tokens", int(progress.tokens))
+            self.report.heldout({"step": progress.step, **means, "samples": progress.samples, **tokens})
+        loss = next(iter(means.values()), math.nan)
+        best = loss < (math.inf if progress.best_loss is None else progress.best_loss)
+        if best:
+            progress.best_loss = loss
+        return best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Since:
+    """Sums since the last line that was shown."""
+
+    def __init__(self, waited_s: float) -> None:
+        self._began = time.perf_counter()
+        self.waited_s = waited_s
+        self.samples = 0
+        self.tokens = 0.0
+        self.exposed_s: float | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._began
+
+    def count(self, samples: int, record: StepRecord) -> None:
+        self.samples += samples
+        self.tokens += record.weight
+        if record.exposed_s is not None:
+            self.exposed_s = (self.exposed_s or 0.0) + record.exposed_s

@@ -1,0 +1,140 @@
+"""`curve.png`: training and held-out loss, and the learning rate, as `metrics.jsonl` tells them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distaccum.metrics.run_log import read_metrics, standing
+
+Points = list[tuple[int, float]]  # (step, value), steps ascending, values finite
+
+TRAIN, HELDOUT, BASELINE, RATE = "#4477aa", "#cc3311", "#555555", "#228833"
+# From so many training points on, single steps are noise to the eye and a running median is drawn over them.
+MIN_POINTS_FOR_MEDIAN = 60
+
+
+def draw_curve(metrics_path: Path, out: Path, baseline: float | None = None, unit: str = "nats per token") -> bool:
+    """Draw the curves of a run into a PNG of about 1350 x 1050 pixels.
+
+    Records used: kind "step" (step, loss, lr) and kind "heldout" (step, loss). Where a resumed run has gone over a step
+    again, its newer record counts; values that are null or not finite are left out.
+
+    Args:
+        metrics_path: a `metrics.jsonl`, also of a killed run.
+        out: the PNG to write; replaced if it is there.
+        baseline: a loss in the same unit, drawn as a dashed line.
+        unit: what the loss is measured in, for the axis.
+
+    Returns:
+        False, and nothing is written, if there is no loss to draw.
+    """
+    records = standing(read_metrics(metrics_path)) if metrics_path.exists() else []
+    train = _points(records, "step", "loss")
+    heldout = _points(records, "heldout", "loss")
+    rates = _points(records, "step", "lr")
+    if not train and not heldout:
+        return False
+
+    # Figure and canvas by hand: pyplot keeps a global list of figures and may ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _draw_losses(loss_axis, train, heldout, baseline, unit)
+    _draw_rates(rate_axis, rates)
+    for axis in (loss_axis, rate_axis):
+        axis.grid(True, color="#dddddd", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=12)
+    # Above the axes in a row of its own: inside, it would sooner or later lie on a curve.
+    figure.legend(fontsize=12, loc="outside upper center", ncols=2, frameon=False)
+    figure.align_ylabels()
+    figure.savefig(out, dpi=150)
+    return True
+
+
+def _points(records: Sequence[dict[str, object]], kind: str, field: str) -> Points:
+    newest: dict[int, float] = {}
+    for record in records:
+        step, value = record.get("step"), record.get(field)
+        if record.get("skipped"):  # it has the number of the step before it
+            continue
+        if record["kind"] == kind and isinstance(step, int) and isinstance(value, (int, float)):
+            newest[step] = float(value)
+    return sorted((step, value) for step, value in newest.items() if math.isfinite(value))
+
+
+def _plot(axis: Any, points: Points, **style: Any) -> None:
+    if len(points) == 1:
+        style.setdefault("marker", "o")  # a line through one point is invisible
+    axis.plot([step for step, _ in points], [value for _, value in points], **style)
+
+
+def _draw_losses(axis: Any, train: Points, heldout: Points, baseline: float | None, unit: str) -> None:
+    if len(train) < MIN_POINTS_FOR_MEDIAN:
+        _plot(axis, train, color=TRAIN, linewidth=1.6, **({"label": "training loss"} if train else {}))
+    else:
+        window = len(train) // 25 | 1
+        median = _running_median(train, window)
+        _plot(axis, train, color=TRAIN, linewidth=1.2, alpha=0.35, label="training loss, each step")
+        _plot(axis, median, color=TRAIN, linewidth=2.2, label=f"training loss, median of {window} steps")
+    if heldout:
+        label = f"held-out loss (last {heldout[-1][1]:.3f})"
+        _plot(axis, heldout, color=HELDOUT, linewidth=1.8, marker="o", markersize=6, label=label)
+    if baseline is not None:
+        axis.axhline(
+            baseline, color=BASELINE, linestyle="--", linewidth=1.6, label=f"by frequency alone ({baseline:.3f})"
+        )
+    marks = [value for _, value in heldout] + ([baseline] if baseline is not None else [])
+    low, high, num_above = loss_limits([value for _, value in train], marks)
+    axis.set_ylim(low, high)
+    axis.set_ylabel(f"loss ({unit})", fontsize=13)
+    if num_above:
+        axis.set_title(f"{num_above} training losses lie above this picture", fontsize=11, loc="right", color="#555555")
+
+
+def _draw_rates(axis: Any, rates: Points) -> None:
+    _plot(axis, rates, color=RATE, linewidth=2)
+    axis.set_ylim(0, 1.1 * max((value for _, value in rates), default=0.0) or 1.0)
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.yaxis.get_offset_text().set_fontsize(11)
+    axis.set_ylabel("learning rate", fontsize=13)
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set_xlabel("step (optimizer updates)", fontsize=13)
+
+
+def loss_limits(train: Sequence[float], marks: Sequence[float]) -> tuple[float, float, int]:
+    """The y range, and how many training losses lie above it.
+
+    Everything is shown but spikes that would press the rest flat: a training loss that is more than twice as far above
+    the lowest value as 98 % of the training losses and all marks (held-out losses, baseline) are.
+    """
+    values = [*train, *marks]
+    low = min(values)
+    ordered = sorted(train)
+    usual = max([*marks, ordered[math.ceil(0.98 * len(ordered)) - 1]] if ordered else marks)
+    high = max(value for value in values if value - low <= 2 * (usual - low))
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin, sum(value > high + margin for value in train)
+
+
+def _running_median(points: Points, window: int) -> Points:
+    """The median of the `window` (odd) points around a point, near both ends of as many as lie evenly around it.
+
+    Centred, because a mean of the last points lags behind a falling loss and would look worse than the held-out loss;
+    the median, because one spike moves a mean for a whole window. At most about 500 points: more cannot be seen, and a
+    run of a million steps would sort for minutes.
+    """
+    values = [value for _, value in points]
+    smooth = []
+    for index in sorted({*range(0, len(points), max(1, len(points) // 500)), len(points) - 1}):
+        reach = min(window // 2, index, len(points) - 1 - index)
+        smooth.append((points[index][0], statistics.median(values[index - reach : index + reach + 1])))
+    return smooth

@@ -1,1 +1,0 @@
-"""The proof of a configuration, by one window. Reading order: prove, observed, reference, judge, result."""

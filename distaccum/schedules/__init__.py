@@ -1,1 +1,0 @@
-"""In which order the micros of a window are computed."""

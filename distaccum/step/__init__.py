@@ -1,0 +1,1 @@
+"""One optimizer step of one window. Reading order: accumulator, consensus, micro_batches, plain_order, record."""

@@ -1,0 +1,177 @@
+"""One process, plain autograd: what a window must equal. Shares nothing with the step but the objective."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distaccum.core.loss import SupportsObjective, sums_of, weights_of
+from distaccum.data.containers import Parts, mapped, parts, rebuilt, tensors_in
+from distaccum.data.device import moves_itself, to_device
+from distaccum.errors import ConfigError
+
+# What pads sequences of different lengths, by the names that the field's collators use.
+PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A window on one process."""
+
+    loss: float  # weighted mean, its terms added
+    gradients: Mapping[str, Tensor]  # by parameter, of those that are trained; zeros where unused
+    running: Mapping[str, Tensor]  # BatchNorm's running mean and variance after the window, by buffer
+
+
+def compute(
+    model: nn.Module, objective: SupportsObjective, groups: Sequence[Any], weights: Mapping[str, float], scale: float
+) -> Computed:
+    """Forward and backward of each group, in order, with one denominator for all of them.
+
+    Args:
+        model: a plain module in the dtype of the computation. BatchNorm normalises within a group.
+        objective: what is summed.
+        groups: micro-batches on the model's device: one big batch, or several whose samples meet in BatchNorm.
+        weights: the denominators by term.
+        scale: losses are multiplied by it before the backward and gradients divided afterwards.
+    """
+    loss = 0.0
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with _Inputs(model) as inputs:
+        for group in groups:
+            sums = sums_of(objective, model, group, list(weights))
+            shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, weights.values(), strict=True)]
+            share = torch.stack(shares).sum()
+            loss += float(share.detach())
+            (share * scale).backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad / scale
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad()
+    return Computed(loss, gradients, inputs.running(before))
+
+
+class _Inputs:
+    """Remembers what each BatchNorm layer of a model has read while it trains."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
+        self._read: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Inputs:
+        for name, layer in self._layers.items():
+            read = self._read[name]
+            self._handles.append(layer.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0])))
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def running(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The running statistics that one update with everything that was read gives, in float64."""
+        result = {}
+        for name, layer in self._layers.items():
+            if layer.running_mean is None or not self._read[name]:
+                continue
+            # [C, N]: all numbers of a channel over the whole window
+            values = torch.cat([x.detach().double().transpose(0, 1).flatten(1) for x in self._read[name]], dim=1)
+            var, mean = torch.var_mean(values, dim=1, correction=min(1, values.shape[1] - 1))
+            momentum = layer.momentum
+            if momentum is None:  # the mean over all updates so far
+                momentum = 1.0 / (float(before[_join(name, "num_batches_tracked")]) + 1)
+            for buffer, value in (("running_mean", mean), ("running_var", var)):
+                old = before[_join(name, buffer)].double()
+                result[_join(name, buffer)] = old + momentum * (value - old)
+        return result
+
+
+def combined(micros: Sequence[Any]) -> Any:
+    """Make one micro-batch of several: tensors joined along their first dimension, containers in their own class.
+
+    Sequences of different lengths are padded at their end, under the names in `PADDING`.
+
+    Raises:
+        ConfigError: for micro-batches of other structure, and other tensors that differ in shape.
+    """
+    return _joined("the micro-batch", micros)
+
+
+def combined_weights(objective: SupportsObjective, micros: Sequence[Any]) -> dict[str, float]:
+    """The weights of all micro-batches together."""
+    totals: dict[str, float] = {}
+    for micro in micros:
+        for name, weight in weights_of(objective, micro).items():
+            totals[name] = totals.get(name, 0.0) + weight
+    return totals
+
+
+def cast(micro: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move a micro-batch to a device, with the floating-point tensors that can be seen in it in a dtype."""
+
+    def change(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(dtype) if leaf.is_floating_point() else leaf
+        made = copy.copy(leaf)
+        vars(made).update({name: mapped(value, change, is_leaf) for name, value in vars(leaf).items()})
+        return made
+
+    def is_leaf(value: Any) -> bool:
+        own = parts(value) is None and moves_itself(value) and hasattr(value, "__dict__")
+        return isinstance(value, Tensor) or own
+
+    return mapped(to_device(micro, device), change, is_leaf)
+
+
+def _joined(name: str, values: Sequence[Any]) -> Any:
+    if name != "the micro-batch" and isinstance(values[0], list):
+        opened = None  # its items may be samples
+    else:
+        opened = [None if isinstance(v, tuple | list) and moves_itself(v) else parts(v) for v in values]
+    kinds = {type(value) for value in values}
+    if opened is not None and None not in opened and len(kinds) == 1:
+        return _together(name, values[0], [part for part in opened if part is not None])
+    if not all(isinstance(value, Tensor) and value.ndim for value in values):
+        if next(tensors_in(list(values)), None) is None and all(value == values[0] for value in values):
+            return values[0]
+        raise ConfigError(_advice(f"'{name}' is {type(values[0]).__name__}, and differs between micro-batches"))
+    shapes = {tuple(value.shape[1:]) for value in values}
+    if len(shapes) == 1:
+        return torch.cat(list(values))
+    if name not in PADDING or any(value.ndim != 2 for value in values):
+        raise ConfigError(_advice(f"'{name}' has the shapes {sorted(shapes)} in different micro-batches"))
+    width = max(value.shape[1] for value in values)
+    return torch.cat([nn.functional.pad(v, (0, width - v.shape[1]), value=PADDING[name]) for v in values])
+
+
+def _together(name: str, first: Any, opened: Sequence[Parts]) -> Any:
+    """Join containers of one class, each of their parts for itself."""
+    if any(one.keys() != other.keys() for those in opened for one, other in zip(those, opened[0], strict=True)):
+        raise ConfigError(_advice(f"'{name}' holds other names in different micro-batches"))
+    items = {key: _joined(str(key), [those.items[key] for those in opened]) for key in opened[0].items}
+    attributes = {}
+    for key, value in opened[0].attributes.items():
+        # What a class keeps for itself belongs to no sample, unless it holds the tensors.
+        own = key.startswith("_") and next(tensors_in(value), None) is None
+        attributes[key] = value if own else _joined(key, [those.attributes[key] for those in opened])
+    return rebuilt(first, Parts(items, attributes))
+
+
+def _advice(reason: str) -> str:
+    return (
+        f"The micro-batches of this window cannot be made one big batch: {reason}. Give verify(..., combine=function), "
+        "which makes one micro-batch of a list of them."
+    )
+
+
+def _join(module: str, buffer: str) -> str:
+    return f"{module}.{buffer}" if module else buffer

@@ -1,0 +1,123 @@
+"""What a sweep tells at its end: table, sweep.csv, sweep.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from distaccum.metrics import sweep_picture
+from distaccum.metrics.sweep import swept_keys, table, tell_sweep, write_csv
+
+
+@dataclass
+class Job:
+    number: int
+    overrides: tuple[str, ...]
+    result: dict[str, float | int | str | None] = field(default_factory=dict)
+    status: str = "done"
+    exit_code: int = 0
+    error: str | None = None
+    run_dir: Path = Path("somewhere")
+
+
+@dataclass
+class Sweep:
+    folder: Path
+    jobs: tuple[Job, ...]
+
+
+def of(loss: float, rate: float = 10.0) -> dict[str, float | int | str | None]:
+    return {"heldout_loss": loss, "samples_per_s": rate, "steps": 3}
+
+
+JOBS = (
+    Job(0, ("lr=0.001", "model=gpt", "a.b=1"), of(2.5, 123.44)),
+    Job(1, ("lr=0.00012345678901234", "model=gpt", "a.b=1"), of(math.nan)),
+    Job(2, ("lr=10", "model=gpt", "a.b=1"), {}, "failed", 1, 'OSError: no "disk", none'),
+    Job(3, ("lr=0.1", "model=gpt", "a.b=1"), of(1.25), "interrupted", 143),
+    Job(4, ("lr=1", "model=gpt", "a.b=1"), of(2.25)),
+)
+
+
+def test_table() -> None:
+    assert table(JOBS).splitlines() == [
+        "sweep: 5 jobs, 3 done, 1 failed, 1 interrupted",
+        "job  lr          held-out loss  samples/s  status",
+        "0    0.001       2.5000         123.4      done",
+        "1    0.00012346  nan            10.0       done",
+        '2    10          -              -          failed: OSError: no "disk", none',
+        "3    0.1         1.2500         10.0       interrupted",
+        "4    1           2.2500         10.0       done",
+        "lowest held-out loss: 2.2500, job 4",
+    ]
+
+
+def test_keys_that_are_added_deleted_or_left_out() -> None:
+    jobs = (Job(0, ("+a=1", "~b", "c=x=y", "d=1")), Job(1, ("+a=1", "c=x=z", "d=1")))
+    assert swept_keys(jobs) == ["b", "c"]
+    assert table(jobs).splitlines()[1:] == [
+        "job  b        c    status",
+        "0    deleted  x=y  done",
+        "1    -        x=z  done",
+    ]
+    assert table(jobs[:1]).splitlines()[1:] == [
+        "job  status",
+        "0    done",
+    ]
+
+
+def test_csv_has_a_row_for_each_job_and_a_column_for_each_key(tmp_path: Path) -> None:
+    write_csv(tmp_path / "sweep.csv", JOBS)
+    with (tmp_path / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("job", "lr", "model", "a.b", "status", "exit_code"),
+        *("heldout_loss", "samples_per_s", "steps", "error", "run_dir"),
+    ]
+    assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4"]
+    assert rows[1]["lr"] == "0.00012345678901234"
+    assert rows[2]["error"] == 'OSError: no "disk", none'
+    assert (rows[2]["heldout_loss"], rows[2]["exit_code"]) == ("", "1")
+    assert (rows[4]["heldout_loss"], rows[4]["steps"], rows[4]["error"]) == ("2.25", "3", "")
+
+
+def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two keys, numbers over a large span and names; failed jobs as crosses; what is drawn is what was measured."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure) or save(figure, *args, **kwargs)
+    )
+    overrides = [{"lr": "0.01", "optim": "sgd"}, {"lr": "1", "optim": "adamw"}, {"lr": "0.1", "optim": "sgd"}]
+    sweep_picture.draw_sweep(tmp_path / "a.png", overrides, [3.0, 2.0, None], [10.0, 20.0, None], ["lr", "optim"])
+    (loss_lr, loss_optim, rate_lr, _) = drawn[0].axes
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert loss_lr.lines[0].get_xydata().tolist() == [[0.01, 3.0], [1.0, 2.0]]
+    assert loss_lr.lines[1].get_xdata().tolist() == [0.1]
+    assert (loss_lr.get_xscale(), rate_lr.get_xlabel()) == ("log", "lr")
+    assert rate_lr.lines[0].get_ydata().tolist() == [10.0, 20.0]
+    assert loss_optim.lines[0].get_xydata().tolist() == [[0.0, 3.0], [1.0, 2.0]]
+    assert [label.get_text() for label in drawn[0].axes[3].get_xticklabels()] == ["sgd", "adamw"]
+
+
+@pytest.mark.parametrize("jobs", [JOBS, JOBS[:1], JOBS[2:3]], ids=["five", "one", "one-failed"])
+def test_all_of_it(tmp_path: Path, jobs: tuple[Job, ...]) -> None:
+    out = io.StringIO()
+    tell_sweep(Sweep(tmp_path, jobs), out)
+    drawn = ["sweep.png"] if any(job.result for job in jobs) else []
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.csv", *drawn]
+    assert out.getvalue() == f"{table(jobs)}\nsweep folder: {tmp_path}\n"
+
+
+def test_a_picture_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "sweep.png").mkdir()
+    out = io.StringIO()
+    tell_sweep(Sweep(tmp_path, JOBS), out)
+    assert "sweep.png was not drawn (IsADirectoryError" in out.getvalue()
+    assert (tmp_path / "sweep.csv").exists()
