@@ -37,7 +37,7 @@ class Tracker(TorchDispatchMode):
     """Counts the bytes of tensors that are alive, and the most there were at once, while it is entered.
 
     It sees what operators return on this thread, backwards on the CPU included, whoever calls them; also what has no
-    memory (`torch_private.weightless`). What a kernel takes and gives back within itself is not seen, nor what is
+    memory (`_torch.weightless`). What a kernel takes and gives back within itself is not seen, nor what is
     inside compiled code. With a limit it is a small device: an operator that passes it raises `torch.OutOfMemoryError`.
     """
 

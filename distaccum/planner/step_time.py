@@ -53,7 +53,7 @@ def step_time(
         setup: how it is spread.
         num_micros: per rank; where ranks differ, on the one that has most.
         micro_flops: of forward and backward of one micro, counted by `predict.trace` as for the machine.
-        overlap_micros: T, see schedules/tail.py; more than there are micros are as many.
+        overlap_micros: T, see step/overlap/tail.py; more than there are micros are as many.
 
     Raises:
         ConfigError: for several ranks, where links were not measured.

@@ -22,7 +22,7 @@ class StepRecord:
     num_micros: int  # over all ranks
     skipped: str | None = None  # why there was no update
     exposed_s: float | None = (
-        None  # seconds that this rank waited for communication, see clock.py; differs between ranks
+        None  # seconds that this rank waited for communication, see timing.py; differs between ranks
     )
     verdict: Verdict | None = None  # the ledger's, where the window was audited
     requested: Request = Request.none  # what any rank asked of all

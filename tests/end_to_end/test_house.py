@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -101,6 +102,16 @@ def test_the_heart_is_small() -> None:
     assert sum(statements(file) for file in files) <= 1000
     for file in (ROOT / "distaccum").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 300, file
+
+
+def test_the_top_holds_six_files_and_the_rooms_nine_layers() -> None:
+    """Import-linter knows every room (`exhaustive`) and finds cycles; here the numbers that it must not grow to."""
+    assert len(list((ROOT / "distaccum").glob("*.py"))) <= 6
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = [contract for contract in contracts if contract["type"] == "layers"]
+    assert len(layers["layers"]) <= 9
+    assert layers["exhaustive"]
+    assert any(contract["type"] == "acyclic_siblings" for contract in contracts)
 
 
 def test_private_names_of_torch_are_in_one_place() -> None:
