@@ -51,7 +51,6 @@ class Scheduler(Protocol):
 
     def step(self) -> Any:
         """Called after each update: never after a micro-batch, never after a window that was skipped."""
-        ...
 
 
 class Accumulator:
