@@ -1,11 +1,14 @@
-"""What a checkpoint costs the training, written in the foreground and behind it: windows in turn, medians and spread.
+"""Measures the time that a checkpoint costs, written in the foreground or in the background.
 
-torchrun --nproc-per-node 2 benchmarks/checkpoint_cost.py [--rounds 5] [--steps 12] [--out results.json] [--smoke]
+torchrun --nproc-per-node 2 benchmarks/checkpoint_cost.py [--rounds 5] [--steps 12]
+    [--out results.json] [--smoke]
 
-A round is three runs of so many steps on the same model: without a checkpoint, with one written in the foreground, with
-one written behind the training. The cost of a checkpoint is the time of such a run less that without; its share of the
-step time is that cost over the steps between two checkpoints. Also counted: collectives of a window, which a checkpoint
-and the flag of preemption must not change.
+A round is three runs of `--steps` steps on the same model: without a checkpoint, with one written
+in the foreground, and with one written in the background ("behind" the training). The cost of a
+checkpoint is the time of such a run minus the time of the run without. Its share of the step time
+is this cost divided by the time of the run without, as if a checkpoint were written every `--steps`
+steps. Medians and ranges over rounds are printed. The collectives of a window are counted too:
+neither a checkpoint nor the preemption flag may change them.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def main() -> None:
     rounds = 1 if asked.smoke else asked.rounds
     found = _measure(world, rounds, 4 if asked.smoke else asked.steps, width=32 if asked.smoke else 320)
     if world.rank == 0:
-        _tell(found)
+        _show(found)
         if asked.out is not None:
             asked.out.write_text(json.dumps(found, indent=1) + "\n")
     if dist.is_initialized():
@@ -70,7 +73,7 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
     )
     tokens = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(world.rank))
     window = [{"input_ids": tokens, "labels": tokens}] * 4
-    folder = Path(world.lend(tempfile.mkdtemp() if world.rank == 0 else "", 0))
+    folder = Path(world.broadcast_object(tempfile.mkdtemp() if world.rank == 0 else "", 0))
     stores = {name: Checkpoints(folder / name, world, keep=1, asynchronous=name == "behind") for name in _WAYS[1:]}
     seconds: dict[str, list[float]] = {name: [] for name in _WAYS}
     blocked: dict[str, list[float]] = {name: [] for name in _WAYS[1:]}
@@ -79,7 +82,7 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
     num_bytes = 0
     for _ in range(rounds):
         for name in _WAYS:
-            _meet(world)
+            _barrier(world)
             began = time.perf_counter()
             for step in range(steps):
                 record = accumulator.step(window)
@@ -90,13 +93,13 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
                     stores[name].save(record.step, tensors, {})
             if name in stores:
                 stores[name].wait()
-            _meet(world)
+            _barrier(world)
             seconds[name].append(time.perf_counter() - began)
             if name in stores:
                 (saved,) = stores[name].saved()
                 blocked[name].append(saved.blocked_s)
                 num_bytes = saved.bytes
-    _meet(world)
+    _barrier(world)
     if world.rank == 0:
         shutil.rmtree(folder)
     assert len(set().union(*collectives.values())) == 1, collectives
@@ -115,12 +118,12 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
 _WAYS = ("none", "foreground", "behind")
 
 
-def _meet(world: World) -> None:
+def _barrier(world: World) -> None:
     if world.group is not None:
         dist.barrier()
 
 
-def _tell(found: dict[str, object]) -> None:
+def _show(found: dict[str, object]) -> None:
     seconds, blocked, steps = found["seconds"], found["blocked_s"], found["steps_between_checkpoints"]
     print(
         f"{found['parameters']:,} parameters, checkpoint of {found['checkpoint_bytes']:,} bytes, {found['ranks']} "
@@ -133,7 +136,7 @@ def _tell(found: dict[str, object]) -> None:
         share = [each / plain for each, plain in zip(cost, seconds["none"], strict=True)]
         percent = [100 * value for value in (statistics.median(share), min(share), max(share))]
         print(
-            f"{name:10}  stood still {_spread(blocked[name], step_s)} steps, cost in all {_spread(cost, step_s)}: "
+            f"{name:10}  blocked for {_spread(blocked[name], step_s)} steps, total cost {_spread(cost, step_s)} steps: "
             "{:.1f} % of the step time ({:.1f} to {:.1f})".format(*percent)
         )
     print(f"collectives of every window, with and without checkpoints: {found['collectives_of_a_window']}")

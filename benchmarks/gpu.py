@@ -1,20 +1,22 @@
-"""GPT-2 124M in bf16 on one GPU, windows of 480 x 1024 tokens: distaccum beside the loop by hand and the peers.
+"""Compares distaccum on one GPU with a hand-written loop and with peers: GPT-2 124M in bf16.
 
-    python benchmarks/gpu.py [--out benchmarks/results/gpu.json]      ten minutes at most
-    python benchmarks/gpu.py --device cpu --smoke                     a tiny model: tries the program
+    python benchmarks/gpu.py [--out benchmarks/results/gpu.json]    takes ten minutes at most
+    python benchmarks/gpu.py --device cpu --smoke                   a tiny model, to try the program
 
-Compared: tokens/s, MFU, peak memory (torch.cuda.max_memory_allocated) and host syncs per window, first as the model is
-and then compiled. The arms (gpu_arms.py) have the same model, micros, AdamW and clipping, with float32 weights under
-bf16 autocast. Each has a process of its own (gpu_turns.py), so that its peak is its own; they take turns, A B C A B C,
-and in each turn a first window that fills the allocator's cache is not timed. Told are medians, the least and the most.
-The losses and gradient norms of all windows must be those of the loop by hand, and the losses must fall.
+Compares tokens/s, MFU, peak memory (torch.cuda.max_memory_allocated) and host syncs per window of
+480 x 1024 tokens, with the plain and with the compiled model. All arms (gpu_arms.py) have the same
+model, micro-batches, AdamW and clipping, with float32 weights under bf16 autocast. Each arm has a
+process and a memory peak of its own (gpu_turns.py). The arms take turns, A B C A B C. The first
+window of a turn fills the allocator's cache and is not timed. Printed are median, minimum and
+maximum. All losses and gradient norms must be those of the hand-written loop, and losses must fall.
 
-MFU: FLOPs of forward and backward as torch's counter finds them (see `Sizes.flops`), over the GPU's dense bf16 peak:
-by --peak-tflops, or for a GPU that is known here. Host syncs: as torch.cuda.set_sync_debug_mode sees them. In ours one
-is at the end of each window, when its small table is read; any other raises.
+MFU: the FLOPs of forward and backward (see `Sizes.flops`), divided by the dense bf16 peak of the
+GPU from --peak-tflops or the table below. Host syncs: those that torch.cuda.set_sync_debug_mode
+detects. distaccum has one at the end of each window, when the table of the small collective is
+read; any other one raises.
 
-Exit codes: 0; 1 for an arm that failed or computed something else; 2 where there is no GPU. An arm that has no time
-left within --limit-s is told as such.
+Exit codes: 0; 1: an arm failed or computed something else; 2: there is no GPU. An arm for which no
+time is left within --limit-s is reported as such.
 """
 
 from __future__ import annotations
@@ -35,50 +37,52 @@ from gpu_check import describe
 from gpu_turns import Arm, GoneError, Job, Order, Turn, preload
 
 WINDOW_SAMPLES = 480
-# Dense bf16 TFLOP/s by the name that the driver tells: NVIDIA's data sheets of H200 SXM, H100 SXM and A100.
+# Dense bf16 TFLOP/s by the driver's name of the GPU, from NVIDIA's data sheets of H200 SXM, H100
+# SXM and A100.
 PEAK_TFLOPS = {"NVIDIA H200": 989.0, "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA A100": 312.0}
-# A loss is a float32 mean over thousands of tokens, of bf16 logits that are each off by 2^-9 of themselves at most.
+# A loss is a float32 mean over thousands of tokens. The bf16 logits have relative errors of at most
+# 2^-9 each.
 LOSS_LIMIT = 2**-8
-# The norm of gradients that are made of bf16 products, after some updates that differ by rounding: some roundings of
-# 2^-9 that do not conspire. A micro that is lost or counted twice shows as 1 / 30 or more, a wrong factor as more.
+# A gradient norm differs by a few independent roundings of 2^-9 in bf16 products and earlier
+# updates. A micro-batch that is lost or counted twice changes it by 1 / 30 or more.
 NORM_LIMIT = 2**-6
 
 
 @dataclass
 class Row:
-    """What is known of an arm, compiled or not."""
+    """Holds the measurements of one arm, with the plain or the compiled model."""
 
     arm: str
-    status: str = "measured"  # or: not installed, no time left, failed
+    status: str = "measured"  # or "not installed", "no time left", "failed"
     reason: str = ""
-    turns: list[Turn] = field(default_factory=list)  # the first one, which warms up, and the one with syncs included
-    first_s: float = 0.0  # until the first turn was through: with compilation
-    samples_s: list[float] = field(default_factory=list)  # seconds per window of each timed turn
+    turns: list[Turn] = field(default_factory=list)  # with the warm-up and the count of syncs
+    first_s: float = 0.0  # seconds of the first turn, with compilation
+    samples_s: list[float] = field(default_factory=list)  # seconds per window in each timed turn
     window_syncs: float | None = None
     window_reads: float | None = None
 
     @property
     def losses(self) -> list[float]:
-        """Of all windows."""
+        """Return the losses of all windows."""
         return [loss for turn in self.turns for loss in turn.losses]
 
     @property
     def norms(self) -> list[float]:
-        """Of all windows, before clipping."""
+        """Return the gradient norms of all windows, before clipping."""
         return [norm for turn in self.turns for norm in turn.norms]
 
     def drop(self, status: str, reason: str) -> None:
-        """It goes no further."""
+        """Exclude the arm from further measurements, with the given status and reason."""
         self.status, self.reason = status, reason
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked for."""
+    """Holds the settings of the measurement."""
 
     device_type: str
     sizes: Sizes
-    num_micros: int
+    num_micro_batches: int
     rounds: int
     turn_windows: int
     backend: str
@@ -86,32 +90,34 @@ class Setting:
 
     @property
     def window_tokens(self) -> int:
-        """Of an effective batch."""
-        return self.sizes.micro * self.sizes.length * self.num_micros
+        """Return the number of tokens in a window."""
+        return self.sizes.micro_batch_size * self.sizes.length * self.num_micro_batches
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print, write; see the exit codes above."""
+    """Measure, print and write the results; the exit codes are described above."""
     asked = _arguments(arguments)
     if asked.device == "cuda":
-        # One GPU, whatever this machine has: some of the peers would take them all.
+        # One GPU even if there are more, because some of the peers would use all of them.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         if not torch.cuda.is_available():
-            print("no GPU here; to try the program: --device cpu --smoke")
+            print("There is no GPU here. To try the program without one: --device cpu --smoke")
             return 2
     began = time.monotonic()
     preload(asked.device)
     if asked.smoke:
         setting = Setting(asked.device, TINY, 4, rounds=2, turn_windows=1, backend="eager", limit_s=asked.limit_s)
     else:
-        sizes = replace(GPT2_124M, micro=asked.micro)
-        num_micros = WINDOW_SAMPLES // asked.micro
-        setting = Setting(asked.device, sizes, num_micros, asked.rounds, 2, backend="inductor", limit_s=asked.limit_s)
+        sizes = replace(GPT2_124M, micro_batch_size=asked.micro_batch_size)
+        num_micro_batches = WINDOW_SAMPLES // asked.micro_batch_size
+        setting = Setting(
+            asked.device, sizes, num_micro_batches, asked.rounds, 2, backend="inductor", limit_s=asked.limit_s
+        )
     peers = sorted({name.split(".")[0] for names in NEEDS.values() for name in names})
     machine = describe(asked.device, *peers)
     print("\n".join(f"{name:20} {value}" for name, value in machine.items()), flush=True)
     peak = asked.peak_tflops or known_peak(str(machine["device"]))
-    flops = setting.sizes.flops() * setting.num_micros
+    flops = setting.sizes.flops() * setting.num_micro_batches
     print(_explained(setting, flops, peak), flush=True)
 
     compiled = {"as it is": None, f"torch.compile({setting.backend})": setting.backend}
@@ -122,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
         groups[group] = measure(setting, backend, left_s / (len(compiled) - index))
         problems += [f"{group}: {problem}" for problem in judge(groups[group])]
         print(f"\nthe model {group}\n{table(groups[group], setting.window_tokens, flops, peak)}", flush=True)
-    print("\n" + "".join(f"FAILED: {problem}\n" for problem in problems) + f"{time.monotonic() - began:.0f} s in all")
+    print("\n" + "".join(f"FAILED: {problem}\n" for problem in problems) + f"{time.monotonic() - began:.0f} s in total")
     if asked.out is not None:
         found = {
             "smoke": asked.smoke,
@@ -139,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(setting: Setting, backend: str | None, limit_s: float) -> list[Row]:
-    """All arms in turns; the first of the rows is the loop by hand."""
+    """Measure all arms in turns; the first of the returned rows is the hand-written loop."""
     deadline = time.monotonic() + limit_s
     rows = [Row(name) for name in ARMS]
     with tempfile.TemporaryDirectory(prefix="gpu") as folder:
@@ -149,9 +155,8 @@ def measure(setting: Setting, backend: str | None, limit_s: float) -> list[Row]:
                 row.drop("not installed", f"needs {', '.join(packages)}")
                 continue
             log = str(Path(folder, f"{number}.log"))
-            arms[row.arm] = Arm(
-                Job(row.arm, setting.device_type, setting.sizes, setting.num_micros, backend, log)
-            )  # fmt: skip
+            job = Job(row.arm, setting.device_type, setting.sizes, setting.num_micro_batches, backend, log)
+            arms[row.arm] = Arm(job)
         try:
             _in_turns([row for row in rows if row.arm in arms], arms, setting, deadline)
         finally:
@@ -161,7 +166,7 @@ def measure(setting: Setting, backend: str | None, limit_s: float) -> list[Row]:
 
 
 def _in_turns(rows: list[Row], arms: dict[str, Arm], setting: Setting, deadline: float) -> None:
-    """Warm up each arm, then the rounds, then a window with the alarm on."""
+    """Warm up each arm, time all rounds, then run a window that counts host syncs."""
     whole, short = Order(1, setting.turn_windows), Order(1, 1)
     window_s: dict[str, float] = {}
 
@@ -190,12 +195,12 @@ def _in_turns(rows: list[Row], arms: dict[str, Arm], setting: Setting, deadline:
             row.drop("no time left" if late() else "failed", str(gone))
     warm: list[Row] = []
     for row in [row for row in rows if row.status == "measured"]:
-        # An arm is begun where two rounds of those before it and of one more, and the alarm, would still fit. The first
-        # one compiles what the others find in the cache.
+        # Start an arm only if two rounds with one more arm, and the windows that count syncs, still
+        # fit. The first arm compiles what the others find in the cache.
         slowest_s = max((other.first_s for other in warm[1:] or warm), default=0.0)
         rounds_s = (2 * needed_s(whole, warm) + needed_s(short, warm)) * (len(warm) + 1) / max(1, len(warm))
         if deadline - time.monotonic() < slowest_s + rounds_s:
-            row.drop("no time left", "before it began")
+            row.drop("no time left", "not started")
         elif take(row, short) is not None:
             warm.append(row)
     for _ in range(setting.rounds):
@@ -219,33 +224,33 @@ def _in_turns(rows: list[Row], arms: dict[str, Arm], setting: Setting, deadline:
 
 
 def judge(rows: list[Row]) -> list[str]:
-    """What is wrong: arms that failed, or that did not train as the loop by hand did."""
+    """Return what is wrong: arms that failed or did not train as the hand-written loop did."""
     problems = [f"{row.arm}: {row.reason}" for row in rows if row.status == "failed"]
     hand = rows[0]
     if not hand.samples_s:
-        problems.append("the loop by hand was not measured: there is nothing to compare with")
+        problems.append("the hand-written loop was not measured, so there is nothing to compare with")
     if len(hand.losses) > 1 and not hand.losses[-1] < hand.losses[0] * (1 - 4 * LOSS_LIMIT):
-        problems.append(f"the loop by hand learned too little to compare with: {hand.losses}")
+        problems.append(f"the hand-written loop learned too little to compare with: {hand.losses}")
     for row in rows[1:]:
         for what, limit, right, own in (
             ("loss", LOSS_LIMIT, hand.losses, row.losses), ("gradient norm", NORM_LIMIT, hand.norms, row.norms)
         ):  # fmt: skip
             errors = [abs(b / a - 1) for a, b in zip(right, own, strict=False)]
-            if not all(error <= limit for error in errors):  # nan is not
-                problems.append(f"{row.arm}: its {what} is not that of the loop by hand: {own} and {right}")
+            if not all(error <= limit for error in errors):  # also for nan
+                problems.append(f"{row.arm}: its {what} is not that of the hand-written loop: {own} and {right}")
         if row.arm == "distaccum" and row.window_syncs not in (None, 1):
-            problems.append(f"{row.arm}: {row.window_syncs} host syncs per window, not the one at its end")
+            problems.append(f"{row.arm}: {row.window_syncs} host syncs per window, expected 1 at its end")
     return problems
 
 
 def known_peak(device: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by its name; None: not known here."""
+    """Return the dense bf16 TFLOP/s of a GPU by its name, or None if it is not known here."""
     return next((peak for name, peak in PEAK_TFLOPS.items() if device == name or device.startswith(f"{name}-")), None)
 
 
 def table(rows: list[Row], window_tokens: int, window_flops: int, peak_tflops: float | None) -> str:
-    """The rows as text."""
-    head = ["arm", "tokens/s (least, most)", "to by hand", "MFU", "peak MiB", "host syncs", "first turn s", ""]
+    """Format the rows as a table."""
+    head = ["arm", "tokens/s (min, max)", "vs by hand", "MFU", "peak MiB", "host syncs", "first turn s", ""]
     lines = [head]
     hand_s = statistics.median(rows[0].samples_s) if rows[0].samples_s else None
     for row in rows:
@@ -273,28 +278,29 @@ def table(rows: list[Row], window_tokens: int, window_flops: int, peak_tflops: f
 
 def _explained(setting: Setting, window_flops: int, peak: float | None) -> str:
     sizes = setting.sizes
-    mfu = "not told, the peak of this GPU is not known here (--peak-tflops)" if peak is None else f"of {peak:g} TFLOP/s"
+    unknown = "unknown, give the peak of this GPU with --peak-tflops"
+    mfu = unknown if peak is None else f"relative to {peak:g} TFLOP/s"
     return (
         f"\nGPT of {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary {sizes.vocab:,}; "
-        f"{setting.num_micros} micros of {sizes.micro} x {sizes.length} tokens: "
+        f"{setting.num_micro_batches} micro-batches of {sizes.micro_batch_size} x {sizes.length} tokens: "
         f"{setting.window_tokens:,} per window, {window_flops / 1e12:,.4g} TFLOP; MFU {mfu}"
     )
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="the CPU is for --smoke only")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --smoke")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few windows")
-    parser.add_argument("--micro", type=int, default=GPT2_124M.micro, help="samples; divides 480")
+    parser.add_argument("--micro-batch-size", type=int, default=GPT2_124M.micro_batch_size, help="samples; divides 480")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit-s", type=float, default=570.0, help="seconds for everything")
+    parser.add_argument("--limit-s", type=float, default=570.0, help="seconds for the whole program")
     parser.add_argument("--peak-tflops", type=float, help="the GPU's dense bf16 peak, for MFU")
-    parser.add_argument("--out", type=Path, help="a JSON file with every sample")
+    parser.add_argument("--out", type=Path, help="JSON file to write all samples to")
     asked = parser.parse_args(arguments)
     if asked.device == "cpu" and not asked.smoke:
-        parser.error("on the CPU only --smoke is of use")
-    if asked.micro < 1 or WINDOW_SAMPLES % asked.micro:
-        parser.error(f"--micro {asked.micro} does not divide the {WINDOW_SAMPLES} samples of a window")
+        parser.error("--device cpu needs --smoke, because the full model is too slow on a CPU")
+    if asked.micro_batch_size < 1 or WINDOW_SAMPLES % asked.micro_batch_size:
+        parser.error(f"--micro-batch-size must divide {WINDOW_SAMPLES} samples, got {asked.micro_batch_size}")
     return asked
 
 

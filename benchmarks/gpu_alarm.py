@@ -1,4 +1,4 @@
-"""Host syncs: any that torch knows of raises, but in the one read of a window, where they are counted."""
+"""Detects host syncs: raises for each, except in the read of a window, where it counts them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distaccum.parallel.world import Shared
+from distaccum.parallel.world import PendingRows
 
 SYNC = "synchronizing CUDA operation"
 
 
 @contextmanager
 def alarm() -> Iterator[tuple[Callable[[], None], list[int]]]:
-    """Any host sync that torch knows of raises, but in `Shared.read`, where they are counted.
+    """Raise for each host sync that torch detects, and count those in `PendingRows.read` instead.
 
-    Torch's mode does not see waits for an event, nor what NCCL does by itself.
+    torch's sync debug mode does not detect waits for an event, nor what NCCL does by itself.
 
     Yields:
-        What arms it, and the syncs of each read since then.
+        A function that starts the detection, and a list of the host syncs in each read since then.
     """
     reads: list[int] = []
-    original, armed = Shared.read, False
+    original, armed = PendingRows.read, False
 
     def arm() -> None:
         nonlocal armed
@@ -38,10 +38,10 @@ def alarm() -> Iterator[tuple[Callable[[], None], list[int]]]:
                 raise
         else:
             raise AssertionError(
-                "torch.cuda.set_sync_debug_mode('error') did not notice .item(): it would prove nothing"
+                "torch.cuda.set_sync_debug_mode('error') did not detect .item(), so it cannot prove anything here"
             )
 
-    def read(self: Shared, *others: Tensor) -> Any:
+    def read(self: PendingRows, *others: Tensor) -> Any:
         if not armed:
             return original(self, *others)
         with warnings.catch_warnings(record=True) as caught:
@@ -53,17 +53,17 @@ def alarm() -> Iterator[tuple[Callable[[], None], list[int]]]:
                 torch.cuda.set_sync_debug_mode("error")
                 reads.append(sum(SYNC in str(warning.message) for warning in caught))
 
-    Shared.read = read  # type: ignore[method-assign]
+    PendingRows.read = read  # type: ignore[method-assign]
     try:
         yield arm, reads
     finally:
-        Shared.read = original  # type: ignore[method-assign]
+        PendingRows.read = original  # type: ignore[method-assign]
         torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
 def counting() -> Iterator[list[warnings.WarningMessage]]:
-    """All warnings, those of host syncs among them; nothing raises."""
+    """Collect all warnings, including those of host syncs, without raising for any."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

@@ -1,4 +1,7 @@
-"""What can only be shown on a GPU. Start it by scripts/gpu_check.sh, which says what it needs."""
+"""Checks what only a GPU can show.
+
+Start it with scripts/gpu_check.sh, which says what it needs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ def main() -> int:
     """Run all checks, print the report, write it, and return the exit code."""
     arguments = _arguments()
     if _version(torch.__version__) < NEEDED_TORCH:
-        print(f"torch {torch.__version__} is too old: this needs {'.'.join(map(str, NEEDED_TORCH))} or later.")
+        needed = ".".join(map(str, NEEDED_TORCH))
+        print(f"This check needs torch {needed} or later, and torch {torch.__version__} is installed.")
         return 1
     begin = time.monotonic()
     described = describe(arguments.device)
@@ -47,8 +51,8 @@ def main() -> int:
 
 
 def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]:
-    """Each check on one rank, and those that communicate on all GPUs where there are more."""
-    # Imported here, so that a torch that is too old is told so and does not fail in an import.
+    """Run each check on one rank, and those that communicate on all GPUs if there are several."""
+    # Imported here, so that a torch that is too old is reported and does not fail in an import.
     import gpu_parts
     import gpu_ranks
     import gpu_speed
@@ -63,7 +67,7 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
         jobs = [
             gpu_ranks.Job(1, exact | syncs, limit_s=150),
             gpu_ranks.Job(several, exact | syncs, limit_s=150),
-            gpu_ranks.Job(1, speed, limit_s=220, group=False),  # a process of its own: nothing else is in its memory
+            gpu_ranks.Job(1, speed, limit_s=220, group=False),  # alone, for the memory peak
         ]
     else:
         jobs = [
@@ -92,7 +96,7 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
 
 
 def describe(device: str, *packages: str) -> dict[str, Any]:
-    """The machine, as far as the figures depend on it."""
+    """Describe the machine and the versions that the figures depend on."""
     found: dict[str, Any] = {"device": "CPU"} | machine.describe(*packages) | {"torch": torch.__version__}
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -110,11 +114,11 @@ def describe(device: str, *packages: str) -> dict[str, Any]:
 
 
 def _obstacle(device: str) -> str | None:
-    """Why nothing can run on this device, or None."""
+    """Return why the checks cannot run on this device, or None if they can."""
     if device == "cpu":
         return None
     if not torch.cuda.is_available():
-        return "torch sees no GPU here; a dry run on the CPU is --device cpu --tiny"
+        return "torch sees no GPU here; for a dry run on the CPU use --device cpu --tiny"
     if not dist.is_nccl_available():
         return "this torch was built without NCCL"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -137,7 +141,7 @@ def _print_check(check: dict[str, Any]) -> None:
 
 def _readable(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
-        return f"median {value['median']:,.0f} (least {value['least']:,.0f}, most {value['most']:,.0f})"
+        return f"median {value['median']:,.0f} (min {value['least']:,.0f}, max {value['most']:,.0f})"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_readable(one)}" for name, one in value.items())
     if isinstance(value, list):
@@ -148,10 +152,10 @@ def _readable(value: Any) -> str:
 
 
 def _write(report: dict[str, Any], out: Path | None) -> None:
-    """Into the results, or where `--out` says; a dry run is no result."""
+    """Write the report to --out, or else to the results unless it is a dry run."""
     folder = out or (None if report["dry run"] else RESULTS)
     if folder is None:
-        print("A dry run: nothing is written without --out.")
+        print("This was a dry run, so the report is written only with --out.")
         return
     name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,11 +166,9 @@ def _write(report: dict[str, Any], out: Path | None) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run, and implies --tiny"
-    )
-    parser.add_argument("--tiny", action="store_true", help="small sizes, as a dry run")
-    parser.add_argument("--out", type=Path, help="the folder of the report; default: benchmarks/results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run and implies --tiny")
+    parser.add_argument("--tiny", action="store_true", help="a dry run with small sizes")
+    parser.add_argument("--out", type=Path, help="folder of the report; default: benchmarks/results")
     parser.add_argument("--limit-s", type=float, default=570.0, help="seconds for all checks together")
     return parser.parse_args()
 

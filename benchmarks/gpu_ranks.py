@@ -1,4 +1,4 @@
-"""Ranks for the GPU check: processes that run parts of it, and are judged by what each of them wrote."""
+"""Starts the ranks of the GPU check: processes that run parts of it and write what they found."""
 
 from __future__ import annotations
 
@@ -22,43 +22,47 @@ import torch.multiprocessing as mp
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part runs, as one rank sees it."""
+    """Describes where one rank runs a part."""
 
     rank: int
     ranks: int
     device: torch.device
-    tiny: bool  # a dry run: the same code, small sizes
+    tiny: bool  # a dry run: the same code with small sizes
 
 
 @dataclass
 class Found:
-    """What a part found on one rank."""
+    """Holds what a part found on one rank."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def require(self, fine: bool, otherwise: str) -> None:
-        """Note a failure unless it is fine; the part goes on, so that all its figures are known."""
+        """Add the failure `otherwise` unless `fine`; the part continues to get all its figures."""
         if not fine:
             self.failures.append(otherwise)
 
 
-Part = Callable[[Place], Found]  # a function of a module, since ranks may be spawned
+Part = Callable[[Place], Found]  # a function of a module, because ranks may be spawned
 
 
 @dataclass(frozen=True)
 class Job:
-    """Parts that the same ranks run one after the other."""
+    """Describes parts that the same ranks run one after the other."""
 
     ranks: int
     parts: dict[str, Part]
     limit_s: float
     group: bool = True  # whether the ranks form a process group
-    start: str = "spawn"  # CUDA cannot be forked; a fork saves imports
+    start: str = "spawn"  # or "fork", which saves imports but does not work with CUDA
 
 
 def run(job: Job, device_type: str, tiny: bool) -> dict[str, Found]:
-    """Start the ranks, wait for them, and return for each part the figures of rank 0 and the failures of all ranks."""
+    """Start the ranks, wait for them, and return what they found.
+
+    Returns:
+        For each part, the figures of rank 0 and the failures of all ranks.
+    """
     deadline = time.monotonic() + job.limit_s
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
         context = mp.get_context(job.start)
@@ -73,7 +77,7 @@ def run(job: Job, device_type: str, tiny: bool) -> dict[str, Found]:
             ended = {process for process in waiting if not process.is_alive()}
             waiting -= ended
             if any(process.exitcode for process in ended):
-                deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for it for ever
+                deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for it forever
         for process in processes:
             if process.is_alive():
                 process.kill()
@@ -89,9 +93,9 @@ def _gather(folder: Path, name: str, job: Job, codes: list[int | None]) -> Found
         if not file.exists():
             found.failures.append(f"rank {rank} gave no answer within {job.limit_s:.0f} s (exit code {codes[rank]})")
             continue
-        told = json.loads(file.read_text())
-        found.figures = told["figures"] if rank == 0 else found.figures
-        found.failures += [f"rank {rank}: {failure}" for failure in told["failures"]]
+        answer = json.loads(file.read_text())
+        found.figures = answer["figures"] if rank == 0 else found.figures
+        found.failures += [f"rank {rank}: {failure}" for failure in answer["failures"]]
     return found
 
 
@@ -116,7 +120,7 @@ def _rank(job: Job, rank: int, device_type: str, tiny: bool, folder: str) -> Non
             found = Found(failures=[in_short(error)])
             _write(folder, name, rank, found)
             sys.stderr.flush()
-            os._exit(1)  # nothing can be said to the other ranks, nor done on a device that failed
+            os._exit(1)  # the device may have failed, and the other ranks cannot be informed
         _write(folder, name, rank, found)
     if dist.is_initialized():
         dist.barrier()
@@ -130,7 +134,7 @@ def _write(folder: str, name: str, rank: int, found: Found) -> None:
 
 
 def in_short(error: BaseException) -> str:
-    """The error and where it came from, without the folders of this machine: reports are kept and published."""
+    """Return the error and its origin, without folders of this machine: reports are published."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
     where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
     message = (str(error).strip().splitlines() or [""])[0]

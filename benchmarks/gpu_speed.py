@@ -1,6 +1,7 @@
-"""Tokens per second and peak memory of GPT-2 124M: ours against a loop written by hand, in one process, in turns.
+"""Compares tokens per second and peak memory of distaccum with a hand-written loop, on GPT-2 124M.
 
-A guard for the GPU check. What is measured with care, and against the peers, is in gpu.py.
+Both run in one process, in turns. This is a quick guard for the GPU check. gpu.py measures with
+more care and compares with the peers.
 """
 
 from __future__ import annotations
@@ -12,64 +13,71 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_arms import GPT2_124M, TINY, Micro, Micros, Sizes, Training, adamw, by_hand, ours
+from gpu_arms import GPT2_124M, TINY, MicroBatch, MicroBatchSet, Sizes, Training, adamw, by_hand, ours
 from gpu_ranks import Found, Place
 from torch import nn
 
-NUM_MICROS = 8
-# Guards against gross regressions, not claims: the loops issue the same kernels, and a busy machine adds noise.
+NUM_MICRO_BATCHES = 8
+# Guards against gross regressions, not claims: the loops issue the same kernels, and a busy machine
+# adds noise.
 SLOWEST, LARGEST = 0.95, 1.05
 
-Loop = Callable[[Sequence[Micro]], list[tuple[float, float]]]  # loss and gradient norm of each window
+Loop = Callable[[Sequence[MicroBatch]], list[tuple[float, float]]]  # loss and gradient norm of each window
 
 
 def loop_of(
     arm: Callable[[Training], None], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Loop:
-    """It trains on windows of NUM_MICROS."""
+    """Return a loop that trains the model on windows of NUM_MICRO_BATCHES micro-batches."""
 
-    def loop(micros: Sequence[Micro]) -> list[tuple[float, float]]:
-        told: list[tuple[float, float]] = []
-        arm(Training(model, optimizer, device, micros, NUM_MICROS, lambda loss, norm: told.append((loss, norm))))
-        return told
+    def loop(micro_batches: Sequence[MicroBatch]) -> list[tuple[float, float]]:
+        windows: list[tuple[float, float]] = []
+
+        def report(loss: float, norm: float) -> None:
+            windows.append((loss, norm))
+
+        arm(Training(model, optimizer, device, micro_batches, NUM_MICRO_BATCHES, report))
+        return windows
 
     return loop
 
 
 def speed(place: Place) -> Found:
-    """Blocks of windows in turns: by hand, ours, by hand, ours, ...; medians over blocks."""
+    """Time blocks of windows in turns (hand-written, ours, ...) and compare medians over blocks."""
     found, device = Found(), place.device
     blocks, block_s = (2, 0.2) if place.tiny else (4, 12.0)
     asked = TINY if place.tiny else GPT2_124M
     model = asked.model().to(device)
-    # One model and one optimizer for both loops: what differs is the loop alone, and so does the peak of memory.
+    # Both loops share model and optimizer, so that speed and memory differ by the loop alone.
     optimizer = adamw(model, lr=0.0)
     loops = {name: loop_of(arm, model, optimizer, device) for name, arm in (("by hand", by_hand), ("ours", ours))}
 
-    sizes = _largest_micro(asked, loops["by hand"], device)
-    one_window = Micros(sizes, NUM_MICROS, NUM_MICROS, device)
-    tokens = NUM_MICROS * sizes.micro * sizes.length
+    sizes = _largest_micro_batch(asked, loops["by hand"], device)
+    one_window = MicroBatchSet(sizes, NUM_MICRO_BATCHES, NUM_MICRO_BATCHES, device)
+    tokens = NUM_MICRO_BATCHES * sizes.micro_batch_size * sizes.length
     found.figures |= {
         "model": f"GPT {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary {sizes.vocab}, "
         f"sequences of {sizes.length}",
         "data": "random tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "micro": sizes.micro, "micros per window": NUM_MICROS, "tokens per window": tokens,
+        "micro": sizes.micro_batch_size, "micro-batches per window": NUM_MICRO_BATCHES, "tokens per window": tokens,
     }  # fmt: skip
 
-    # With a learning rate of 0 both see the same weights: do they compute the same thing?
-    told = {name: loop(one_window)[0] for name, loop in loops.items()}
+    # With a learning rate of 0 both see the same weights and must compute the same numbers.
+    first = {name: loop(one_window)[0] for name, loop in loops.items()}
     for index, what in enumerate(("loss", "gradient norm")):
-        hand, own = told["by hand"][index], told["ours"][index]
+        hand, own = first["by hand"][index], first["ours"][index]
         found.figures[f"{what}, by hand and ours"] = [hand, own]
         # float32 sums of bf16 products in two orders
-        found.require(abs(own / hand - 1) <= 1e-3, f"the loops differ: {what} {hand} by hand, {own} ours")
+        found.require(
+            abs(own / hand - 1) <= 1e-3, f"the loops differ: {what} {hand} in the hand-written one, {own} in ours"
+        )
 
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     seconds = _seconds(loops["by hand"], list(one_window) * 2, device) / 2
     num_windows = max(2, min(200, round(block_s / seconds)))
-    micros = list(one_window) * num_windows
+    micro_batches = list(one_window) * num_windows
     rates: dict[str, list[float]] = {name: [] for name in loops}
     peaks: dict[str, list[int]] = {name: [] for name in loops}
     for _ in range(blocks):
@@ -77,7 +85,7 @@ def speed(place: Place) -> Found:
             loop(one_window)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            rates[name].append(num_windows * tokens / _seconds(loop, micros, device))
+            rates[name].append(num_windows * tokens / _seconds(loop, micro_batches, device))
             if device.type == "cuda":
                 peaks[name].append(torch.cuda.max_memory_allocated(device))
     found.figures["windows per block"] = num_windows
@@ -96,34 +104,34 @@ def speed(place: Place) -> Found:
     return found
 
 
-def _largest_micro(sizes: Sizes, loop: Loop, device: torch.device) -> Sizes:
-    """The asked one, halved until a window fits into three quarters of the device's memory."""
+def _largest_micro_batch(sizes: Sizes, loop: Loop, device: torch.device) -> Sizes:
+    """Halve the micro-batch size until a window fits into three quarters of the device's memory."""
     while True:
         try:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(device)
-            loop(Micros(sizes, NUM_MICROS, NUM_MICROS, device))
+            loop(MicroBatchSet(sizes, NUM_MICRO_BATCHES, NUM_MICRO_BATCHES, device))
         except torch.cuda.OutOfMemoryError:
             fits = False
         else:
             fits = True
             if device.type == "cuda":
-                # Not at the edge, where the allocator's retries would be measured instead of the loops.
+                # With less room, the allocator's retries would be measured instead of the loops.
                 total = torch.cuda.get_device_properties(device).total_memory
                 fits = torch.cuda.max_memory_allocated(device) <= 0.75 * total
         if fits:
             return sizes
-        if sizes.micro == 1:
-            raise RuntimeError("GPT-2 124M does not fit into this GPU's memory with a micro of 1 x 1024 tokens")
-        sizes = replace(sizes, micro=sizes.micro // 2)
+        if sizes.micro_batch_size == 1:
+            raise RuntimeError("GPT-2 124M does not fit into this GPU's memory with a micro-batch of 1 x 1024 tokens")
+        sizes = replace(sizes, micro_batch_size=sizes.micro_batch_size // 2)
 
 
-def _seconds(loop: Loop, micros: Sequence[Micro], device: torch.device) -> float:
+def _seconds(loop: Loop, micro_batches: Sequence[MicroBatch], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
-    loop(micros)
+    loop(micro_batches)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin

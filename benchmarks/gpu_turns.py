@@ -1,7 +1,8 @@
-"""Arms that take turns on one GPU: each in a process of its own, standing still between its turns.
+"""Runs arms in turns on one GPU, each in a process of its own that waits between its turns.
 
-So each arm has its own peak of memory and its own global state, and an arm that fails takes no other with it. While it
-stands still it holds its model and its optimizer, and gives back all other memory to the GPU.
+So each arm has its own memory peak and its own global state, and an arm that fails does not affect
+the others. While an arm waits, it keeps its model and its optimizer and returns all other memory to
+the GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any
 
 import torch
 from gpu_alarm import SYNC, alarm, counting
-from gpu_arms import ARMS, NEEDS, Micros, Sizes, Training, adamw
+from gpu_arms import ARMS, NEEDS, MicroBatchSet, Sizes, Training, adamw
 from gpu_ranks import in_short
 
-from distaccum.parallel.world import Shared
+from distaccum.parallel.world import PendingRows
 
 LR = 3e-4
 NUM_DISTINCT_WINDOWS = 4
@@ -31,61 +32,62 @@ MOST_WINDOWS = 10_000
 
 @dataclass(frozen=True)
 class Order:
-    """Train so many windows: first those that fill caches, then those that are measured."""
+    """Asks an arm to train on some windows."""
 
-    untimed: int  # at least 1
-    timed: int  # at least 1
-    watch: bool = False  # count host syncs, and raise for those of ours that are inside a window
+    untimed: int  # windows that fill caches first, at least 1
+    timed: int  # windows that are measured, at least 1
+    watch: bool = False  # count host syncs; in distaccum, raise for those inside a window
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What was found; all windows since the order are in `losses` and `norms`."""
+    """Holds the result of an order."""
 
-    seconds: float  # of all timed windows
-    peak_bytes: int | None  # on a GPU, during them
-    losses: list[float]
-    norms: list[float]
-    reads: int  # tables that ours brought to the host
-    syncs: int | None  # host syncs during the timed windows, where they were watched
+    seconds: float  # of all timed windows together
+    peak_bytes: int | None  # during the timed windows; None: not on a GPU
+    losses: list[float]  # of all windows, untimed ones included
+    norms: list[float]  # of all windows, untimed ones included
+    reads: int  # tables that distaccum copied to the host during the timed windows
+    syncs: int | None  # host syncs during the timed windows; None: not watched
 
 
 @dataclass(frozen=True)
 class Job:
-    """One arm, as its process is told."""
+    """Describes one arm to its process."""
 
     arm: str
     device_type: str
     sizes: Sizes
-    num_micros: int
+    num_micro_batches: int
     backend: str | None
-    log: str  # what it prints goes there
+    log: str  # path of the file that receives its output
 
 
 class GoneError(Exception):
-    """The arm failed, or gave no answer in time."""
+    """Signals that an arm failed or did not answer in time."""
 
 
 def start_method(device_type: str) -> str:
-    """CUDA cannot be forked; on the CPU a fork saves imports."""
+    """Return "spawn" for CUDA, which cannot be forked, and "fork" for the CPU, to save imports."""
     return "spawn" if device_type == "cuda" else "fork"
 
 
 def preload(device_type: str) -> None:
-    """Import what the processes of all arms would each import."""
+    """Import in the parent what the process of each arm would import, if they are forked."""
     if start_method(device_type) == "fork":
         for module in ("torch._dynamo", *sorted({name for names in NEEDS.values() for name in names})):
             if find_spec(module.split(".")[0]) is not None:
                 import_module(module)
         torch.set_num_threads(1)
-        torch.compile(torch.neg, backend="eager")(torch.ones(1))  # imports more, and makes what all compilations share
+        # Imports more modules, and creates what all compilations share.
+        torch.compile(torch.neg, backend="eager")(torch.ones(1))
 
 
 class Arm:
-    """An arm as its parent sees it."""
+    """Controls the process of one arm from its parent."""
 
     def __init__(self, job: Job) -> None:
-        """Start its process, which reads its packages and makes its model on the host."""
+        """Start the process, which imports its packages and makes its model on the host."""
         context: Any = multiprocessing.get_context(start_method(job.device_type))
         self.job = job
         self._pipe, theirs = context.Pipe()
@@ -94,14 +96,18 @@ class Arm:
         theirs.close()
 
     def ready(self, limit_s: float) -> None:
-        """Wait until it has read its packages and made its model; GoneError as in `turn`."""
+        """Wait until the process has imported its packages and made its model.
+
+        Raises:
+            GoneError: as in `turn`.
+        """
         self._answer(limit_s)
 
     def turn(self, order: Order, limit_s: float) -> Turn:
-        """Let it train.
+        """Let the arm train, and return the result.
 
         Raises:
-            GoneError: with the reason; the process is ended.
+            GoneError: the arm failed or did not answer within `limit_s`. Its process was ended.
         """
         turn = self._answer(limit_s, order)
         assert isinstance(turn, Turn)
@@ -117,20 +123,20 @@ class Arm:
             self._process.join(5)
             last = Path(self.job.log).read_text(errors="replace").strip().splitlines()[-1:]
             answer = " | ".join([f"its process ended with exit code {self._process.exitcode}", *last])
-        if isinstance(answer, str):  # what went wrong
+        if isinstance(answer, str):  # an error
             self.end()
             raise GoneError(answer)
         return answer
 
     def end(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever state it is in."""
         self._process.kill()
         self._process.join(10)
         self._pipe.close()
 
 
 def work(job: Job, pipe: Connection) -> None:
-    """What the process of an arm does."""
+    """Run an arm in its process: train whenever an order arrives."""
     descriptor = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -138,28 +144,30 @@ def work(job: Job, pipe: Connection) -> None:
         device = torch.device(job.device_type, 0) if job.device_type == "cuda" else torch.device("cpu")
         if device.type == "cpu":
             torch.set_num_threads(1)
-        model, stand = job.sizes.model(), Stand(job, pipe, device)
-        micros = Micros(job.sizes, NUM_DISTINCT_WINDOWS * job.num_micros, MOST_WINDOWS * job.num_micros, device)
+        model, turns = job.sizes.model(), Turns(job, pipe, device)
+        micro_batches = MicroBatchSet(
+            job.sizes, NUM_DISTINCT_WINDOWS * job.num_micro_batches, MOST_WINDOWS * job.num_micro_batches, device
+        )
         for module in NEEDS.get(job.arm, []):
             import_module(module)
         pipe.send(None)  # ready
-        stand.wait()  # the model is on the host until then
+        turns.wait()  # the model is on the host until the first order
         model = model.to(device)
         training = Training(
-            model, adamw(model, LR), device, micros, job.num_micros, stand.tell, job.backend
+            model, adamw(model, LR), device, micro_batches, job.num_micro_batches, turns.report, job.backend
         )  # fmt: skip
         ARMS[job.arm](training)
-        raise RuntimeError("the loop ended by itself")
+        raise RuntimeError("the training loop ended before it was stopped")
     except BaseException as error:
         pipe.send(in_short(error))
         os._exit(1)
 
 
-class Stand:
-    """Where an arm stands between its turns; its loop calls `tell` after each window."""
+class Turns:
+    """Divides the loop of an arm into turns; the loop calls `report` after each window."""
 
     def __init__(self, job: Job, pipe: Connection, device: torch.device) -> None:
-        """Nothing is ordered yet."""
+        """Count the reads of tables from now on."""
         self._job, self._pipe, self._device = job, pipe, device
         self._order = Order(1, 1)
         self._losses: list[float] = []
@@ -170,12 +178,12 @@ class Stand:
         self._began = 0.0
 
     def wait(self) -> None:
-        """For the next order."""
+        """Wait for the next order."""
         self._losses, self._norms = [], []
         self._order = self._pipe.recv()
 
-    def tell(self, loss: float, norm: float) -> None:
-        """After a window: note it, and begin or end what is measured."""
+    def report(self, loss: float, norm: float) -> None:
+        """Record a window; begin or end the measurement, and wait between two orders."""
         self._losses.append(loss)
         self._norms.append(norm)
         order = self._order
@@ -207,18 +215,18 @@ class Stand:
         peak = None
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
-            torch.cuda.empty_cache()  # for the others
+            torch.cuda.empty_cache()  # for the other arms
         return Turn(seconds, peak, self._losses, self._norms, len(self._reads), syncs)
 
 
 def _count_reads() -> list[None]:
-    """Grows by one with every table that an accumulator brings to the host."""
+    """Return a list that grows by one with every table that an accumulator copies to the host."""
     reads: list[None] = []
-    original = Shared.read
+    original = PendingRows.read
 
-    def read(self: Shared, *others: torch.Tensor) -> Any:
+    def read(self: PendingRows, *others: torch.Tensor) -> Any:
         reads.append(None)
         return original(self, *others)
 
-    Shared.read = read  # type: ignore[method-assign]
+    PendingRows.read = read  # type: ignore[method-assign]
     return reads

@@ -1,11 +1,14 @@
-"""Hosts on one machine: network namespaces joined by veth pairs and a bridge, with links of a given rate.
+"""Simulates hosts on one machine, with links of a given rate.
+
+Hosts are network namespaces that are joined by veth pairs and a bridge.
 
     with hosts(2) as two:
-        two.limit(200)                                    # Mbit/s, as `tc` counts: with Ethernet and TCP headers
-        process = two.start(0, ["python", "rank.py"])     # a subprocess.Popen in the first host
-        two.limit(None)                                   # as fast as the machine, while the process lives
+        two.limit(200)                                  # Mbit/s with Ethernet and TCP headers
+        process = two.start(0, ["python", "rank.py"])   # a subprocess.Popen in the first host
+        two.limit(None)                                 # no limit, while the process runs
 
-It needs root, `ip` and `tc` (Debian: iproute2). What runs inside is the caller's to end, by pid, before the block ends.
+It needs root, `ip` and `tc` (Debian: iproute2). The caller must end the processes that run inside,
+by pid, before the block ends.
 """
 
 from __future__ import annotations
@@ -27,22 +30,22 @@ _PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
 
 class NoHostsError(RuntimeError):
-    """This machine cannot make hosts: no root, no iproute2, or a kernel that refuses."""
+    """Signals that hosts cannot be made here: no root, no iproute2, or a kernel that refuses."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of them, by the name of its network namespace and its address on the link."""
+    """Describes one host."""
 
-    network: str
-    address: str
+    network: str  # name of its network namespace
+    address: str  # IP address on its link
 
 
 class Hosts:
-    """Hosts with one link each, all on one switch."""
+    """Controls hosts that are connected to one switch by one link each."""
 
     def __init__(self, members: Sequence[Host], switch: str) -> None:
-        """Keep the names; `hosts` makes and removes what they stand for."""
+        """Keep the names of hosts and switch, which `hosts` makes and removes."""
         self.members = list(members)
         self._switch = switch
 
@@ -53,10 +56,14 @@ class Hosts:
         return self.members[number]
 
     def limit(self, rate_mbit: float | None) -> None:
-        """Limit what each host sends, and what it is sent, to so many Mbit/s; None: no limit. May be changed at will.
+        """Limit the rate at which each host sends and receives.
 
-        The token bucket passes 2 ms of the rate at once, and at least 128 KiB, so that the large segments that the
-        kernel sends are not cut to pieces. Its queue takes 400 ms: senders are slowed down, and nothing is dropped.
+        The limit can be changed at any time. The token bucket passes 2 ms of the rate at once, and
+        at least 128 KiB, so that the large segments that the kernel sends are not split. Its queue
+        holds 400 ms, so that senders are slowed down and nothing is dropped.
+
+        Args:
+            rate_mbit: Mbit/s; None: no limit.
         """
         for number, host in enumerate(self.members):
             for network, device in ((host.network, LINK), (self._switch, f"port{number}")):
@@ -68,22 +75,25 @@ class Hosts:
                 _call("tc", "-n", network, "qdisc", "replace", "dev", device, "root", *shape)
 
     def start(self, number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """Start a command inside a host; `options` are Popen's. The pid is the command's own."""
+        """Start a command inside a host; `options` are those of Popen, the pid is the command's."""
         return subprocess.Popen([_found("ip"), "netns", "exec", self.members[number].network, *command], **options)
 
 
 @contextmanager
 def hosts(number: int) -> Iterator[Hosts]:
-    """Make so many hosts (at most 250), each with a `link0` and `lo` that are up; they are gone after the block.
+    """Make hosts for the duration of the block, each with the interfaces `link0` and `lo` up.
 
-    Each resolves this machine's name to its own address, and the names of all networks to theirs. These names are this
-    run's own: two runs on one machine do not meet.
+    Each host resolves this machine's name to its own address, and the names of all networks to
+    theirs. These names are unique to this run, so two runs on one machine do not interfere.
+
+    Args:
+        number: number of hosts, at most 250.
 
     Raises:
-        NoHostsError: where they cannot be made; nothing is left behind.
+        NoHostsError: the hosts cannot be made. Nothing is left behind.
     """
     if os.geteuid() != 0:
-        raise NoHostsError("hosts are network namespaces, and only root may make them; run this as root.")
+        raise NoHostsError("hosts are network namespaces, and only root may make them. Run this program as root.")
     _found("ip"), _found("tc")
     run = f"distaccum-{os.getpid()}-{secrets.token_hex(2)}"
     members = [Host(f"{run}-{i}", f"10.213.78.{i + 1}") for i in range(number)]
@@ -94,8 +104,8 @@ def hosts(number: int) -> Iterator[Hosts]:
             _call("ip", "netns", "add", network)
             made.append(network)
         for host in members:
-            # `ip netns exec` puts these files in the place of those in /etc. Look-ups of addresses that are in no
-            # file would wait for a name server that is out of reach; none listens here, and the kernel says so at once.
+            # `ip netns exec` replaces the files in /etc by these. No name server listens on
+            # 127.0.0.1, so look-ups of other names fail at once and do not wait for a server.
             folder = _ETC / host.network
             folder.mkdir(parents=True)
             (folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
@@ -116,13 +126,13 @@ def hosts(number: int) -> Iterator[Hosts]:
                 _call("ip", "-n", host.network, "link", "set", device, "up")
         yield Hosts(members, switch)
     finally:
-        for network in made:  # the pairs and the bridge go with the namespaces
+        for network in made:  # removes the veth pairs and the bridge, too
             subprocess.run([_found("ip"), "netns", "del", network], capture_output=True, check=False)
             shutil.rmtree(_ETC / network, ignore_errors=True)
 
 
 def sent_bytes() -> int:
-    """What the host that this process runs in has sent over its link so far, in bytes, headers included."""
+    """Return the bytes that this process's host has sent over its link so far, with headers."""
     with open(f"/sys/class/net/{LINK}/statistics/tx_bytes") as counter:
         return int(counter.read())
 
@@ -130,7 +140,7 @@ def sent_bytes() -> int:
 def _found(program: str) -> str:
     where = shutil.which(program, path=_PATH)
     if where is None:
-        raise NoHostsError(f"hosts need the program `{program}`, which is not installed (Debian: iproute2).")
+        raise NoHostsError(f"hosts need the program `{program}`, which is not installed. On Debian, install iproute2.")
     return where
 
 

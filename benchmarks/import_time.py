@@ -1,8 +1,9 @@
-"""How long `import distaccum` takes beside `import torch`: fresh interpreters in turn, medians and spread.
+"""Compares the time of `import distaccum` with that of `import torch`, in new interpreters.
 
     python benchmarks/import_time.py [--runs 15] [--out benchmarks/results/import_time.json]
 
-The two are started in turn, torch, distaccum, torch, distaccum; the first round, which reads the files, does not count.
+The two are started in turns: torch, distaccum, torch, distaccum. The first round reads the files
+and does not count. Medians and ranges are printed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import machine
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="a JSON file with every sample")
-    parser.add_argument("--smoke", action="store_true", help="one pair, and it counts")
+    parser.add_argument("--out", type=Path, help="JSON file to write all samples to")
+    parser.add_argument("--smoke", action="store_true", help="only one round, which counts")
     asked = parser.parse_args()
     unused = 0 if asked.smoke else 1
     runs = 1 if asked.smoke else asked.runs

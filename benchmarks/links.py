@@ -1,19 +1,23 @@
-"""Gradient accumulation on slow links: step time and bytes of ours and of the peers, on hosts made of namespaces.
+"""Measures gradient accumulation on slow links: step time and bytes of distaccum and of its peers.
 
-python benchmarks/links.py [--hosts 2 4] [--rates 100 200 400 1000 unlimited] [--rounds 5] [--slow-rounds 2]
-    [--arms NAME ...] [--overlap 2 4 8 auto] [--bucket-mb 5] [--micros 8] [--micro-size 1] [--seq-len 64]
-    [--layers 8] [--width 320] [--out FILE.json] [--plot FILE.png] [--smoke]
+python benchmarks/links.py [--hosts 2 4] [--rates 100 200 400 1000 unlimited] [--rounds 5]
+    [--slow-rounds 2] [--arms NAME ...] [--overlap 2 4 8 auto] [--bucket-mb 5] [--micro-batches 8]
+    [--micro-batch-size 1] [--seq-len 64] [--layers 8] [--width 320] [--out FILE.json]
+    [--plot FILE.png] [--smoke]
 
-One rank a host. The hosts are network namespaces, joined by a bridge; `tc` limits what each sends and is sent. Needs
-root, `ip` and `tc`. All arms (see links_arms.py) train copies of one GPT in float32 with AdamW, on the same micros,
-in turns: a round is one optimizer step of each. The rate is changed while the ranks live.
+There is one rank per host. The hosts are network namespaces that are joined by a bridge; `tc`
+limits the rate at which each sends and receives. This needs root, `ip` and `tc`. All arms (see
+links_arms.py) train copies of one GPT in float32 with AdamW on the same micro-batches, in turns: a
+round is one optimizer step of each. The rate is changed while the ranks run.
 
-Told for each arm: the median over rounds of the slowest rank's seconds, with least and most; the ratio to DDP with
-`no_sync` by hand; what the link of a host counted as sent; and the bound max(compute, bytes / rate). There, compute is
-the window without any communication on as many busy ranks, and the rate is the limit's payload (or the best that plain
-TCP carried, where there is none); what plain TCP carries is measured and told at every rate. Arms that send a window's
-gradients or parameters several times take part in the first `--slow-rounds` rounds only. At the end all arms catch up
-on an unlimited link, and their parameters must be those of the hand-written loop.
+Printed for each arm: the median over rounds of the slowest rank's seconds, with minimum and
+maximum; its ratio to hand-written DDP with `no_sync`; the bytes that the link of a host counted as
+sent; and the lower bound max(compute, bytes / rate). Compute is the time of the window without
+communication on as many busy ranks. The rate is the payload of the limit, or, if there is no limit,
+the best that plain TCP reached. The rate of plain TCP is measured and printed for every limit. Arms
+that send a window's gradients or parameters several times take part in the first `--slow-rounds`
+rounds only. At the end, all arms catch up on an unlimited link, and their parameters must be those
+of the hand-written loop.
 """
 
 from __future__ import annotations
@@ -36,25 +40,29 @@ from links_plot import bound_s, draw, median_s
 from links_ranks import Ranks
 
 UNLIMITED = "unlimited"
-WINDOWS_TO_CHOOSE = 10  # that overlap_micros=auto takes at most: two to warm up, three timed, one more, three timed
-# Of a plain transfer to what was asked for: 1448 of the 1514 bytes of a full frame are payload.
+# At least what overlap_micro_batches=auto needs: two windows to warm up, three timed, one more,
+# three timed.
+WINDOWS_TO_CHOOSE = 10
+# Payload as a share of the limit: 1448 of the 1514 bytes of a full frame.
 PAYLOAD = 1448 / 1514
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _asked(arguments)
-    settings = Settings(asked.micros, asked.micro_size, asked.seq_len, asked.layers, asked.width, asked.bucket_mb)
+    settings = Settings(
+        asked.micro_batches, asked.micro_batch_size, asked.seq_len, asked.layers, asked.width, asked.bucket_mb
+    )
     found: dict[str, Any] = {
         "command": " ".join(sys.argv), "machine": _machine(), "settings": asdict(settings), "worlds": {},
     }  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that hosts and ranks are ended
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes hosts and ends ranks
     agree = True
     try:
         for number in asked.hosts:
             with hosts(number) as made, Ranks(made, settings) as ranks:
-                told = found["worlds"][str(number)] = _measure(asked, made, ranks)
+                measured = found["worlds"][str(number)] = _measure(asked, made, ranks)
                 found |= ranks.ask("facts")[0]
-                agree &= _tell_agreement(number, told)
+                agree &= _show_agreement(number, measured)
             _save(asked, found)
     except NoHostsError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
@@ -70,15 +78,17 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     rates = ["100", "200", "400", "1000", UNLIMITED]
     parser.add_argument("--rates", nargs="+", default=rates, help=f"Mbit/s, or {UNLIMITED}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=2, help=f"for {', '.join(SLOW)}")
-    parser.add_argument("--overlap", nargs="*", default=["2", "4", "8", "auto"], help="overlap_micros of ours")
-    parser.add_argument("--arms", nargs="+", help="only these, beside the two that all are compared with")
-    parser.add_argument("--micros", type=int, default=8, help="K, micros per rank in a window; a power of two")
-    parser.add_argument("--micro-size", type=int, default=1, help="sequences in a micro; a power of two")
+    parser.add_argument("--slow-rounds", type=int, default=2, help=f"rounds of {', '.join(SLOW)}")
+    parser.add_argument("--overlap", nargs="*", default=["2", "4", "8", "auto"], help="overlap_micro_batches to try")
+    parser.add_argument("--arms", nargs="+", help="only these, and the two that all are compared with")
+    parser.add_argument(
+        "--micro-batches", type=int, default=8, help="K, micro-batches per rank in a window; a power of two"
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a micro-batch; a power of two")
     parser.add_argument("--seq-len", type=int, default=64, help="tokens in a sequence; a power of two")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--bucket-mb", type=int, default=5, help="DDP's buckets in the overlap arms")
+    parser.add_argument("--bucket-mb", type=int, default=5, help="size of DDP's buckets in the overlap arms")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--smoke", action="store_true", help="2 hosts, one rate, a tiny model, 2 rounds")
@@ -89,7 +99,7 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = names(asked.overlap)
     unknown = sorted(set(asked.arms or []) - set(known))
     if unknown:
-        parser.error(f"--arms: {unknown[0]!r} is none of {known}")
+        parser.error(f"--arms: there is no arm {unknown[0]!r}; choose from {known}")
     asked.arms = [name for name in known if asked.arms is None or name in (COMPUTE, REFERENCE, *asked.arms)]
     return asked
 
@@ -100,7 +110,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, Any]:
-    """All rates on one world of ranks."""
+    """Measure all arms at all rates on one group of ranks."""
     missing = {name: why for name in asked.arms if (why := ranks.ask("build", name)[0]) is not None}
     arms = [name for name in asked.arms if name not in missing]
     windows = dict.fromkeys(arms, 0)
@@ -110,14 +120,15 @@ def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, 
         seconds, sent = zip(*ranks.ask("run", name), strict=True)
         return {"seconds": list(seconds), "bytes": list(sent)}
 
-    for name in arms * 2:  # DDP arranges its buckets anew once
+    for name in arms * 2:  # DDP rebuilds its buckets after the first window
         run(name)
-    told: dict[str, Any] = {"missing": missing, "rates": {}}
+    results: dict[str, Any] = {"missing": missing, "rates": {}}
     for rate in asked.rates:
         limit = None if rate == UNLIMITED else float(rate)
         made.limit(limit)
         measured = [_transfer_rate(made, ranks, limit) for _ in range(3)]
-        # A limit is exact; short transfers by one connection stay a little below it, and the bound must be one.
+        # The limit is exact. Short transfers over one connection stay a little below it, and would
+        # make the bound too high.
         rate_bytes = max(measured) if limit is None else limit * 1e6 / 8 * PAYLOAD
         for name in [name for name in arms if name.endswith("auto")]:
             ranks.ask("choose_again", name)
@@ -129,30 +140,32 @@ def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, 
             for name in arms:
                 if number < asked.slow_rounds or name not in SLOW:
                     samples[name].append(run(name))
-        told["rates"][rate] = {"bytes_per_s": rate_bytes, "plain_tcp_bytes_per_s": measured, "samples": samples}
-        _tell(len(made), rate, told["rates"][rate], missing)
+        results["rates"][rate] = {"bytes_per_s": rate_bytes, "plain_tcp_bytes_per_s": measured, "samples": samples}
+        _show(len(made), rate, results["rates"][rate], missing)
     made.limit(None)
     for name in arms:
         while windows[name] < max(windows.values()):
             run(name)
-    told |= {"windows": max(windows.values()), "agreement": ranks.ask("compare")[0]}
-    return told
+    return results | {"windows": max(windows.values()), "agreement": ranks.ask("compare")[0]}
 
 
 def _transfer_rate(made: Hosts, ranks: Ranks, limit: float | None) -> float:
-    """Payload per second of plain TCP, for about a second: each host sends to the next, all at once."""
+    """Return the payload bytes per second of plain TCP, while each host sends to the next one.
+
+    The transfer takes about one second.
+    """
     num_bytes = int((limit or 8000) * 1e6 / 8)
     after = [made[(rank + 1) % len(made)].address for rank in range(len(made))]
     return num_bytes / max(ranks.ask_each("transfer", [(address, num_bytes) for address in after]))
 
 
-def _tell(number: int, rate: str, found: dict[str, Any], missing: dict[str, str]) -> None:
+def _show(number: int, rate: str, found: dict[str, Any], missing: dict[str, str]) -> None:
     samples = found["samples"]
     mbit = [value * 8e-6 for value in found["plain_tcp_bytes_per_s"]]
     asked_for = (
-        "no limit" if rate == UNLIMITED else f"{rate} Mbit/s asked for, {float(rate) * PAYLOAD:.0f} of it payload"
+        "no limit" if rate == UNLIMITED else f"limit of {rate} Mbit/s, {float(rate) * PAYLOAD:.0f} of it payload"
     )
-    print(f"\n{number} hosts, {asked_for}; plain TCP carries {min(mbit):.0f} to {max(mbit):.0f}")
+    print(f"\n{number} hosts, {asked_for}; plain TCP reaches {min(mbit):.0f} to {max(mbit):.0f} Mbit/s")
     print(f"{'':22} {'seconds per step':>24}  {'x no_sync':>9} {'MB sent':>9} {'bound in s':>10} {'x bound':>8}")
     reference = median_s(samples[REFERENCE])
     for name, taken in samples.items():
@@ -168,13 +181,14 @@ def _tell(number: int, rate: str, found: dict[str, Any], missing: dict[str, str]
     sys.stdout.flush()
 
 
-def _tell_agreement(number: int, told: dict[str, Any]) -> bool:
-    """Whether all arms have trained to the same parameters; says which have not."""
+def _show_agreement(number: int, results: dict[str, Any]) -> bool:
+    """Print how the parameters of each arm differ; return whether all arms agree."""
     agree = True
     print(
-        f"\n{number} hosts, {told['windows']} windows: parameters against those of {REFERENCE}, as a share of their way"
+        f"\n{number} hosts, {results['windows']} windows: distance of the parameters from those of {REFERENCE}, as a "
+        "share of their distance from the initial ones"
     )
-    for name, found in told["agreement"].items():
+    for name, found in results["agreement"].items():
         right = found["bitwise"] or (not (number == 2 and same_order(name)) and found["relative"] <= found["tolerance"])
         agree &= right
         how = "bitwise equal" if found["bitwise"] else f"{found['relative']:.1e} (at most {found['tolerance']:.1e})"

@@ -1,37 +1,47 @@
-"""The arms of benchmarks/links.py by name, and their settings: all that the parent needs to know of them. No torch."""
+"""Names the arms of benchmarks/links.py and their settings, without importing torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 COMPUTE, REFERENCE, OVERLAP = "compute alone", "DDP no_sync", "ours DDP, overlap "
-SMALL = "DDP no_sync, small buckets"  # the buckets that the overlap arms have: that alone is no merit of theirs
-SLOW = ("DDP naive", "FSDP2 each micro", "FSDP2 last micro", "ours FSDP2 boundary")  # several messages per window
-# Two ranks and one sum of two numbers per window. Naive DDP sums over ranks with each micro, so in another order.
+SMALL = "DDP no_sync, small buckets"  # has the buckets of the overlap arms, to separate their effect
+# These communicate several times per window.
+SLOW = ("DDP naive", "FSDP2 each micro-batch", "FSDP2 last micro-batch", "ours FSDP2 boundary")
+# On two ranks, these sum over ranks once per window. Naive DDP does so for each micro-batch, which
+# is another order.
 SAME_ORDER = (REFERENCE, SMALL, "Accelerate", "Fabric", "ours DDP")
 _PLAIN = (
-    COMPUTE, REFERENCE, SMALL, "DDP naive", "Accelerate", "Fabric", "ours DDP", "FSDP2 each micro", "FSDP2 last micro",
-    "ours FSDP2 boundary", "ours FSDP2 keep",
+    COMPUTE, REFERENCE, SMALL, "DDP naive", "Accelerate", "Fabric", "ours DDP", "FSDP2 each micro-batch",
+    "FSDP2 last micro-batch", "ours FSDP2 boundary", "ours FSDP2 keep",
 )  # fmt: skip
 
 
 def names(overlaps: list[str]) -> list[str]:
-    """All arms, in the order in which they are run; `overlaps`: numbers of micros, or "auto"."""
+    """Return all arms in the order in which they run.
+
+    Args:
+        overlaps: values of `overlap_micro_batches`: numbers of micro-batches, or "auto".
+    """
     return [*_PLAIN, *(f"{OVERLAP}{overlap}" for overlap in overlaps)]
 
 
 def same_order(name: str) -> bool:
-    """Whether an arm adds the same numbers in the same order as the reference on two ranks."""
+    """Return whether an arm adds numbers in the same order as the reference on two ranks."""
     return name in SAME_ORDER or name.startswith(OVERLAP)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The model and its window. K, micro size and length are powers of two: then divisions are exact."""
+    """Holds the sizes of the model and of its window.
 
-    num_micros: int
-    micro_size: int  # sequences
+    The number of micro-batches, their size and the length are powers of two, so that divisions are
+    exact.
+    """
+
+    num_micro_batches: int
+    micro_batch_size: int  # sequences
     seq_len: int  # tokens
     num_layers: int
     width: int
-    bucket_mb: int = 5  # of DDP, in the overlap arms: about a block; torch's own are 25
+    bucket_mb: int = 5  # DDP's buckets in the overlap arms, about a block; torch's default is 25

@@ -1,4 +1,4 @@
-"""Step time over link rate, as benchmarks/links.py found it.
+"""Plots step time against link rate, from the results of benchmarks/links.py.
 
 python benchmarks/links_plot.py FOUND.json OUT.png
 """
@@ -14,29 +14,31 @@ from typing import Any
 
 from links_names import COMPUTE
 
-# One hue for what travels once, one for what travels again and again; ours in full strength.
+# One hue for arms that communicate once per window, one for those that do so several times. The
+# arms of distaccum have the full color.
 COLORS = {
     "DDP naive": "#cc3311", "DDP no_sync": "#222222", "Accelerate": "#888888", "Fabric": "#aaaaaa",
-    "ours DDP": "#1f5fa8", "FSDP2 each micro": "#e08a5a", "FSDP2 last micro": "#b3541e",
+    "ours DDP": "#1f5fa8", "FSDP2 each micro-batch": "#e08a5a", "FSDP2 last micro-batch": "#b3541e",
     "ours FSDP2 boundary": "#88bb66", "ours FSDP2 keep": "#228833",
 }  # fmt: skip
-OVERLAP_COLOR, SPACE = "#4477aa", 0.047  # SPACE: between two labels, as a share of the panel's height
+OVERLAP_COLOR = "#4477aa"
+SPACE = 0.047  # between two labels, as a share of the panel's height
 
 
 def median_s(samples: list[dict[str, list[float]]]) -> float:
-    """The median over rounds of the slowest rank's seconds."""
+    """Return the median over rounds of the slowest rank's seconds."""
     return statistics.median(max(sample["seconds"]) for sample in samples)
 
 
 def bound_s(found: dict[str, Any], name: str) -> float:
-    """max(compute, bytes / rate) of an arm at a rate: nothing that sends as much and computes as much is faster."""
+    """Return the lower bound of an arm's step time at a rate: max(compute, bytes / rate)."""
     sent = statistics.median(max(sample["bytes"]) for sample in found["samples"][name])
     return max(median_s(found["samples"][COMPUTE]), sent / found["bytes_per_s"])
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """A panel for each number of hosts: a line an arm, and its bound dashed."""
-    # Figure and canvas by hand: pyplot keeps a global list of figures and may ask for a display.
+    """Draw a panel per number of hosts, with a line per arm and its bound as a dashed line."""
+    # Not pyplot, because it keeps a global list of figures and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,7 +55,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=11)
     settings = found["settings"]
-    what = f"{found['parameters'] / 1e6:.1f}M parameters, K = {settings['num_micros']}"
+    what = f"{found['parameters'] / 1e6:.1f}M parameters, K = {settings['num_micro_batches']}"
     panels[0].set_ylabel(f"seconds per optimizer step ({what})", fontsize=12)
     figure.supxlabel("dashed: max(compute, bytes sent / rate)", fontsize=11, color="#555555")
     figure.savefig(out, dpi=150)
@@ -87,7 +89,7 @@ def _panel(axis: Any, rates: dict[str, Any]) -> None:
     axis.set_ylim(low, high)
     span = math.log(xs[-1] / xs[0]) if len(xs) > 1 else 1.0
     axis.set_xlim(xs[0] * math.exp(-0.62 * span), xs[-1] * math.exp(0.05 * span))
-    # At the slow end, where the lines lie farthest apart, left of their beginnings and never one on another.
+    # Labels are left of the lines at the slowest rate, where the lines are farthest apart.
     heights = {name: math.log(y / low) / math.log(high / low) for name, y in ends.items()}
     for name, place in _apart(heights).items():
         color = COLORS.get(name, OVERLAP_COLOR)
@@ -99,7 +101,7 @@ def _panel(axis: Any, rates: dict[str, Any]) -> None:
 
 
 def _apart(heights: dict[str, float]) -> dict[str, float]:
-    """Places from 0 to 1 near the heights, in their order and SPACE apart."""
+    """Return places from 0 to 1 near the heights, in their order and at least SPACE apart."""
     order = sorted(heights, key=lambda name: heights[name])
     places: list[float] = []
     for i, name in enumerate(order):

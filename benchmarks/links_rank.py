@@ -1,4 +1,4 @@
-"""One rank of benchmarks/links.py: does what it is told over a pipe, and answers."""
+"""Runs one rank of benchmarks/links.py, which executes requests from a pipe and answers them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from links_names import COMPUTE, REFERENCE, Settings
 from distaccum.launch.processes import tie_to_parent
 
 TRANSFER_PORT = 29501
-TIMEOUT_S = 600  # of a collective: the slowest window on the slowest link stays far below
+TIMEOUT_S = 600  # of a collective, far more than the slowest window on the slowest link takes
 
 
 class Rank:
-    """The arms of this rank, and what can be asked of it. All ranks are asked the same at the same time."""
+    """Holds the arms of this rank; its methods are called on all ranks at the same time."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -36,7 +36,7 @@ class Rank:
         self.arms: dict[str, Arm] = {}
 
     def build(self, name: str) -> str | None:
-        """Make an arm; returns why not, where a peer is not installed."""
+        """Make an arm, and return None, or the reason if a peer is not installed."""
         try:
             self.arms[name] = build(name, self.settings, self.start)
         except ModuleNotFoundError as error:
@@ -44,11 +44,15 @@ class Rank:
         return None
 
     def facts(self) -> dict[str, Any]:
-        """What the report says of the model."""
+        """Return facts about the model for the report."""
         return {"parameters": sum(p.numel() for p in self.start.parameters()), "torch": torch.__version__}
 
     def run(self, name: str) -> tuple[float, int]:
-        """One window: seconds on this rank, and bytes that its host sent until all ranks were done."""
+        """Train on one window.
+
+        Returns:
+            The seconds on this rank, and the bytes that its host sent until all ranks had finished.
+        """
         arm = self.arms[name]
         dist.barrier()
         sent = sent_bytes()
@@ -60,15 +64,19 @@ class Rank:
         return seconds, sent_bytes() - sent
 
     def choose_again(self, name: str) -> None:
-        """At another rate."""
+        """Let `overlap_micro_batches=auto` choose again, because the rate has changed."""
         self.arms[name].choose_again()
 
     def chosen(self, name: str) -> str:
-        """What `overlap_micros=auto` chose, and why."""
+        """Return what `overlap_micro_batches=auto` chose, and why."""
         return self.arms[name].chosen()
 
     def transfer(self, next_address: str, num_bytes: int) -> float:
-        """Send so many bytes to the next host, and take as many from the one before; seconds until both are done."""
+        """Send bytes to the next host and receive as many from the previous one.
+
+        Returns:
+            The seconds until both transfers were complete.
+        """
         payload, taken = bytes(num_bytes), 0
         with socket.create_server(("", TRANSFER_PORT)) as listener:
             dist.barrier()
@@ -83,20 +91,28 @@ class Rank:
                 return time.perf_counter() - began
 
     def compare(self) -> dict[str, dict[str, float | bool]]:
-        """Each arm's parameters against the hand-written loop's: bitwise, and as a share of the way they have come."""
+        """Compare the parameters of each arm with those of the hand-written loop.
+
+        Returns:
+            For each arm, whether they are bitwise equal; their distance as a share of the distance
+            from the initial parameters; and the tolerance of this share.
+        """
         hand = self.arms[REFERENCE].parameters()
         start = list(self.start.parameters())
         way = _distance(hand, start)
-        # A window adds K R gradients in an order of its own: each addition rounds by at most 2^-24 of the sum of their
-        # norms, which is at most sqrt(K R) times the norm of the sum where they point anywhere. An update rounds by
-        # 2^-24 of the parameters. Both may add up over the windows.
-        windows, added = self.arms[REFERENCE].windows, self.settings.num_micros * dist.get_world_size()
+        # A window adds K R gradients in an order of its own. Each addition rounds by at most 2^-24
+        # of the sum of their norms, which is at most sqrt(K R) times the norm of the sum if their
+        # directions are random. An update rounds by 2^-24 of the parameters. Both may add up over
+        # the windows.
+        windows, added = self.arms[REFERENCE].windows, self.settings.num_micro_batches * dist.get_world_size()
         size = _distance(start, [torch.zeros(())] * len(start))
         tolerance = windows * 2**-24 * (added**1.5 + size / way)
         found = {}
         for name, arm in self.arms.items():
             if name != COMPUTE:
-                assert arm.windows == windows, f"{name} has trained on other windows"
+                assert arm.windows == windows, (
+                    f"{name} has trained on {arm.windows} windows, the reference on {windows}"
+                )
                 own = arm.parameters()
                 equal = all(torch.equal(a, b) for a, b in zip(own, hand, strict=True))
                 found[name] = {"bitwise": equal, "relative": _distance(own, hand) / way, "tolerance": tolerance}
@@ -112,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--store", required=True, help="ADDRESS:PORT of the store on host 0")
+    parser.add_argument("--store", required=True, help="ADDRESS:PORT of the TCPStore on host 0")
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--pipe", type=int, required=True, help="a file descriptor")
     parser.add_argument("--settings", required=True, help="JSON")
@@ -120,7 +136,8 @@ def main() -> None:
     tie_to_parent(asked.parent)
     torch.set_num_threads(1)
     address, port = asked.store.split(":")
-    # What peers read to find out that they are ranks; the process group is ours, and they take it as it is.
+    # The peers read these variables to detect that they are ranks, and then use the existing
+    # process group.
     os.environ |= {
         "GLOO_SOCKET_IFNAME": LINK, "RANK": str(asked.rank), "WORLD_SIZE": str(asked.ranks), "LOCAL_RANK": "0",
         "NODE_RANK": str(asked.rank), "MASTER_ADDR": address, "MASTER_PORT": port,
@@ -136,7 +153,7 @@ def main() -> None:
             what, *arguments = pipe.recv()
             pipe.send(getattr(rank, what)(*arguments))
     except EOFError:
-        os._exit(0)  # the parent has heard enough; no collective of leaving, for the others may be gone
+        os._exit(0)  # the parent is done; the other ranks may be gone, so there is no last collective
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The ranks of benchmarks/links.py, one a host, as the parent sees them: they are asked over pipes, all at once."""
+"""Starts the ranks of benchmarks/links.py, one per host, and sends them requests over pipes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any, Self
 from hosts import Hosts
 from links_names import Settings
 
-PORT = 29500  # of the store, on host 0; a new host has no other program
+PORT = 29500  # of the TCPStore on host 0; nothing else runs on a new host
 
 
 class Ranks:
-    """A process a host. Leaving the block ends them, by pid."""
+    """Holds one process per host, which runs inside the `with` block and is ended after it."""
 
     def __init__(self, made: Hosts, settings: Settings) -> None:
-        """Nothing is started yet."""
+        """Keep hosts and settings; entering the block starts the ranks."""
         self._hosts, self._settings = made, settings
         self._pipes: list[Connection] = []
         self._processes: list[Popen[bytes]] = []
@@ -42,17 +42,17 @@ class Ranks:
 
     def __exit__(self, *unused: object) -> None:
         for process in self._processes:
-            process.kill()  # a rank that waits for another would not hear anything else
+            process.kill()  # a rank that waits for another one would not react to anything else
         for process in self._processes:
             process.wait()
         self._folder.cleanup()
 
     def ask(self, what: str, *arguments: object) -> list[Any]:
-        """Call a method of links_rank.Rank on all ranks; their answers, in rank order."""
+        """Call a method of links_rank.Rank on all ranks, and return their answers by rank."""
         return self.ask_each(what, [arguments] * len(self._pipes))
 
     def ask_each(self, what: str, arguments: Sequence[Sequence[object]]) -> list[Any]:
-        """The same, with arguments for each rank."""
+        """Call a method of links_rank.Rank with own arguments on each rank; return the answers."""
         for pipe, own in zip(self._pipes, arguments, strict=True):
             pipe.send((what, *own))
         return self._answers()
@@ -66,9 +66,10 @@ class Ranks:
                 try:
                     answers[rank] = ready.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    said = self._log(rank).read_text()[-4000:]
+                    output = self._log(rank).read_text()[-4000:]
+                    code = self._processes[rank].wait()
                     raise RuntimeError(
-                        f"rank {rank} ended, with exit code {self._processes[rank].wait()}:\n{said}"
+                        f"rank {rank} ended with exit code {code}. Its output ends with:\n{output}"
                     ) from None
         return [answers[rank] for rank in range(len(self._pipes))]
 
@@ -82,7 +83,7 @@ class Ranks:
         with self._log(rank).open("wb") as log:
             process = self._hosts.start(
                 rank, command, pass_fds=[theirs.fileno()], stdout=log, stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,  # Ctrl-C is the parent's alone
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,  # Ctrl-C reaches the parent only
             )  # fmt: skip
         theirs.close()
         self._pipes.append(ours)

@@ -1,4 +1,4 @@
-"""Where and with what something was measured."""
+"""Describes the machine and the versions with which something was measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def describe(*packages: str) -> dict[str, Any]:
-    """The machine without its GPU, the versions of torch and of these packages, the commit and the date."""
+    """Return the machine without its GPU, versions of torch and packages, the commit and date."""
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -25,7 +25,7 @@ def describe(*packages: str) -> dict[str, Any]:
 
 
 def output(*command: str) -> str:
-    """What a command prints; nothing where it fails."""
+    """Return what a command prints, or "" if it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return ""
@@ -39,7 +39,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Its model where Linux tells it, or else its architecture."""
+    """Return the model of the processor if Linux reports it, or else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,15 +1,16 @@
-"""Peak memory of a rank, predicted and measured: over the number of micros, part by part, over strategies and policies.
+"""Compares the predicted with the measured peak memory of a rank.
 
 python benchmarks/memory.py [--device cuda] [--out FILE.json] [--smoke]
 
-1. Flat in K: windows of K = 1, 2, 4, ..., 64 micros of one size on one process; the peak of each.
-2. The table: what weights, gradients, optimizer and activations take for one effective batch, in K micros and in one.
-3. On a CPU: strategies and policies on 2 and 4 ranks, predicted over measured.
+1. The peak for windows of K = 1, 2, 4, ..., 64 micro-batches of one size on one process.
+2. Weights, gradients, optimizer and activations of one effective batch in K micro-batches and in 1.
+3. On a CPU: all strategies and sync policies on 2 and 4 ranks.
 
-Measured is, on the CPU, what tensors take, counted at every operator of two windows from before the model is made; on a
-GPU the allocator's peak in the second window. Predicted is what `distaccum plan` would say: shapes, and two micros of
-other sizes that are run on tensors without memory. Models are GPTs; on a GPU GPT-2 124M and 350M, in fp32 and bf16,
-with and without checkpointing. A picture of 1 and 2 is written beside the JSON.
+On a CPU, the measured value is the bytes of all tensors, counted at every operator of two windows,
+from before the model is made. On a GPU, it is the allocator's peak in the second window. The
+predicted value is that of `distaccum plan`, from shapes and from two micro-batches of other sizes
+that run on tensors without memory. The models are GPTs, on a GPU GPT-2 124M and 350M in fp32 and
+bf16, with and without checkpointing. A plot of 1 and 2 is written beside the JSON file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.parallel.apply import ParallelConfig, StrategyName, wrap
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
-from distaccum.planner import MicroTrace, Peak, Setup, describe, memory, peak, states_of, trace, update
+from distaccum.planner import MicroBatchTrace, Peak, Setup, describe, memory, peak, states_of, trace, update
 from distaccum.planner.meter import Meter
 
 SIZES = {  # tokens in a sample, vocabulary, layers, heads, width
@@ -48,19 +49,19 @@ SIZES = {  # tokens in a sample, vocabulary, layers, heads, width
     "gpt2_124m": (1024, 50257, 12, 12, 768),
     "gpt2_350m": (1024, 50257, 24, 16, 1024),
 }
-TRACED = (2, 8)  # samples
+TRACED = (2, 8)  # samples in the micro-batches that the prediction runs
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train."""
+    """Describes one way to train."""
 
     model: str
     strategy: str = "single"
     sync: str = "boundary"
     precision: str = "fp32"
     checkpoint: bool = False
-    num_micros: int = 1
+    num_micro_batches: int = 1
     samples: int = 4
 
     def __str__(self) -> str:
@@ -71,27 +72,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, few micros, two ranks")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model, few micro-batches, two ranks")
     asked = parser.parse_args()
     on_gpu, counts = asked.device == "cuda", [1, 2, 4] if asked.smoke else [2**power for power in range(7)]
     models = ["smoke"] if asked.smoke else (["gpt2_124m", "gpt2_350m"] if on_gpu else ["small"])
     first = Way(models[0], samples=4)
-    flat = [_both(replace(first, num_micros=count), asked.device) for count in counts]
-    _tell("1. peak over the number of micros in a window", flat, "num_micros")
+    flat = [_both(replace(first, num_micro_batches=count), asked.device) for count in counts]
+    _show("1. peak over the number of micro-batches in a window", flat, "num_micro_batches")
     ways = [
-        Way(model, precision=precision, checkpoint=checkpoint, num_micros=count, samples=samples)
+        Way(model, precision=precision, checkpoint=checkpoint, num_micro_batches=count, samples=samples)
         for model in models
         for precision in ("fp32", "bf16")
         for checkpoint in (False, True)
         for count, samples in ((8, 4), (1, 32))
     ]
     table = [_both(way, asked.device) for way in ways]
-    _tell_parts("2. 32 samples in one window: 8 micros of 4, and one of 32", table)
+    _show_parts("2. 32 samples in one window: 8 micro-batches of 4, and one of 32", table)
     spread = []
     if not on_gpu:
         many = replace(first, model="smoke" if asked.smoke else "medium")
         spread = [found for ranks in ((2,) if asked.smoke else (2, 4)) for found in _on_ranks(ranks, many)]
-    _tell("3. strategies and policies on several ranks", spread, "ranks")
+    _show("3. strategies and sync policies on several ranks", spread, "ranks")
     ratios = sorted(found["predicted"] / found["measured"] for found in [*flat, *table, *spread])
     print(f"predicted / measured: {ratios[0]:.3f} to {ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}")
     if asked.out is not None:
@@ -102,18 +103,18 @@ def main() -> None:
 
 
 def _both(way: Way, device: str, world: World | None = None) -> dict[str, Any]:
-    """Predicted and measured, on one rank."""
+    """Predict and measure one way on one rank."""
     ranks = 1 if world is None else world.size
-    told, parts = _predicted(way, ranks, device)
+    predicted, parts = _predicted(way, ranks, device)
     measured = _measured(way, world or World.of(torch.device(device)))
     return {
-        **asdict(way), "ranks": ranks, "measured": measured, "predicted": told.total, "moment": told.moment,
-        "parts": parts,
+        **asdict(way), "ranks": ranks, "measured": measured, "predicted": predicted.total,
+        "moment": predicted.moment, "parts": parts,
     }  # fmt: skip
 
 
 def _measured(way: Way, world: World) -> int:
-    """The peak on this rank in two windows, or on a GPU in the second."""
+    """Return the peak in bytes on this rank in two windows, or in the second one on a GPU."""
     gc.collect()
     config, precision = _config(way, world.size), Precision[way.precision]
     with Meter(world.device) as meter:
@@ -123,7 +124,9 @@ def _measured(way: Way, world: World) -> int:
         if world.group is not None:
             model = wrap(model, model.blocks, config, world, precision.sharded_policy(None))
         accumulator = da.Accumulator(model, optimizer_for(model), objective, sync=way.sync, clip_norm=1.0)
-        window = [_micro(way, way.samples) for _ in range(2)] * (way.num_micros // 2) or [_micro(way, way.samples)]
+        window = [_micro_batch(way, way.samples) for _ in range(2)] * (way.num_micro_batches // 2) or [
+            _micro_batch(way, way.samples)
+        ]
         accumulator.step(window)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -139,20 +142,22 @@ def _predicted(way: Way, ranks: int, device: str) -> tuple[Peak, dict[str, int]]
     with torch.device("meta"):
         model = _model(way)
     shape = describe(model, model.blocks)
-    traced = (_traced(replace(way, num_micros=1, samples=1, sync="boundary"), size, device) for size in TRACED)
-    micro = MicroTrace.between(*traced, way.samples)
+    traced = (_traced(replace(way, num_micro_batches=1, samples=1, sync="boundary"), size, device) for size in TRACED)
+    micro_batch = MicroBatchTrace.between(*traced, way.samples)
     shapes = [(p.local(setup.shards), p.dtype) for p in shape.trained]
     took = update(_optimizer_for(device), shapes, device)
-    parts = memory(shape, setup, states_of("adamw", 0.0), way.num_micros, micro.saved)
-    return peak(shape, setup, took, micro, way.num_micros, device=device), asdict(parts)
+    parts = memory(shape, setup, states_of("adamw", 0.0), way.num_micro_batches, micro_batch.saved)
+    return peak(shape, setup, took, micro_batch, way.num_micro_batches, device=device), asdict(parts)
 
 
 @cache
-def _traced(way: Way, samples: int, device: str) -> MicroTrace:
+def _traced(way: Way, samples: int, device: str) -> MicroBatchTrace:
     with torch.device("meta"):
         model = _model(way)
     compute = _setup(way, 1).compute
-    return trace(model, lambda m: m.blocks, _objective(way).loss_sum, _micro(way, samples), samples, device, compute)
+    return trace(
+        model, lambda m: m.blocks, _objective(way).loss_sum, _micro_batch(way, samples), samples, device, compute
+    )
 
 
 def _model(way: Way) -> nn.Module:
@@ -163,7 +168,7 @@ def _model(way: Way) -> nn.Module:
     return model
 
 
-def _micro(way: Way, samples: int) -> dict[str, Tensor]:
+def _micro_batch(way: Way, samples: int) -> dict[str, Tensor]:
     ids = torch.zeros(samples, SIZES[way.model][0], dtype=torch.long)
     return {"input_ids": ids, "labels": ids}
 
@@ -175,7 +180,7 @@ def _objective(way: Way) -> Any:
 
 
 def _optimizer_for(device: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """As distaccum makes it: fused on a GPU, lists of tensors on a CPU."""
+    """Return a function that makes AdamW as distaccum does: fused on a GPU, foreach on a CPU."""
     return lambda model: torch.optim.AdamW(model.parameters(), fused=device == "cuda", foreach=device == "cpu")
 
 
@@ -191,13 +196,13 @@ def _setup(way: Way, ranks: int) -> Setup:
 
 
 def _on_ranks(ranks: int, first: Way) -> list[dict[str, Any]]:
-    """Own processes, which leave without a word to each other; rank 0 says what it found."""
+    """Measure and predict on several ranks, which are new processes; return what rank 0 found."""
     ways = [
-        replace(first, strategy=strategy, sync=sync, precision=precision, num_micros=4)
+        replace(first, strategy=strategy, sync=sync, precision=precision, num_micro_batches=4)
         for strategy, policies in (
             ("ddp", ("boundary", "every")),
-            ("fsdp", ("boundary", "keep", "every")),
-            ("hsdp", ("boundary", "keep", "shard", "every")),
+            ("fsdp", ("boundary", "gather_once", "every")),
+            ("hsdp", ("boundary", "gather_once", "reduce_scatter", "every")),
         )
         for sync in policies
         for precision in (("bf16",) if first.model == "smoke" else ("fp32", "bf16"))
@@ -221,21 +226,21 @@ def _rank(rank: int, ranks: int, folder: str, ways: list[Way]) -> None:
     for way in ways:
         num_bytes = _measured(way, world)
         if rank == 0:
-            told, parts = _predicted(way, ranks, "cpu")
-            found.append({**asdict(way), "ranks": ranks, "measured": num_bytes, "predicted": told.total,
-                          "moment": told.moment, "parts": parts})  # fmt: skip
+            predicted, parts = _predicted(way, ranks, "cpu")
+            found.append({**asdict(way), "ranks": ranks, "measured": num_bytes, "predicted": predicted.total,
+                          "moment": predicted.moment, "parts": parts})  # fmt: skip
     dist.barrier()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     os._exit(0)
 
 
-def _tell(title: str, rows: list[dict[str, Any]], column: str) -> None:
+def _show(title: str, rows: list[dict[str, Any]], column: str) -> None:
     if rows:
-        print(f"\n{title}\n{column:>10} {'measured':>12} {'predicted':>12} {'ratio':>7}  predicted to be in")
+        print(f"\n{title}\n{column:>10} {'measured':>12} {'predicted':>12} {'ratio':>7}  predicted moment")
     for row in rows:
         ratio = row["predicted"] / row["measured"]
-        what = "" if column == "num_micros" else f"{row['strategy']} {row['sync']} {row['precision']}: "
+        what = "" if column == "num_micro_batches" else f"{row['strategy']} {row['sync']} {row['precision']}: "
         print(
             f"{row[column]:>10} {_mib(row['measured'])} {_mib(row['predicted'])} {ratio:>7.3f}  {what}{row['moment']}"
         )
@@ -244,11 +249,11 @@ def _tell(title: str, rows: list[dict[str, Any]], column: str) -> None:
 PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
-def _tell_parts(title: str, rows: list[dict[str, Any]]) -> None:
+def _show_parts(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}\n{'':34}" + "".join(f"{name:>13}" for name in [*PARTS, "predicted", "measured"]) + "   ratio")
     for row in rows:
         checkpointed = " ckpt" if row["checkpoint"] else ""
-        name = f"{row['model']} {row['precision']}{checkpointed} {row['num_micros']} x {row['samples']}"
+        name = f"{row['model']} {row['precision']}{checkpointed} {row['num_micro_batches']} x {row['samples']}"
         sizes = [*(row["parts"][part] for part in PARTS), row["predicted"], row["measured"]]
         print(
             f"{name:34}" + "".join(f" {_mib(size)}" for size in sizes) + f" {row['predicted'] / row['measured']:>7.3f}"
@@ -266,7 +271,7 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.25])
-    counts = [row["num_micros"] for row in flat]
+    counts = [row["num_micro_batches"] for row in flat]
     measured, predicted = ([row[name] / 2**20 for row in flat] for name in ("measured", "predicted"))
     left.plot(counts, predicted, color="#d1602b", linewidth=5, alpha=0.35, solid_capstyle="round")
     left.plot(counts, measured, color="#24527a", marker="o", markersize=5)
@@ -279,7 +284,7 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
     left.set_xscale("log", base=2)
     left.set_xticks(counts, [str(count) for count in counts])
     left.set_ylim(0, 1.25 * max(measured))
-    left.set_xlabel("micros in a window (K), all of one size")
+    left.set_xlabel("micro-batches in a window (K), all of one size")
     left.set_ylabel("peak memory of a rank, MiB")
     left.set_title("flat in K", loc="left", pad=22)
     colours = dict(zip(PARTS, ("#24527a", "#5b8db8", "#a9c6de", "#d1602b"), strict=True))
@@ -297,12 +302,12 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
     right.set_yticks(
         range(len(rows)),
         [
-            f"{r['precision']}{', checkpointed' if r['checkpoint'] else ''}, {r['num_micros']} x {r['samples']}"
+            f"{r['precision']}{', checkpointed' if r['checkpoint'] else ''}, {r['num_micro_batches']} x {r['samples']}"
             for r in reversed(rows)
         ],
     )
     right.set_xlabel("MiB; line: measured peak, ring: predicted")
-    right.set_title(f"{rows[0]['model']}: 32 samples in micros and at once", loc="left", pad=22)
+    right.set_title(f"{rows[0]['model']}: 32 samples in micro-batches and at once", loc="left", pad=22)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

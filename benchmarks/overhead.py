@@ -1,18 +1,22 @@
-"""What accumulation costs beside the computation: microseconds of a micro-batch, by hand, with ours and with the peers.
+"""Measures the overhead of accumulation per micro-batch: hand-written, distaccum and its peers.
 
-python benchmarks/overhead.py [--num-micros 8] [--rounds 15] [--clip-norm 1.0] [--out results.json] [--smoke]
+python benchmarks/overhead.py [--gradient-accumulation-steps 8] [--rounds 15] [--clip-norm 1.0]
+    [--out results.json] [--smoke]
 
-Three settings: nn.Linear(8, 8) on one process and on 2 ranks (DDP over gloo), and a GPT of 10M parameters on one
-process. Each arm trains the same model on the same tensors with SGD, in a process of its own (one a rank, one thread
-each) that sleeps while it is not its turn. First each one's parameters are compared with those of the hand loop. Then
-arms run in turns (A B C A B C ..., each round begins with another one), a block of windows each. A block's clock is in
-the data: the time between the reads of two micros that are so many windows apart, so that start and end of a trainer
-are left out. Ratios are taken within a round, to the bare hand loop.
+There are three settings: nn.Linear(8, 8) on one process and on 2 ranks (DDP over gloo), and a GPT
+of 10M parameters on one process. Each arm trains the same model on the same tensors with SGD, in a
+process of its own (one per rank, one thread each) that sleeps between its turns. First, the
+parameters of each arm are compared with those of the hand-written loop. Then the arms run in turns,
+A B C A B C, each for a block of windows, and each round begins with another arm. The clock is in
+the data: it measures the time between the reads of two micro-batches at the beginning and the end
+of the block, so that start and end of a trainer do not count. Ratios to the plain hand-written loop
+are taken within a round.
 
-What is alike: forward, backward, one reduction and one update a window. What is not: the bare hand loop knows neither
-loss nor gradient norm; ours knows the loss over all micros and ranks in float64, its weight and the norm, and makes no
-update unless they are finite, on all ranks alike. A hand loop with loss and norm stands beside it. Peers do what they
-do by default, without logs, bars and checkpoints.
+All arms compute forward, backward, one reduction and one update per window. The plain hand-written
+loop computes neither the loss nor the gradient norm. distaccum computes the loss over all
+micro-batches and ranks in float64, its denominator and the norm, and makes an update only if they
+are finite, on all ranks alike. A hand-written loop with loss and norm is measured as well. The
+peers do what they do by default, without logs, progress bars and checkpoints.
 """
 
 from __future__ import annotations
@@ -40,38 +44,43 @@ from overhead_arms import Data, Setting
 from overhead_peers import ARMS, HEAVY, REFERENCE, missing
 
 WARM_WINDOWS, TAIL_WINDOWS, CHECKED_WINDOWS = 2, 1, 3
-# The largest difference of a parameter. Three updates with lr 0.01 and gradients below 3 move parameters by less than
-# 0.1. Sums of some hundred numbers in another order are off by at most 2^-24 x 100 of that, and parameters below 2 are
-# rounded three times by 2^-24. One micro of 8 that is left out moves them by more than 1e-4 in the empty model.
+# The largest difference of a parameter. Three updates with lr 0.01 and gradients below 3 move
+# parameters by less than 0.1. Sums of some hundred numbers in another order differ by at most 2^-24
+# x 100 of that, and parameters below 2 are rounded three times by 2^-24. Leaving out one
+# micro-batch of 8 moves them by more than 1e-4 in the empty model.
 TOLERANCE = 0.1 * 100 * 2**-24 + 3 * 2**-23
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-micros", type=int, default=8, help="K, the micros per rank in a window")
+    parser.add_argument(
+        "--gradient-accumulation-steps", type=int, default=8, help="K, the micro-batches per rank in a window"
+    )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--clip-norm", type=float, help="clip gradients too; default: nobody clips")
-    parser.add_argument("--only", nargs="*", choices=list(ARMS), help=f"these arms, and '{REFERENCE}'")
+    parser.add_argument("--clip-norm", type=float, help="let all arms clip gradients; default: none clips")
+    parser.add_argument("--only", nargs="*", choices=list(ARMS), help=f"only these arms, and '{REFERENCE}'")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny blocks, two rounds")
     asked = parser.parse_args()
     names = [name for name in ARMS if asked.only is None or name in (REFERENCE, *asked.only)]
     rounds = 2 if asked.smoke else asked.rounds
     found: dict[str, Any] = {
-        "num_micros": asked.num_micros, "clip_norm": asked.clip_norm, "rounds": rounds, "smoke": asked.smoke,
+        "num_micro_batches": asked.gradient_accumulation_steps, "clip_norm": asked.clip_norm, "rounds": rounds,
+        "smoke": asked.smoke,
         "machine": machine.describe("distaccum", "accelerate", "lightning", "transformers", "deepspeed"),
         "settings": {},
     }  # fmt: skip
-    preloaded = HEAVY if asked.smoke else []  # a smoke test imports them once; elsewhere no peer sees another one
+    # A smoke test imports the peers only once. Otherwise, no peer's process imports another peer.
+    preloaded = HEAVY if asked.smoke else []
     for ranks, plan in ((1, [("empty", 60), ("gpt", 1)]), (2, [("empty", 40)])):
         arms = {name: _Ranks(name, ranks, preloaded) for name in names if missing(name) is None}
         try:
             for model, num_windows in plan:
                 title = f"{model}, {ranks} {'process' if ranks == 1 else 'ranks, DDP'}"
-                setting = Setting(model, asked.num_micros, asked.clip_norm, tiny=asked.smoke)
+                setting = Setting(model, asked.gradient_accumulation_steps, asked.clip_norm, tiny=asked.smoke)
                 measured = _measure(arms, setting, rounds, 2 if asked.smoke else num_windows)
                 found["settings"][title] = {name: measured.get(name) or _not_installed(name) for name in names}
-                _tell(title, found["settings"][title])
+                _show(title, found["settings"][title])
                 if asked.out is not None:
                     asked.out.write_text(json.dumps(found, indent=1) + "\n")
         finally:
@@ -84,7 +93,7 @@ def main() -> None:
         if arm["status"] == "measured" and not arm["equal"]
     ]
     if unequal:
-        raise SystemExit(f"these trained something else than the hand loop: {', '.join(unequal)}")
+        raise SystemExit(f"These arms did not train the same parameters as the hand loop: {', '.join(unequal)}")
 
 
 def _not_installed(name: str) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def _not_installed(name: str) -> dict[str, Any]:
 
 
 def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows: int) -> dict[str, Any]:
-    """By arm; one that fails is taken out."""
+    """Measure all arms, and return the results by arm; an arm that fails is not timed."""
     found: dict[str, Any] = {}
     trained: dict[str, Any] = {}
     for arm in arms.values():
@@ -106,7 +115,7 @@ def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows
     for name in arms:
         pairs = zip(trained[name][0], trained[REFERENCE][0], strict=True)
         error = max(float(abs(own - hand).max()) for own, hand in pairs)
-        found[name] |= {"difference": error, "equal": error <= TOLERANCE, "us_per_micro": [], "ratio": []}
+        found[name] |= {"difference": error, "equal": error <= TOLERANCE, "us_per_micro_batch": [], "ratio": []}
     for index in range(rounds):
         order = list(arms)
         for name in order[index % len(order) :] + order[: index % len(order)]:
@@ -114,17 +123,19 @@ def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows
             answers = arms[name].answers()
             if isinstance(answers, str):
                 raise RuntimeError(f"{name}: {answers}")
-            found[name]["us_per_micro"].append(max(answers) / (num_windows * setting.num_micros) * 1e6)
+            found[name]["us_per_micro_batch"].append(max(answers) / (num_windows * setting.num_micro_batches) * 1e6)
         for name in arms:
-            found[name]["ratio"].append(found[name]["us_per_micro"][-1] / found[REFERENCE]["us_per_micro"][-1])
+            found[name]["ratio"].append(
+                found[name]["us_per_micro_batch"][-1] / found[REFERENCE]["us_per_micro_batch"][-1]
+            )
     return found
 
 
 class _Ranks:
-    """The processes of one arm."""
+    """Controls the processes of one arm, one per rank."""
 
     def __init__(self, name: str, ranks: int, preloaded: list[str]) -> None:
-        """Start them."""
+        """Start the processes."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "distaccum", "overhead_peers", *preloaded])
         self._folder = tempfile.TemporaryDirectory(prefix="overhead")
@@ -141,22 +152,25 @@ class _Ranks:
             self._processes.append(process)
 
     def send(self, task: Setting | int) -> None:
-        """What to build and to train a little, or how many windows to time."""
+        """Send each rank a setting to build and check, or a number of windows to time."""
         for pipe in self._pipes:
             pipe.send(task)
 
     def answers(self) -> list[Any] | str:
-        """What each rank says: its parameters, or the seconds of its block; or the error of one that failed."""
-        said: dict[Connection, Any] = {}
-        while len(said) < len(self._pipes):
-            for pipe in wait([pipe for pipe in self._pipes if pipe not in said]):
+        """Return the answer of each rank, or the error of a rank that failed.
+
+        An answer is the list of parameters, or the seconds of a block.
+        """
+        received: dict[Connection, Any] = {}
+        while len(received) < len(self._pipes):
+            for pipe in wait([pipe for pipe in self._pipes if pipe not in received]):
                 try:
-                    said[pipe] = pipe.recv()
+                    received[pipe] = pipe.recv()
                 except EOFError:
-                    said[pipe] = "its process died"
-                if isinstance(said[pipe], str):
-                    return said[pipe]
-        return [said[pipe] for pipe in self._pipes]
+                    received[pipe] = "its process ended"
+                if isinstance(received[pipe], str):
+                    return received[pipe]
+        return [received[pipe] for pipe in self._pipes]
 
     def end(self) -> None:
         for process in self._processes:
@@ -166,8 +180,8 @@ class _Ranks:
 
 
 def _serve(name: str, rank: int, ranks: int, folder: str, port: int, pipe: Connection) -> None:
-    """One rank of one arm."""
-    with open(os.devnull, "w") as nothing:  # peers greet, and warn of small dataloaders
+    """Run one rank of one arm in its process."""
+    with open(os.devnull, "w") as nothing:  # peers print greetings, and warn of small dataloaders
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     warnings.simplefilter("ignore")
@@ -185,7 +199,7 @@ def _serve(name: str, rank: int, ranks: int, folder: str, port: int, pipe: Conne
             if isinstance(task, Setting):
                 setting = task
                 train, model = ARMS[name][0](setting)
-                train(Data(setting.micros(CHECKED_WINDOWS, rank), 0, 0))
+                train(Data(setting.micro_batches(CHECKED_WINDOWS, rank), 0, 0))
                 pipe.send([parameter.detach().clone().numpy() for parameter in model.parameters()])
             else:
                 pipe.send(_block(train, setting, rank, num_windows=task))
@@ -200,21 +214,21 @@ def _serve(name: str, rank: int, ranks: int, folder: str, port: int, pipe: Conne
 
 
 def _block(train: Callable[[Data], None], setting: Setting, rank: int, num_windows: int) -> float:
-    micros = setting.micros(WARM_WINDOWS + num_windows + TAIL_WINDOWS, rank)
-    first = WARM_WINDOWS * setting.num_micros
-    data = Data(micros, first, first + num_windows * setting.num_micros)
+    micro_batches = setting.micro_batches(WARM_WINDOWS + num_windows + TAIL_WINDOWS, rank)
+    first = WARM_WINDOWS * setting.num_micro_batches
+    data = Data(micro_batches, first, first + num_windows * setting.num_micro_batches)
     if dist.is_initialized():
         dist.barrier()
     train(data)
     return data.seconds
 
 
-def _tell(title: str, arms: dict[str, Any]) -> None:
+def _show(title: str, arms: dict[str, Any]) -> None:
     print(f"\n{title}\n{'':30}{'us per micro-batch':>26}{'x hand loop':>26}")
     for name, arm in arms.items():
         if arm["status"] == "measured":
-            note = "" if arm["equal"] else f"  NOT EQUAL: off by {arm['difference']:.1e}"
-            print(f"{name:30}{_spread(arm['us_per_micro'], 1):>26}{_spread(arm['ratio'], 3):>26}{note}")
+            note = "" if arm["equal"] else f"  NOT EQUAL: differs by {arm['difference']:.1e}"
+            print(f"{name:30}{_spread(arm['us_per_micro_batch'], 1):>26}{_spread(arm['ratio'], 3):>26}{note}")
         else:
             print(f"{name:30}  {arm['status']}")
     sys.stdout.flush()

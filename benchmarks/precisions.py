@@ -1,9 +1,10 @@
-"""What each precision costs: `python benchmarks/precisions.py` prints the table of docs/precisions.md (two minutes).
+"""Measures the error and the memory of each precision, for the table of docs/precisions.md.
 
-Error: the whole gradient of a small GPT over a window of K micros of one sample of real text, on each rank, against one
-float64 process over the same samples and the same weights. Constant gradient: y = w * x, the loss is -y, SGD with a
-learning rate of 1, and each micro has x = 1, so that the update must be 1. Bytes: predicted from shapes, and compared
-with what the tensors of these runs hold.
+`python benchmarks/precisions.py` prints the table in two minutes. Error: the gradient of all
+parameters of a small GPT over a window of K micro-batches per rank, of one sample of real text
+each, against one float64 process with the same samples and the same weights. Constant gradient: y =
+w * x, the loss is -y, SGD has a learning rate of 1, and each micro-batch has x = 1, so that the
+update must be 1. Bytes: predicted from shapes, and compared with the tensors of these runs.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from distaccum.planner import Setup, by_kind, describe, gradient_sends, memory, 
 from distaccum.verify import reference
 
 RESULTS = Path(__file__).parent / "results" / "precisions.json"
-NUMS_MICROS = (1, 16, 256, 1024)
+NUMS_MICRO_BATCHES = (1, 16, 256, 1024)
 SEQ_LEN = 32
 MODEL = GPTConfig("gpt", 257, SEQ_LEN, num_layers=2, num_heads=4, width=64, dropout=0.0, bias=True)
 OBJECTIVE = da.CausalLM(shift=False)
 CPU = torch.device("cpu")
-SAMPLES_AT_ONCE = 64  # in the float64 process, for its memory only
+SAMPLES_AT_ONCE = 64  # in the float64 process, which only limits its memory
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row."""
+    """Describes one row of the table."""
 
-    overrides: str  # on the command line
+    overrides: str  # of the command line
     precision: Precision = Precision.fp32
     accumulate: torch.dtype | None = None
     reduce: torch.dtype | None = None
@@ -55,10 +56,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """A window of the GPT."""
+    """Holds the results of one window of the GPT."""
 
     gradient: np.ndarray[Any, np.dtype[np.float64]]  # [parameters], as the optimizer receives it
-    held: dict[str, int]  # bytes
+    held: dict[str, int]  # bytes of tensors, by part
 
 
 CASES = (
@@ -75,11 +76,11 @@ CASES = (
 )  # fmt: skip
 
 
-# ---- one window -----------------------------------------------------------------------------------------------------
+# ---- one window ---------------------------------------------------------------------------------
 
 
 def read_samples(count: int, cache_dir: str | None = None) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Samples [1, T] from all over the standard library, and what text that was."""
+    """Read samples [1, T] from the whole standard library, and facts about the text."""
     config = TextConfig("text", Source.stdlib, None, SEQ_LEN, Layout.packed, 0.05, cache_dir, "bytes")
     train, _ = load_text(config)
     stride = len(train) // count
@@ -88,21 +89,21 @@ def read_samples(count: int, cache_dir: str | None = None) -> tuple[list[dict[st
 
 
 def make_model(dtype: torch.dtype) -> GPT:
-    """The same weights in each dtype: rounded to bfloat16 first, so that all hold them exactly."""
+    """Make the model with the same weights in each dtype, which bfloat16 represents exactly."""
     torch.manual_seed(0)
     return GPT(MODEL).bfloat16().to(dtype)
 
 
 def exact(samples: Sequence[dict[str, Tensor]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The gradient [parameters] of their mean on one process in float64, by plain autograd."""
+    """Compute the gradient [parameters] of the mean loss in float64, by plain autograd."""
     batches = [samples[begin : begin + SAMPLES_AT_ONCE] for begin in range(0, len(samples), SAMPLES_AT_ONCE)]
     groups = [{key: torch.cat([one[key] for one in batch]) for key in batch[0]} for batch in batches]
-    weights = {"loss": float(sum(OBJECTIVE.weight(group) for group in groups))}
+    weights = {"loss": float(sum(OBJECTIVE.denominator(group) for group in groups))}
     return flat(reference.compute(make_model(torch.float64), OBJECTIVE, groups, weights, 1.0).gradients.values())
 
 
-def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micros: int) -> Measured:
-    """The same by distaccum, in micros of one sample; on each of the case's ranks."""
+def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micro_batches: int) -> Measured:
+    """Train one window with distaccum in micro-batches of one sample, on each rank of the case."""
     rank = dist.get_rank() if case.ranks > 1 else 0
     model: nn.Module = make_model(case.precision.parameter_dtype)
     parameters = list(model.parameters())
@@ -117,30 +118,33 @@ def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micros: int) -
         found.append(flat(gradients))
         held["gradients"] = nbytes(gradients)
 
-    def loss_sum(module: nn.Module, micro: Any) -> Tensor:
+    def loss_sum(module: nn.Module, micro_batch: Any) -> Tensor:
         sums = accumulator.strategy.sums
-        held["sums"] = 0 if sums is None else nbytes(sums._sums.values())  # of the micros before
-        return OBJECTIVE.loss_sum(module, micro)
+        held["sums"] = 0 if sums is None else nbytes(sums._sums.values())  # of the previous micro-batches
+        return OBJECTIVE.loss_sum(module, micro_batch)
 
     optimizer.register_step_pre_hook(look)
-    accumulator = make_accumulator(case, model, optimizer, da.Objective(loss_sum, OBJECTIVE.weight))
-    step(accumulator, samples[rank : case.ranks * num_micros : case.ranks])
+    accumulator = make_accumulator(case, model, optimizer, da.Objective(loss_sum, OBJECTIVE.denominator))
+    step(accumulator, samples[rank : case.ranks * num_micro_batches : case.ranks])
     held["weights"] = nbytes(parameters)
     held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
-    held["sent"] = accumulator.strategy.gradient_traffic(num_micros).bytes.get("all_reduce", 0)  # as the ledger counted
+    traffic = accumulator.strategy.gradient_traffic(num_micro_batches)  # which the ledger has checked
+    held["sent"] = traffic.bytes.get("all_reduce", 0)
     return Measured(found[-1], held)
 
 
-def constant_gradient(case: Case, num_micros: int) -> float:
-    """The update of w; on each of the case's ranks."""
+def constant_gradient(case: Case, num_micro_batches: int) -> float:
+    """Return the update of w, on each rank of the case."""
     model: nn.Module = nn.Linear(1, 1, bias=False, dtype=case.precision.parameter_dtype)
     (weight,) = model.parameters()
     nn.init.zeros_(weight)
     if case.ranks > 1:
         model = DistributedDataParallel(model)
-    objective = da.Objective(lambda m, micro: -m(micro["x"]).float().sum(), lambda micro: len(micro["x"]))
+    objective = da.Objective(
+        lambda m, micro_batch: -m(micro_batch["x"]).float().sum(), lambda micro_batch: len(micro_batch["x"])
+    )
     accumulator = make_accumulator(case, model, torch.optim.SGD([weight], lr=1.0), objective)
-    step(accumulator, [{"x": torch.ones(1, 1)}] * num_micros)
+    step(accumulator, [{"x": torch.ones(1, 1)}] * num_micro_batches)
     return float(weight.detach())
 
 
@@ -163,9 +167,9 @@ def make_accumulator(
     )
 
 
-def step(accumulator: da.Accumulator, micros: Sequence[Any]) -> None:
-    """One update. float16 overflows at first and is given the window again, with half the loss scale."""
-    while accumulator.step(micros).skipped is not None:
+def step(accumulator: da.Accumulator, micro_batches: Sequence[Any]) -> None:
+    """Make one update; repeat the window while float16 overflows, which halves the loss scale."""
+    while accumulator.step(micro_batches).skipped is not None:
         pass
 
 
@@ -177,16 +181,18 @@ def nbytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-# ---- the rows -------------------------------------------------------------------------------------------------------
+# ---- the rows -----------------------------------------------------------------------------------
 
 
 def predicted(case: Case) -> dict[str, int]:
-    """Bytes on one rank from shapes alone, the same for every K."""
+    """Predict the bytes on one rank from shapes alone, which are the same for every K."""
     with torch.device("meta"):
         shape = describe(GPT(MODEL).to(case.precision.parameter_dtype), [])
     strategy = "ddp" if case.ranks > 1 else "single"
     setup = Setup(strategy, "boundary", case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25)
-    one, *others = [memory(shape, setup, states_of("adamw", 0.0), num_micros) for num_micros in NUMS_MICROS]
+    one, *others = [
+        memory(shape, setup, states_of("adamw", 0.0), num_micro_batches) for num_micro_batches in NUMS_MICRO_BATCHES
+    ]
     assert all(other == one for other in others), (one, others)
     sent = by_kind(gradient_sends(shape, setup, 1)).get("all_reduce", (0, 0))[1]
     return {
@@ -204,52 +210,59 @@ def num_parameters() -> int:
         return sum(p.numel() for p in GPT(MODEL).parameters())
 
 
-def run(case: Case, samples: Sequence[dict[str, Tensor]], nums_micros: Sequence[int]) -> dict[str, Any]:
-    """All windows of a case, on each of its ranks."""
+def run(case: Case, samples: Sequence[dict[str, Tensor]], nums_micro_batches: Sequence[int]) -> dict[str, Any]:
+    """Measure all windows of a case, on each of its ranks."""
     return {
-        "windows": {num_micros: measure(case, samples, num_micros) for num_micros in nums_micros},
-        "constant": {num_micros: constant_gradient(case, num_micros) for num_micros in nums_micros},
+        "windows": {
+            num_micro_batches: measure(case, samples, num_micro_batches) for num_micro_batches in nums_micro_batches
+        },
+        "constant": {
+            num_micro_batches: constant_gradient(case, num_micro_batches) for num_micro_batches in nums_micro_batches
+        },
     }
 
 
 def row(case: Case, ran: dict[str, Any], samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
-    """A row of the results, from what one rank ran."""
+    """Make a row of the results from the measurements of one rank."""
     errors = {}
-    for num_micros, measured in ran["windows"].items():
-        right = exact(samples[: case.ranks * num_micros])
-        errors[str(num_micros)] = float(np.linalg.norm(measured.gradient - right) / np.linalg.norm(right))
-    held = next(measured.held for num_micros, measured in ran["windows"].items() if num_micros > 1)
+    for num_micro_batches, measured in ran["windows"].items():
+        right = exact(samples[: case.ranks * num_micro_batches])
+        errors[str(num_micro_batches)] = float(np.linalg.norm(measured.gradient - right) / np.linalg.norm(right))
+    held = next(measured.held for num_micro_batches, measured in ran["windows"].items() if num_micro_batches > 1)
     return {
         "case": case.overrides,
         "ranks": case.ranks,
         "errors": errors,
-        "constant gradient": {str(num_micros): update for num_micros, update in ran["constant"].items()},
+        "constant gradient": {str(num_micro_batches): update for num_micro_batches, update in ran["constant"].items()},
         "bytes": predicted(case),
         "bytes held": held,
     }
 
 
 def is_held(found: dict[str, Any]) -> bool:
-    """Whether real tensors take what is predicted. A reduction's own copies live too short to be looked at here."""
+    """Return whether the tensors take the predicted bytes.
+
+    A reduction's own copies do not live long enough to be measured here.
+    """
     return all(num_bytes == found["bytes"][part] for part, num_bytes in found["bytes held"].items())
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
 
 def table(results: dict[str, Any]) -> str:
-    """The rows in Markdown."""
-    nums_micros = list(results["rows"][0]["errors"])
+    """Format the rows as a table in Markdown."""
+    nums_micro_batches = list(results["rows"][0]["errors"])
     parts = list(results["rows"][0]["bytes"])
     head = [
-        "#", "on the command line", *(f"error, K = {int(n):,}" for n in nums_micros),
+        "#", "on the command line", *(f"error, K = {int(n):,}" for n in nums_micro_batches),
         "constant gradient, the same K", *parts,
     ]  # fmt: skip
     lines = [head]
     for number, found in enumerate(results["rows"], 1):
         name = f"`{found['case']}`" + (f", {found['ranks']} ranks" if found["ranks"] > 1 else "")
-        errors = [f"{found['errors'][n]:.1e}" for n in nums_micros]
-        updates = ", ".join(f"{found['constant gradient'][n]:g}" for n in nums_micros)
+        errors = [f"{found['errors'][n]:.1e}" for n in nums_micro_batches]
+        updates = ", ".join(f"{found['constant gradient'][n]:g}" for n in nums_micro_batches)
         per_parameter = [f"{found['bytes'][part] / results['parameters']:.3g}" for part in parts]
         lines.append([str(number), name, *errors, updates, *per_parameter])
     lines.insert(1, ["---"] * len(head))
@@ -257,18 +270,19 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print the table and write the results; 1 if tensors take other bytes than predicted."""
+    """Print the table, write the results, and return 1 if a prediction of bytes is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where the results are written; default: benchmarks/results")
-    parser.add_argument("--smoke", action="store_true", help="windows of 1 and 2 micros; written to --out only")
+    parser.add_argument("--out", type=Path, help="file for the results; default: benchmarks/results/precisions.json")
+    parser.add_argument("--smoke", action="store_true", help="windows of 1 and 2 micro-batches; written to --out only")
     asked = parser.parse_args()
-    nums_micros = (1, 2) if asked.smoke else NUMS_MICROS
-    samples, text = read_samples(max(case.ranks for case in CASES) * max(nums_micros))
+    nums_micro_batches = (1, 2) if asked.smoke else NUMS_MICRO_BATCHES
+    samples, text = read_samples(max(case.ranks for case in CASES) * max(nums_micro_batches))
     distributed = [case for case in CASES if case.ranks > 1]
-    on_first_rank = on_ranks(*(partial(run, case, samples, nums_micros) for case in distributed))[0]  # first: it forks
+    # Before anything else, because it forks.
+    on_first_rank = on_ranks(*(partial(run, case, samples, nums_micro_batches) for case in distributed))[0]
     torch.set_num_threads(1)
     ran = dict(zip(distributed, on_first_rank, strict=True))
-    rows = [row(case, ran.get(case) or run(case, samples, nums_micros), samples) for case in CASES]
+    rows = [row(case, ran.get(case) or run(case, samples, nums_micro_batches), samples) for case in CASES]
     described = {"device": "CPU, one thread per rank"} | machine.describe()
     results = {"machine": described, "text": text, "parameters": num_parameters(), "rows": rows}
     out = asked.out or (None if asked.smoke else RESULTS)

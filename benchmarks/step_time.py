@@ -1,18 +1,21 @@
-"""Seconds of a step, predicted from what `distaccum profile` wrote and then measured, on links of several rates.
+"""Compares the predicted with the measured step time on links of several rates.
 
-python benchmarks/step_time.py [--rates 100 200 400 1000 unlimited] [--rounds 3] [--out FILE.json] [--plot FILE.png]
-    [--smoke]
+python benchmarks/step_time.py [--rates 100 200 400 1000 unlimited] [--rounds 3] [--out FILE.json]
+    [--plot FILE.png] [--smoke]
 
-Two hosts with a rank each, made of network namespaces; `tc` limits what each sends and is sent. At every rate the
-real command line profiles the two hosts, in seconds. From its file alone the time of a step is predicted for each way
-to spread and each K (see step_time_rank.py). Only then real windows are timed, in turns: a round is one window of each.
+There are two hosts with one rank each, made of network namespaces; `tc` limits the rate at which
+each sends and receives. At every rate, `distaccum profile` measures the two hosts for a few
+seconds. From its file alone, the time of a step is predicted for each way to train and each K (see
+step_time_rank.py). Only then are real windows timed, in turns: a round is one window of each.
 
-Told for each: predicted seconds and what they are made of; the median over rounds of the slowest rank's seconds, with
-least and most; predicted / measured; and whether that is within 25 %. A micro that sends nothing is timed between the
-windows: so it shows where the machine has become slower or faster since it was profiled. What each window sends is
-counted by the ledger and must be what was predicted, to the byte. Exit code 1 where it is not; times decide nothing.
+Printed for each: the predicted seconds and their parts; the median over rounds of the slowest
+rank's seconds, with minimum and maximum; predicted / measured; and whether this is within 25 %. A
+micro-batch without communication is timed between the windows, to show whether the machine has
+become slower or faster since it was profiled. The ledger counts what each window sends, and the
+bytes must be exactly those predicted; otherwise the exit code is 1. It does not depend on times.
 
-Needs root, `ip` and `tc`. `--smoke` needs neither: two ranks on this host, a tiny model, one round.
+This needs root, `ip` and `tc`. `--smoke` needs none of them: it runs two ranks on this host with a
+tiny model for one round.
 """
 
 from __future__ import annotations
@@ -40,31 +43,31 @@ from distaccum.metrics.table import table
 UNLIMITED = "unlimited"
 RANKS, PORT = 2, 29500
 WITHIN = 0.25
-PACKAGE = Path(__file__).resolve().parents[1] / "distaccum"  # whose source is the text to train on
-MODEL = ["model.num_layers=6", "model.width=192", "model.num_heads=6", "data.seq_len=64", "accum.micro=2"]
-BUCKETS = "parallel.bucket_mb=2"  # about a block's gradients
-# For --smoke: the command line's entry, with nothing repeated more often than it must be.
+PACKAGE = Path(__file__).resolve().parents[1] / "distaccum"  # its source is the text to train on
+MODEL = ["model.num_layers=6", "model.width=192", "model.num_heads=6", "data.seq_len=64", "accum.micro_batch_size=2"]
+BUCKETS = "parallel.bucket_mb=2"  # about the gradients of a block
+# For --smoke: the command line with as few repetitions as possible.
 SHORT = """from distaccum.app.commands import profile
 profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0, 0.0, 2**18
 from distaccum.cli import main
 main()
 """
-TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "data.seq_len=16", "accum.micro=2"]
+TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "data.seq_len=16", "accum.micro_batch_size=2"]
 
 
 class Here:
-    """This host in place of two, for --smoke."""
+    """Stands in for two hosts with this one, for --smoke."""
 
     address, link, limit = "127.0.0.1", "lo", staticmethod(lambda rate: None)
 
     def start(self, number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """As that of `Hosts`."""
+        """Start a command, as `Hosts.start` does."""
         return subprocess.Popen(command, **options)
 
 
 @contextmanager
 def two_hosts() -> Iterator[Any]:
-    """Hosts that know where rank 0 is and over which link they talk, like `Here`."""
+    """Make two hosts that have the address of rank 0 and the name of the link, as `Here` does."""
     with hosts(RANKS) as made:
         made.address, made.link = made[0].address, LINK
         yield made
@@ -72,7 +75,7 @@ def two_hosts() -> Iterator[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _asked(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that hosts and ranks are ended
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes hosts and ends ranks
     where = machine.describe() | {"kernel": platform.release()}
     found: dict[str, Any] = {"command": " ".join(sys.argv), "machine": where, "rates": {}}
     try:
@@ -87,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return _tell_all(found)
+    return _show_all(found)
 
 
 def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,7 +116,10 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
     running = _start(made, port, words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         found |= _answers(running)[0]
-        print(f"{found['parameters']:,} parameters, {found['micro_flops'] / 1e9:.3g} GFLOP a micro", flush=True)
+        print(
+            f"{found['parameters']:,} parameters, {found['micro_batch_flops'] / 1e9:.3g} GFLOP a micro-batch",
+            flush=True,
+        )
         for number, rate in enumerate(asked.rates):
             made.limit(None if rate == UNLIMITED else float(rate))
             file = folder / f"{rate}.json"
@@ -123,12 +129,12 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
                 process.stdin.flush()
             measured = _answers(running)[0]
             found["rates"][rate] = {"profile": json.loads(file.read_text()), "printed": profiled, **measured}
-            _tell(rate, profiled, **measured)
+            _show(rate, profiled, **measured)
             if asked.out is not None:
                 asked.out.write_text(json.dumps(found, indent=1) + "\n")
     finally:
         for process in running:
-            process.kill()  # a rank that waits for another would not hear anything else
+            process.kill()  # a rank that waits for another one would not react to anything else
         for process in running:
             process.wait()
     if asked.plot is not None:
@@ -136,7 +142,7 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
 
 
 def _start(made: Any, port: int, words: Sequence[str], **options: Any) -> list[subprocess.Popen[Any]]:
-    """A process a rank, as torch's own variables say who it is."""
+    """Start one process per rank, with torch's environment variables."""
     common = {
         "GLOO_SOCKET_IFNAME": made.link, "MASTER_ADDR": made.address, "MASTER_PORT": str(port),
         "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1",
@@ -148,21 +154,21 @@ def _start(made: Any, port: int, words: Sequence[str], **options: Any) -> list[s
 
 
 def _profile(made: Any, port: int, file: Path, overrides: list[str]) -> str:
-    """`distaccum profile` on all hosts; what it prints."""
+    """Run `distaccum profile` on all hosts, and return what it prints on the first."""
     entry = ["-c", SHORT] if isinstance(made, Here) else ["-m", "distaccum"]
     words = [sys.executable, *entry, "profile", f"machine={file}", f"run_dir={file.parent}/run", *overrides]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": file.parent}
     running = _start(made, port, words, **options)
-    said = [process.communicate(timeout=300)[0] for process in running]
+    outputs = [process.communicate(timeout=300)[0] for process in running]
     if any(process.returncode for process in running):
-        raise RuntimeError("profile failed:\n" + "\n".join(said))
-    return said[0]
+        raise RuntimeError("`distaccum profile` failed with this output:\n" + "\n".join(outputs))
+    return outputs[0]
 
 
 def _answers(running: Sequence[subprocess.Popen[Any]]) -> list[Any]:
     answers = [process.stdout.readline() for process in running]
     if not all(answers):
-        raise RuntimeError("a rank of step_time_rank.py ended; what it said stands above")
+        raise RuntimeError("A rank of step_time_rank.py ended. Its error is printed above.")
     return [json.loads(answer) for answer in answers]
 
 
@@ -171,15 +177,18 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _tell(rate: str, profiled: str, micro: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _show(rate: str, profiled: str, micro_batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     print(f"\n{rate if rate == UNLIMITED else f'{rate} Mbit/s'}\n{profiled.strip()}\n")
-    least, median, most = (f(micro["seconds"]) for f in (min, statistics.median, max))
-    print(f"a micro alone: {micro['predicted_s']:.4f} s when profiled, {median:.4f} ({least:.4f}, {most:.4f}) since")
+    least, median, most = (f(micro_batch["seconds"]) for f in (min, statistics.median, max))
+    print(
+        f"a micro-batch without communication: {micro_batch['predicted_s']:.4f} s when profiled, "
+        f"{median:.4f} s ({least:.4f} to {most:.4f}) since then"
+    )
     lines = []
     for row in rows:
         parts, seconds = row["predicted"], row["seconds"]
         lines.append([
-            f"{row['way']}, K = {row['num_micros']}",
+            f"{row['way']}, K = {row['num_micro_batches']}",
             f"{parts['compute_s']:.3f}", f"{parts['exposed_s']:.3f}", f"{parts['update_s']:.3f}",
             f"{row['predicted_s']:.3f}",
             f"{row['measured_s']:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
@@ -188,7 +197,7 @@ def _tell(rate: str, profiled: str, micro: dict[str, Any], rows: list[dict[str, 
     print(table(["seconds", "compute", "exposed", "update", "predicted", "measured", "ratio"], lines), flush=True)
 
 
-def _tell_all(found: dict[str, Any]) -> int:
+def _show_all(found: dict[str, Any]) -> int:
     rows = [row for one in found["rates"].values() for row in one["rows"]]
     ratios = [_ratio(row) for row in rows]
     within, equal = sum(map(_is_within, rows)), sum(map(_is_equal, rows))
@@ -211,8 +220,8 @@ def _is_equal(row: dict[str, Any]) -> bool:
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
-    """Predicted against measured on log axes, and the band of 25 %."""
-    # Figure and canvas by hand: pyplot keeps a global list of figures and may ask for a display.
+    """Draw predicted against measured times on log axes, with a band of 25 %."""
+    # Not pyplot, because it keeps a global list of figures and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -229,7 +238,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
     ways = list(dict.fromkeys(row["way"] for _, row in rows))
     colors = dict(zip(ways, ["#1f5fa8", "#66aadd", "#228833", "#88bb66", "#b3541e"], strict=True))
     for rate, row in rows:
-        size = 40 if row["num_micros"] == 2 else 100
+        size = 40 if row["num_micro_batches"] == 2 else 100
         axis.scatter(row["measured_s"], row["predicted_s"], s=size, marker=markers[rate], color=colors[row["way"]])
     for way in ways:
         axis.scatter([], [], color=colors[way], label=way)

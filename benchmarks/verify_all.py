@@ -1,10 +1,11 @@
-"""`verify` for every combination of model, precision, strategy and policy that conf/ offers, on two ranks of the CPU.
+"""Runs `distaccum verify` on two CPU ranks for all combinations that conf/ offers.
 
     python benchmarks/verify_all.py [--model NAME ...] [--out benchmarks/results/verify_all.json]
 
-Prints a row for each combination and exits with 1 if any is not proven. Large models are cut (GPTs to two layers and
-2,000 tokens, ResNet-18 to a quarter of its channels), to be through sooner; `--whole` leaves them as they are.
-`--smoke` takes four of the combinations, in which every strategy and both kinds of small models occur.
+A combination is a model, a precision, a strategy and a sync policy. Prints a row for each and exits
+with 1 if any is not proven. To save time, large models are reduced: GPTs to two layers and a
+vocabulary of 2,000, ResNet-18 to a quarter of its channels. `--whole` does not reduce them.
+`--smoke` takes four combinations, with every strategy and both kinds of small models.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from distaccum.parallel.world import World
 RANKS = 2
 POLICIES = [
     ("ddp", "boundary"), ("ddp", "every"),
-    ("fsdp", "boundary"), ("fsdp", "keep"), ("fsdp", "every"),
-    ("hsdp", "boundary"), ("hsdp", "keep"), ("hsdp", "shard"), ("hsdp", "every"),
+    ("fsdp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "every"),
+    ("hsdp", "boundary"), ("hsdp", "gather_once"), ("hsdp", "reduce_scatter"), ("hsdp", "every"),
 ]  # fmt: skip
 DATA = {
     "gpt": ["data.seq_len=32"],
@@ -43,8 +44,9 @@ DATA = {
     "gpt2_350m": ["data.seq_len=8"],
     "hf": ["data.seq_len=32"],
     "resnet": ["data=digits"],
-    # Digits have 8x8 pixels, of which the last stage leaves one: BatchNorm needs more samples than two.
-    "resnet18": ["data=digits", "model.large_stem=false", "accum.micro=16"],
+    # The last stage reduces the 8x8 pixels of digits to one, so BatchNorm needs more than two
+    # samples.
+    "resnet18": ["data=digits", "model.large_stem=false", "accum.micro_batch_size=16"],
 }
 CUT = {
     "gpt_10m": ["model.num_layers=2"],
@@ -54,22 +56,22 @@ CUT = {
 }
 SMOKE = [
     ("gpt", "fp64", "ddp", "boundary"),
-    ("gpt", "bf16", "fsdp", "keep"),
+    ("gpt", "bf16", "fsdp", "gather_once"),
     ("resnet", "fp32", "ddp", "every"),
-    ("resnet", "fp64", "hsdp", "shard"),
+    ("resnet", "fp64", "hsdp", "reduce_scatter"),
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="four combinations")
+    parser.add_argument("--smoke", action="store_true", help="only four combinations")
     parser.add_argument("--model", nargs="*", default=list(DATA), choices=list(DATA))
     parser.add_argument("--policy", nargs="*", default=[sync for _, sync in POLICIES])
     parser.add_argument("--strategy", nargs="*", default=["ddp", "fsdp", "hsdp"])
     parser.add_argument(
         "--precision", nargs="*", default=[p.stem for p in sorted((config_dir() / "precision").glob("*"))]
     )
-    parser.add_argument("--whole", action="store_true", help="no model is cut")
+    parser.add_argument("--whole", action="store_true", help="do not reduce large models")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     combinations = [
@@ -92,7 +94,7 @@ def main() -> None:
 
 
 def work(rank: int, folder: str, combinations: list[tuple[str, str, str, str]], whole: bool) -> None:
-    """What each rank does: all combinations, one after the other."""
+    """Prove all combinations on one rank, one after the other."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=20))
@@ -118,9 +120,9 @@ def work(rank: int, folder: str, combinations: list[tuple[str, str, str, str]], 
 
 
 def composed(overrides: list[str]) -> Any:
-    """A configuration as the command line composes it, with windows of 2 micros of 2 samples."""
+    """Compose a configuration as the command line does, with 2 micro-batches of 2 samples."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", ["accum.micro=2", "accum.num_micros=2", *overrides])
+        config = compose("config", ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *overrides])
     plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     check(plain)
     return typed(plain)

@@ -1,11 +1,15 @@
-"""Distributed training with gradient accumulation: K micro-batches on R ranks make exactly one big batch."""
+"""Provides gradient accumulation that makes distributed training equal to one big batch.
+
+K micro-batches on R ranks give the loss, the gradient and the update of one batch of all their
+samples. The public names are those that are imported here.
+"""
 
 from .core.loss import Objective as Objective
 from .core.objectives import CausalLM as CausalLM
 from .core.objectives import Classification as Classification
 from .core.objectives import Regression as Regression
 from .core.objectives import autocast as autocast
-from .core.plan import Micro as Micro
+from .core.plan import MicroBatch as MicroBatch
 from .core.plan import Plan as Plan
 from .core.plan import Window as Window
 from .core.window import MicroBatches as MicroBatches
@@ -21,7 +25,7 @@ from .errors import StateWarning as StateWarning
 from .grads.scale import LossScale as LossScale
 from .huggingface import HuggingFace as HuggingFace
 from .huggingface import HuggingFaceCausalLM as HuggingFaceCausalLM
-from .huggingface.training_arguments import CarriedOver as CarriedOver
+from .huggingface.training_arguments import ConvertedArguments as ConvertedArguments
 from .huggingface.training_arguments import from_training_arguments as from_training_arguments
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .nn.batchnorm_layers import BatchNormMode as BatchNormMode

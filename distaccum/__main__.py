@@ -1,4 +1,4 @@
-"""`python -m distaccum` is the console script `distaccum`."""
+"""Runs the console script `distaccum` as `python -m distaccum`."""
 
 from distaccum.cli import main
 

@@ -1,4 +1,7 @@
-"""The errors that distaccum raises on purpose. A message is a small letter: what, got, why, what to write instead."""
+"""Defines the errors and the warning that distaccum raises on purpose.
+
+Each message says what was wrong, what was got, why, and what to write instead.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,57 @@ from typing import TypeVar
 
 
 class DistaccumError(Exception):
-    """The root of all errors below, for callers that want to catch them together."""
+    """Serves as the base class of all errors of distaccum, to catch them together."""
 
 
 class ConfigError(DistaccumError, ValueError):
-    """What the user asked for cannot be done. On the command line: printed without a traceback, exit code 2."""
+    """Reports a request that cannot be carried out.
+
+    On the command line it is printed without a traceback, and the exit code is 2.
+    """
 
 
 class CheckpointError(DistaccumError, RuntimeError):
-    """A checkpoint could not be written or read. All ranks raise it; earlier checkpoints are as they were."""
+    """Reports that a checkpoint could not be written or read.
+
+    All ranks raise it. Earlier checkpoints are unchanged.
+    """
 
 
 class RecordError(DistaccumError, RuntimeError):
-    """Signals that metrics, the result or the stop mark could not be written."""
+    """Reports that metrics, the result or the mark of a stopped run could not be written."""
 
 
 class DivergenceError(DistaccumError, ArithmeticError):
-    """A loss or a gradient norm is not finite and the policy says to stop. All ranks raise it at the same boundary."""
+    """Reports a loss or a gradient norm that is not finite, if the policy is to stop.
+
+    All ranks raise it at the same boundary.
+    """
 
 
 class OutOfMemoryError(DistaccumError, RuntimeError):
-    """Memory ran out inside a window, on this rank or another. Where it is agreed on, all ranks raise it together."""
+    """Reports that this rank or another one ran out of memory inside a window.
+
+    With `agree_on_oom` all ranks raise it together.
+    """
 
 
 class LedgerError(DistaccumError, RuntimeError):
-    """A window sent something else over the network than its forecast says. All ranks count for themselves."""
+    """Reports a window whose network traffic differs from its forecast.
+
+    Each rank checks its own traffic, so one rank may raise it alone.
+    """
 
 
 class ProofError(DistaccumError, AssertionError):
-    """`verify` found a difference beyond its tolerance. All ranks raise it."""
+    """Reports that `verify` found a difference beyond its tolerance.
+
+    All ranks raise it.
+    """
 
 
 def in_one_line(error: BaseException) -> str:
-    """Write an error's class and the first line of its text."""
+    """Return an error's class and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
 
 
@@ -47,14 +68,22 @@ E = TypeVar("E", bound=Enum)
 
 
 class StateWarning(UserWarning):
-    """Warns of something that is accepted but probably not intended. Python's warning filters silence it."""
+    """Warns of something that is accepted but probably not intended.
+
+    Python's warning filters can silence it.
+    """
 
 
 def choice(kind: type[E], value: E | str, name: str) -> E:
-    """The member of an Enum that a user named.
+    """Return the member of an Enum that a user named.
+
+    Args:
+        kind: the Enum.
+        value: one of its members, or the value of one.
+        name: the option's name, for the message.
 
     Raises:
-        ConfigError: for what is none, with those that are.
+        ConfigError: if there is no such member; the message lists those that exist.
     """
     try:
         return kind(value)

@@ -1,3 +1,3 @@
-"""The version of the package, for what is written into files."""
+"""Holds the version of the package, which is also written into result files."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

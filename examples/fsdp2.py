@@ -1,6 +1,6 @@
-"""FSDP2 that communicates once per window: parameters are gathered once, gradients are reduced once.
+"""Trains under FSDP2 with two communications per window: one gather and one reduction.
 
-torchrun --nproc-per-node 2 examples/fsdp2.py
+Run it with: torchrun --nproc-per-node 2 examples/fsdp2.py
 """
 
 from __future__ import annotations
@@ -16,58 +16,75 @@ from torch.distributed.fsdp import fully_shard
 
 import distaccum as da
 
-NUM_MICROS, MICRO, LENGTH, STEPS = 4, 4, 64, 12
+STEPS = 12
+ACCUMULATION_STEPS = 4  # micro-batches per rank and optimizer step
+MICRO_BATCH_SIZE, LENGTH = 4, 64  # sequences per micro-batch, tokens per sequence
 
 
 class Block(nn.Module):
-    """A residual layer that looks at each position and at one before it."""
+    """Adds to each position a function of this position and of an earlier one."""
 
     def __init__(self, dilation: int) -> None:
         super().__init__()
         self.dilation = dilation
         self.norm = nn.LayerNorm(64)
-        self.before, self.here, self.out = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+        self.before, self.here = nn.Linear(64, 128), nn.Linear(64, 128)
+        self.out = nn.Linear(128, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, T, 64] -> [B, T, 64]."""
+        """Map hidden states [B, T, 64] to hidden states [B, T, 64]."""
         y = self.norm(x)
         earlier = nn.functional.pad(y, (0, 0, self.dilation, 0))[:, : y.shape[1]]
         return x + self.out(nn.functional.gelu(self.here(y) + self.before(earlier)))
 
 
 cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+local_rank = int(os.environ["LOCAL_RANK"])  # set by torchrun
+device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 if cuda:
     torch.cuda.set_device(device)
 dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 
-torch.manual_seed(0)  # the same weights on every rank, before each keeps its shard
+torch.manual_seed(0)  # the same initial weights on every rank
 blocks = [Block(dilation) for dilation in (1, 2, 4)]
-model = nn.Sequential(nn.Embedding(256, 64), *blocks, nn.Linear(64, 256, bias=False)).to(device)
+embedding, head = nn.Embedding(256, 64), nn.Linear(64, 256, bias=False)
+model = nn.Sequential(embedding, *blocks, head).to(device)
 for block in blocks:
-    fully_shard(block)  # a group of its own, gathered and reduced in one piece
-fully_shard(model)  # the root has what is left: embedding and head
+    fully_shard(block)  # the parameters of a block are gathered and reduced together
+fully_shard(model)  # the embedding and the head
 
-text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
-generator = torch.Generator().manual_seed(dist.get_rank())  # each rank reads other places
-
-
-def micro() -> tuple[Tensor, Tensor]:
-    starts = torch.randint(0, len(text) - LENGTH, (MICRO, 1), generator=generator)
-    sequences = text[starts + torch.arange(LENGTH)]
-    return sequences, sequences  # CausalLM compares each position with the one before it
-
-
-# After sharding, since fully_shard replaces the parameters.
+# Create the optimizer after fully_shard, which replaces the parameters.
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
-# The ledger counts the first window's collectives, whoever issues them, and raises if they are not those that were
-# forecast. `keep` trades memory for traffic: sync="boundary" gathers per micro, sync="every" reduces per micro, too.
-accumulator = da.Accumulator(model, optimizer, da.CausalLM(), sync="keep", clip_norm=1.0, audit="first")
-for window in da.windows((micro() for _ in range(STEPS * NUM_MICROS)), num_micros=NUM_MICROS):
+text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+generator = torch.Generator().manual_seed(dist.get_rank())  # each rank reads other sequences
+
+
+def micro_batch() -> tuple[Tensor, Tensor]:
+    """Draw inputs and labels, each [B, T], from the text."""
+    starts = torch.randint(0, len(text) - LENGTH, (MICRO_BATCH_SIZE, 1), generator=generator)
+    sequences = text[starts + torch.arange(LENGTH)]
+    return sequences, sequences  # CausalLM shifts the labels by one position
+
+
+# sync="gather_once" needs the memory of all gathered parameters and causes the least traffic.
+# sync="boundary" gathers parameters for each micro-batch; sync="every" also reduces gradients for
+# each. audit="first" counts the collectives of the first window and raises if their number or size
+# differs from the forecast.
+accumulator = da.Accumulator(
+    model,
+    optimizer,
+    da.CausalLM(),
+    sync="gather_once",
+    clip_norm=1.0,
+    audit="first",
+)
+micro_batches = (micro_batch() for _ in range(STEPS * ACCUMULATION_STEPS))
+for window in da.windows(micro_batches, gradient_accumulation_steps=ACCUMULATION_STEPS):
     record = accumulator.step(window)
-    if dist.get_rank() == 0:
-        print(f"step {record.step} loss {record.loss:.4f} grad_norm {record.grad_norm:.3f} tokens {record.weight:.0f}")
+    if dist.get_rank() == 0:  # the record is the same on every rank
+        line = f"step {record.step} loss {record.loss:.4f} grad_norm {record.grad_norm:.3f}"
+        print(f"{line} tokens {record.denominator:.0f}")
 
 if dist.get_rank() == 0:
     verdict = accumulator.verdict

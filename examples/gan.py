@@ -1,7 +1,8 @@
-"""A GAN learns the points of a ring: two models, two optimizers, two accumulators that do not know of each other.
+"""Trains a GAN on the points of a ring, with two models and two independent accumulators.
 
-python examples/gan.py
-torchrun --nproc-per-node 2 examples/gan.py
+Run it with one of:
+    python examples/gan.py
+    torchrun --nproc-per-node 2 examples/gan.py
 """
 
 from __future__ import annotations
@@ -18,82 +19,101 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distaccum as da
 
-STEPS, MICRO, NOISE = 150, 32, 4
+STEPS, MICRO_BATCH_SIZE, NOISE = 150, 32, 4
 
-distributed = "WORLD_SIZE" in os.environ  # torchrun sets it
+distributed = "WORLD_SIZE" in os.environ  # set by torchrun
 cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 if distributed:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
 
 def mlp(num_in: int, num_out: int) -> nn.Module:
-    layers = [nn.Linear(num_in, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, num_out)]
-    return nn.Sequential(*layers).to(device)
+    """Build a network of three linear layers."""
+    return nn.Sequential(
+        nn.Linear(num_in, 64),
+        nn.LeakyReLU(0.2),
+        nn.Linear(64, 64),
+        nn.LeakyReLU(0.2),
+        nn.Linear(64, num_out),
+    ).to(device)
 
 
-torch.manual_seed(0)  # the same weights on every rank
+torch.manual_seed(0)  # the same initial weights on every rank
 generator, discriminator = mlp(NOISE, 2), mlp(2, 1)
 
-Micro = dict[str, Tensor]
+MicroBatch = dict[str, Tensor]
 
 
-def discriminator_loss(model: nn.Module, micro: Micro) -> dict[str, Tensor]:
-    """Tell real points from fake ones: two terms, each with its own count."""
+def discriminator_loss(model: nn.Module, micro_batch: MicroBatch) -> dict[str, Tensor]:
+    """Compute the loss sums of the discriminator for real and for generated points."""
     with torch.no_grad():
-        fake = generator(micro["noise"])  # the module itself: DDP would prepare for a backward that never comes
-    return {"real": softplus(-model(micro["real"])).sum(), "fake": softplus(model(fake)).sum()}
+        # The plain module, because DDP would prepare for a backward that never comes.
+        fake = generator(micro_batch["noise"])
+    real = micro_batch["real"]
+    return {"real": softplus(-model(real)).sum(), "fake": softplus(model(fake)).sum()}
 
 
-def generator_loss(model: nn.Module, micro: Micro) -> Tensor:
-    """Make points that the discriminator takes for real."""
-    # Gradients flow through the discriminator to the points. Detached parameters keep them out of its own `.grad`.
+def discriminator_counts(micro_batch: MicroBatch) -> dict[str, int]:
+    """Return the denominators: the numbers of real and of generated points."""
+    return {"real": len(micro_batch["real"]), "fake": len(micro_batch["noise"])}
+
+
+def generator_loss(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+    """Compute the loss sum of the generator, whose points shall look real to the discriminator."""
+    # The gradients flow through the discriminator to the points. Its parameters are detached, so
+    # that they get no gradients.
     frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-    return softplus(-functional_call(discriminator, frozen, (model(micro["noise"]),))).sum()
+    points = model(micro_batch["noise"])
+    return softplus(-functional_call(discriminator, frozen, (points,))).sum()
 
 
-def wrapped(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model) if distributed else model
-
-
-def accumulate(model: nn.Module, objective: da.Objective) -> da.Accumulator:
+def make_accumulator(model: nn.Module, objective: da.Objective) -> da.Accumulator:
+    """Make an accumulator with an optimizer of its own, under DDP if there are several ranks."""
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3, betas=(0.5, 0.99))
-    return da.Accumulator(wrapped(model), optimizer, objective)
+    wrapped = DistributedDataParallel(model) if distributed else model
+    return da.Accumulator(wrapped, optimizer, objective)
 
 
-count_both = da.Objective(discriminator_loss, lambda micro: {"real": len(micro["real"]), "fake": len(micro["noise"])})
-count_fake = da.Objective(generator_loss, lambda micro: len(micro["noise"]))
-train_discriminator, train_generator = accumulate(discriminator, count_both), accumulate(generator, count_fake)
+discriminator_objective = da.Objective(discriminator_loss, discriminator_counts)
+generator_objective = da.Objective(generator_loss, lambda micro_batch: len(micro_batch["noise"]))
+discriminator_accumulator = make_accumulator(discriminator, discriminator_objective)
+generator_accumulator = make_accumulator(generator, generator_objective)
 
-random = torch.Generator().manual_seed(rank)  # each rank draws points of its own
+random = torch.Generator().manual_seed(rank)  # each rank draws other points
 
 
-def draw() -> Micro:
-    angle = 2 * math.pi * torch.rand(MICRO, generator=random)
-    radius = 2 + 0.05 * torch.randn(MICRO, generator=random)
+def draw() -> MicroBatch:
+    """Draw a micro-batch of real points [B, 2] on the ring and of noise [B, NOISE]."""
+    angle = 2 * math.pi * torch.rand(MICRO_BATCH_SIZE, generator=random)
+    radius = 2 + 0.05 * torch.randn(MICRO_BATCH_SIZE, generator=random)
     real = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
-    return {"real": real, "noise": torch.randn(MICRO, NOISE, generator=random)}
+    return {"real": real, "noise": torch.randn(MICRO_BATCH_SIZE, NOISE, generator=random)}
 
 
 @torch.no_grad()
 def distance_from_ring() -> float:
+    """Compute the mean distance of 2000 generated points from the ring of radius 2."""
     noise = torch.randn(2000, NOISE, generator=torch.Generator().manual_seed(1))
     return float((generator(noise.to(device)).norm(dim=1) - 2).abs().mean())
 
 
-num_micros = 4 // ranks  # the same effective batch on one rank and on two
+accumulation_steps = 4 // ranks  # the same effective batch size on one rank and on two
+micro_batches = (draw() for _ in range(STEPS * accumulation_steps))
 if rank == 0:
     print(f"distance from the ring {distance_from_ring():.3f} before")
-for window in da.windows((draw() for _ in range(STEPS * num_micros)), num_micros=num_micros):
-    d_record = train_discriminator.step(window)
-    g_record = train_generator.step(window)  # a window may be used twice: it is a list of micro-batches
+for window in da.windows(micro_batches, gradient_accumulation_steps=accumulation_steps):
+    d_record = discriminator_accumulator.step(window)
+    g_record = generator_accumulator.step(window)  # a window can be used more than once
     if rank == 0 and d_record.step % 50 == 0:
         losses = " ".join(f"{name} {loss:.3f}" for name, loss in d_record.losses.items())
         print(f"step {d_record.step} discriminator: {losses}; generator: {g_record.loss:.3f}")
 if rank == 0:
+    d_steps, g_steps = discriminator_accumulator.steps, generator_accumulator.steps
     print(f"distance from the ring {distance_from_ring():.3f} after")
-    print(f"updates: discriminator {train_discriminator.steps}, generator {train_generator.steps}")
+    print(f"updates: discriminator {d_steps}, generator {g_steps}")
 
 if distributed:
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
-"""A small GRU learns to predict the next byte of Python source, in a loop of your own.
+"""Trains a small GRU to predict the next byte of Python source code, in a plain training loop.
 
-python examples/plain_loop.py
-torchrun --nproc-per-node 2 examples/plain_loop.py
+Run it with one of:
+    python examples/plain_loop.py
+    torchrun --nproc-per-node 2 examples/plain_loop.py
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ STEPS = 20
 
 
 class NextByte(nn.Module):
-    """The model. It knows nothing of losses, accumulation or ranks."""
+    """Predicts the next byte. The model knows nothing of losses, accumulation or ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,47 +34,58 @@ class NextByte(nn.Module):
         self.head = nn.Linear(64, 256)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Byte ids [B, T] to the logits of the byte after each, [B, T, 256]."""
+        """Map byte ids [B, T] to the logits [B, T, 256] of the byte that follows each of them."""
         return self.head(self.gru(self.embedding(input_ids))[0])
 
 
 def lines_of_source() -> list[Tensor]:
-    """Real text that every machine with Python has: the lines of two modules, as bytes. Their lengths differ."""
+    """Return the lines of two modules of the standard library, each as its byte ids."""
     text = b"".join(Path(module.__file__).read_bytes() for module in (argparse, json))
-    return [torch.frombuffer(bytearray(line), dtype=torch.uint8).long() for line in text.splitlines(keepends=True)]
+    lines = text.splitlines(keepends=True)
+    return [torch.frombuffer(bytearray(line), dtype=torch.uint8).long() for line in lines]
 
 
 def pad(lines: list[Tensor]) -> dict[str, Tensor]:
-    """A micro-batch. Padding does not count, and so each micro has a weight of its own: its tokens."""
+    """Make a micro-batch [B, T] of lines of different lengths.
+
+    Labels of -100 mark padding, which does not count. So the denominator of each micro-batch is the
+    number of its own tokens.
+    """
     return {
         "input_ids": pad_sequence(lines, batch_first=True),
         "labels": pad_sequence(lines, batch_first=True, padding_value=-100),
     }
 
 
-distributed = "WORLD_SIZE" in os.environ  # torchrun sets it
+distributed = "WORLD_SIZE" in os.environ  # set by torchrun
 cuda = torch.cuda.is_available()
-device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 if distributed:
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
 rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
-torch.manual_seed(0)  # the same weights on every rank
+torch.manual_seed(0)  # the same initial weights on every rank
 model: nn.Module = NextByte().to(device)
 if distributed:
     model = DistributedDataParallel(model)
 
-# Each line belongs to one rank. Nothing is repeated to make ranks equal: one may have a micro more than another.
+# Each line belongs to one rank. No line is repeated to give all ranks the same number of lines, so
+# one rank may have a micro-batch more than another.
 mine = lines_of_source()[rank::ranks]
-loader = DataLoader(mine, batch_size=8, shuffle=True, collate_fn=pad, generator=torch.Generator().manual_seed(rank))
+order = torch.Generator().manual_seed(rank)
+loader = DataLoader(mine, batch_size=8, shuffle=True, collate_fn=pad, generator=order)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
 
-accumulator = da.Accumulator(model, optimizer, da.CausalLM(), clip_norm=1.0, scheduler=scheduler)
-for window in da.windows(loader, num_micros=8 // ranks):  # the same effective batch on one rank and on several
+objective = da.CausalLM()
+accumulator = da.Accumulator(model, optimizer, objective, clip_norm=1.0, scheduler=scheduler)
+accumulation_steps = 8 // ranks  # the same effective batch size on one rank and on several
+for window in da.windows(loader, gradient_accumulation_steps=accumulation_steps):
     record = accumulator.step(window)
     if rank == 0:  # the record is the same on every rank
-        print(f"step {record.step} loss {record.loss:.4f} grad_norm {record.grad_norm:.3f} tokens {record.weight:.0f}")
+        text = f"step {record.step} loss {record.loss:.4f} grad_norm {record.grad_norm:.3f}"
+        print(f"{text} tokens {record.denominator:.0f}")
     if record.step == STEPS:
         break
 

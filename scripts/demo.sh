@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The main job on any machine: two ranks train a small GPT on real text, the effective batch reached by accumulation.
-# Usage: scripts/demo.sh [OVERRIDE ...]     for example: scripts/demo.sh parallel=fsdp accum.sync=keep
+# Runs the main job on any machine: two ranks train a small GPT on real text, and gradient
+# accumulation reaches the effective batch size.
+# Usage: scripts/demo.sh [OVERRIDE ...]     for example: scripts/demo.sh parallel=fsdp accum.sync=gather_once
 set -euo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 "$here/scripts/setup.sh"

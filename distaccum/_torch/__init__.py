@@ -1,12 +1,12 @@
-"""All uses of names that torch keeps private, in one place. Tested with torch 2.11, 2.13 and 2.15.
+"""Holds all uses of private names of torch, tested with torch 2.11, 2.13 and 2.15.
 
 Each function says why no public name serves.
 """
 
 from distaccum._torch.groups import Withheld as Withheld
+from distaccum._torch.groups import fake_process_group as fake_process_group
 from distaccum._torch.groups import issued as issued
-from distaccum._torch.groups import silence as silence
-from distaccum._torch.groups import silent_group as silent_group
+from distaccum._torch.groups import no_communication as no_communication
 from distaccum._torch.modules import composed as composed
 from distaccum._torch.modules import seen_through as seen_through
 from distaccum._torch.oom import is_out_of_memory as is_out_of_memory
@@ -27,6 +27,6 @@ from distaccum._torch.sharded import sharded_groups as sharded_groups
 from distaccum._torch.sharded import sharding_groups as sharding_groups
 from distaccum._torch.sharded import shared_group as shared_group
 from distaccum._torch.tensors import backward as backward
+from distaccum._torch.tensors import fake_tensors as fake_tensors
 from distaccum._torch.tensors import has_hooks as has_hooks
 from distaccum._torch.tensors import storage_resizes as storage_resizes
-from distaccum._torch.tensors import weightless as weightless

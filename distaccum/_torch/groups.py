@@ -1,4 +1,4 @@
-"""Uses of names that torch.distributed keeps private: groups that send nothing, and what was sent."""
+"""Uses private names of torch.distributed, to send nothing and to count collectives."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def silent_group(world_size: int, rank: int) -> dist.ProcessGroup:
-    """Ranks of which only this one is there: collectives return at once and send nothing.
+def fake_process_group(world_size: int, rank: int) -> dist.ProcessGroup:
+    """Return a process group whose collectives return at once and send nothing.
 
-    torch keeps them for tests. Where this process has no process group, this becomes its default one.
+    Only this one of its ranks exists. torch keeps such groups for its own tests. If this process
+    has no process group, the fake one becomes its default.
+
+    Args:
+        world_size: the number of ranks, if this process has no process group yet; otherwise the
+            default group's number is used.
+        rank: this rank, under the same condition.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -29,19 +35,21 @@ def silent_group(world_size: int, rank: int) -> dist.ProcessGroup:
 
 
 @contextmanager
-def silence() -> Iterator[None]:
-    """All collectives of this process return at once and send nothing while it is entered, whoever calls them.
+def no_communication() -> Iterator[None]:
+    """Return a context in which all collectives of this process return at once and send nothing.
 
-    Its default process group, which other groups are made of, is a silent one meanwhile; torch has no public way to
-    exchange it. New groups are numbered, and ranks find each other by these numbers, so they are put back too.
+    Inside, the default process group, from which other groups are made, is a fake one; torch has no
+    public way to replace it. Groups are numbered, and ranks find each other by these numbers, so
+    the numbering is restored on exit. Groups that were made inside are destroyed.
     """
     if not dist.is_initialized():
         yield
         return
     world: Any = dist.distributed_c10d._world
     own, known, count = world.default_pg, set(world.pg_map), world.group_count
-    silent: Any = silent_group(own.size(), own.rank())
-    silent.bound_device_id = None  # inherited from NCCL's, whose communicators are made by splitting
+    silent: Any = fake_process_group(own.size(), own.rank())
+    # Inherited from an NCCL group. With it, torch would make new groups by splitting communicators.
+    silent.bound_device_id = None
     world.default_pg = silent
     try:
         yield
@@ -52,7 +60,10 @@ def silence() -> Iterator[None]:
 
 
 def issued(groups: Sequence[dist.ProcessGroup]) -> list[int]:
-    """How many collectives this process has issued in each group; groups count, for their own logs. Silent ones: 0."""
+    """Return how many collectives this process has issued in each of these groups.
+
+    Groups count them for their own logs, without a public getter. Fake groups count 0.
+    """
     return [
         0 if dist.get_backend(group) == "fake" else group._get_sequence_number_for_group()  # type: ignore[attr-defined]
         for group in groups
@@ -60,17 +71,18 @@ def issued(groups: Sequence[dist.ProcessGroup]) -> list[int]:
 
 
 class Withheld(TorchDispatchMode):
-    """Lets the first collectives of some groups go nowhere: they return at once and leave any numbers.
+    """Withholds the first collectives of some groups, which then return at once and send nothing.
 
-    A collective is an operator that is given its group in a box, of a type that only torch's core knows.
+    Their results are arbitrary numbers. An operator is recognized as a collective if one of its
+    arguments is a boxed process group, whose type has no public name in Python.
     """
 
     def __init__(self, first: Mapping[str, int], *, gathers: bool) -> None:
-        """Begin to count.
+        """Set how many collectives to withhold.
 
         Args:
-            first: by a group's name, how many of its collectives go nowhere.
-            gathers: whether all-gathers go nowhere, all of them, and are not counted.
+            first: the number of collectives to withhold, by the group's name.
+            gathers: whether to withhold all all-gathers too, without counting them in `first`.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self._left = Counter(first)
@@ -89,11 +101,14 @@ class Withheld(TorchDispatchMode):
         if not gather and self._left[group.group_name] <= 0:
             return box
         self._left[group.group_name] -= not gather
-        return _silent(group.rank(), group.size()).boxed()
+        return _no_communication(group.rank(), group.size()).boxed()
 
 
-def _silent(rank: int, world_size: int) -> Any:
-    """As `silent_group`, and unknown to torch.distributed, which other ranks would have to be told of."""
+def _no_communication(rank: int, world_size: int) -> Any:
+    """Return a fake process group that torch.distributed does not know.
+
+    `fake_process_group` registers its group, and then other ranks would have to register it too.
+    """
     from torch._C import _distributed_c10d as c10d
 
     group: Any = dist.ProcessGroup(dist.HashStore(), rank, world_size)  # type: ignore[attr-defined]

@@ -1,15 +1,15 @@
-"""Out-of-memory errors: torch has a class for some of them, the others are known by their text."""
+"""Recognizes out-of-memory errors, of which only some have a class in torch."""
 
 from __future__ import annotations
 
 import torch
 
-# What torch, CUDA and NCCL say when memory is short and the error is none of torch's own class.
-_SHORT = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+# Texts of out-of-memory errors of torch, CUDA and NCCL that have no class of their own.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means out of memory, on a device or on the host."""
+    """Return whether an error means out of memory, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SHORT)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""Uses of names that DistributedDataParallel keeps private."""
+"""Uses private names of DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from distaccum.errors import ConfigError
 
 
 def ddp_obstacle(model: DistributedDataParallel) -> str | None:
-    """Why this DDP module cannot accumulate, or None. The constructor's arguments are kept in private attributes."""
+    """Return why this DDP module cannot accumulate gradients, or None if it can.
+
+    DDP keeps its constructor's arguments in private attributes.
+    """
     if getattr(model, "mixed_precision", None) is not None:
         return "its mixed_precision argument casts and reduces in ways that are wrong with accumulation"
     if getattr(model, "_delay_all_reduce_params", None):
@@ -27,25 +30,29 @@ def ddp_obstacle(model: DistributedDataParallel) -> str | None:
 
 
 def ddp_buckets(model: DistributedDataParallel) -> int:
-    """How many all-reduces one synchronised backward makes; only the logging data tell."""
+    """Return the number of all-reduces in one synchronized backward.
+
+    Only DDP's logging data contain it.
+    """
     if model.logger is not None:
-        model.logger.set_runtime_stats_and_log()  # otherwise what is told is from before the newest forward
+        model.logger.set_runtime_stats_and_log()  # otherwise older than the newest forward
     data = model._get_ddp_logging_data()
     sizes = data.get("rebuilt_bucket_sizes") or data.get("bucket_sizes") or ""
     return len([size for size in str(sizes).split(",") if size.strip()])
 
 
 class _Unchanged(TorchDispatchMode):
-    """Answers a request for zeros like a tensor with the tensor itself, so that no memory is taken."""
+    """Makes `zeros_like(tensor)` return the tensor itself, which takes no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return args[0] if func is torch.ops.aten.zeros_like.default else func(*args, **(kwargs or {}))
 
 
 def ddp_parameters(model: DistributedDataParallel) -> list[nn.Parameter]:
-    """List the parameters whose gradients this DDP reduces, in the order in which its errors number them.
+    """List the parameters whose gradients this DDP module reduces, as its errors number them.
 
-    They were chosen when it was made. Only its buckets still know them: `requires_grad` may have changed since.
+    They were chosen when the module was made, and only its buckets show which ones they are:
+    `requires_grad` may have changed since.
     """
     with _Unchanged():  # type: ignore[no-untyped-call]
         buckets = model.reducer._get_zeros_like_grad_buckets()
@@ -55,23 +62,29 @@ def ddp_parameters(model: DistributedDataParallel) -> list[nn.Parameter]:
 
 @contextmanager
 def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iterator[None]:
-    """Decide whether forwards inside prepare the reduction, whatever `no_sync()` around them says.
+    """Decide whether forwards prepare DDP's reduction, regardless of any `no_sync()` around them.
+
+    Args:
+        model: the DDP module.
+        synchronised: whether the backward must reduce gradients.
 
     Raises:
-        ConfigError: on leaving, when it was to synchronise and the last forward went past DDP.
+        ConfigError: on exit, if the backward must reduce gradients and the last forward bypassed
+            DDP.
     """
     flag = model.require_backward_grad_sync
     model.require_backward_grad_sync = synchronised
-    # DDP's forward writes True or False here, and reads its truth only: 0 and 1 show that no forward has come by.
+    # DDP's forward writes True or False to this attribute, and reads only whether it is true. While
+    # it is 0 or 1, no forward has been run.
     model.require_forward_param_sync = int(model.require_forward_param_sync)  # type: ignore[assignment]
     try:
         yield
         if synchronised and model.require_forward_param_sync is not True:
             raise ConfigError(
                 "The objective did not compute the last micro-batch through the DistributedDataParallel module, so its "
-                "gradients would stay on this rank. Call the model that the objective is given, with gradients, as "
-                "model(...): not model.module(...) or a method of model.module. For a loss inside of the model, put it "
-                "into forward()."
+                "gradients would stay on this rank. Call the model that the objective is given as model(...), with "
+                "gradients enabled, and not model.module(...) or a method of model.module. A loss that is computed "
+                "inside of the model must be in forward()."
             )
     finally:
         model.require_backward_grad_sync = flag
@@ -79,16 +92,19 @@ def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iter
 
 
 def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]) -> None:
-    """Let a reduction end that waits for parameters which the backward did not reach: they add zeros.
+    """Complete a reduction that waits for parameters which the backward did not reach.
 
-    Other ranks may have reached them, and wait for this one.
+    These parameters contribute zeros. Other ranks may have reached them, and then wait for this
+    rank.
 
     Args:
-        model: after a backward; one that synchronised nothing, or all, is left alone.
-        reduced: from `ddp_parameters`.
+        model: the DDP module after a backward; if that reduced nothing or everything, nothing is
+            done.
+        reduced: the parameters from `ddp_parameters`.
 
     Raises:
-        ConfigError: for parameters that were frozen since the model was made.
+        ConfigError: for parameters that were frozen after the model was wrapped, and if torch does
+            not name the missing parameters.
     """
     try:
         model._check_reducer_finalized()
@@ -100,23 +116,27 @@ def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]
         frozen = [names[id(parameter)] for parameter in waiting if not parameter.requires_grad]
         if not waiting:
             raise ConfigError(
-                "DistributedDataParallel did not finish its reduction after the last backward, and torch does not say "
-                f"which parameters are missing: {error}"
+                "DistributedDataParallel did not finish its reduction after the last backward, and torch does not name "
+                f"the missing parameters: {error}"
             ) from error
         if frozen:
             raise ConfigError(
                 f"The last backward did not reduce all gradients: {len(frozen)} parameter(s) ({', '.join(frozen[:3])}) "
-                "were frozen after DistributedDataParallel was made for them, so the gradients are this rank's own. "
-                "Nothing was updated. Freeze parameters before wrapping, or use find_unused_parameters=True."
+                "were frozen after DistributedDataParallel was made for them, so the gradients are those of this rank "
+                "alone. No parameter was updated. Freeze parameters before wrapping, or use "
+                "find_unused_parameters=True."
             ) from error
     torch.autograd.backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
     model._check_reducer_finalized()
 
 
 def reset_ddp(model: DistributedDataParallel) -> None:
-    """Give a DDP module a new reducer. One whose backward was interrupted refuses the next forward for good."""
-    del model.reducer  # its hooks on the parameters go with it
-    # As DDP's own __setstate__ does it, which serves the default process group only.
+    """Give a DDP module a new reducer.
+
+    A reducer whose backward was interrupted refuses every later forward.
+    """
+    del model.reducer  # this also removes its hooks from the parameters
+    # The steps of DDP's __setstate__, which itself supports only the default process group.
     parameters, sparse = model._build_params_for_reducer()
     names = model._build_debug_param_to_name_mapping(parameters)
     model._ddp_init_helper(parameters, sparse, names, model.static_graph)

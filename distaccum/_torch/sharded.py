@@ -1,4 +1,4 @@
-"""Uses of names that FSDP2 keeps private."""
+"""Uses private names of FSDP2."""
 
 from __future__ import annotations
 
@@ -14,24 +14,31 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ShardedGroup:
-    """One group of parameters that FSDP2 gathers and reduces together, in bytes of the whole (padded) group."""
+    """Describes a group of parameters that FSDP2 gathers and reduces together, with its bytes.
+
+    Sizes are in bytes of the whole group, with padding.
+    """
 
     gather_bytes: int  # output of its all-gather
     scatter_bytes: int  # input of its reduce-scatter: the trained parameters only
-    reduce_bytes: int  # its all-reduce between replicas (HSDP): one shard
-    reshards: bool  # whether it is gathered once more for the backward
-    reduce_dtype: torch.dtype  # in which gradients are accumulated and reduced
-    compute_dtype: torch.dtype  # of the gathered parameters
+    reduce_bytes: int  # one shard: its all-reduce between replicas (HSDP)
+    reshards: bool  # whether it is gathered a second time for the backward
+    reduce_dtype: torch.dtype  # dtype in which gradients are accumulated and reduced
+    compute_dtype: torch.dtype  # dtype of the gathered parameters
 
 
 def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
-    """The groups of an FSDP2 module. FSDPModule does not tell its groups, nor its mixed precision policy."""
+    """Yield the parameter groups of an FSDP2 model.
+
+    FSDPModule has no public access to its groups or to its mixed precision policy.
+    """
     for group, is_root in _fsdp_groups(model):
         shards = getattr(group.mesh_info, "shard_mesh_size", 1)
         gather = scatter = reduce = 0
         stored = reduce_dtype = compute_dtype = torch.float32
         for param in group.fsdp_params:
-            policy = getattr(param, "mp_policy", None) or group.mp_policy  # the group's until torch 2.14
+            # Until torch 2.14 only the group has a policy.
+            policy = getattr(param, "mp_policy", None) or group.mp_policy
             size = param._orig_size
             padded = -(-size[0] // shards) * shards * size[1:].numel() if len(size) else shards
             stored = param.sharded_param.dtype
@@ -41,27 +48,29 @@ def sharded_groups(model: nn.Module) -> Iterator[ShardedGroup]:
                 reduce_dtype = policy.reduce_dtype or policy.param_dtype or stored
                 scatter += padded * reduce_dtype.itemsize
                 reduce += padded // shards * reduce_dtype.itemsize
-        # The root is kept after its forward unless the user said otherwise; torch decides that in the first forward.
+        # The root stays gathered after its forward unless the user chose otherwise. torch decides
+        # that in the first forward.
         undecided = is_root and bool(_state(model)._auto_reshard_after_forward)
         reshards = group.post_forward_mesh_info is not None and not undecided
         yield ShardedGroup(gather, scatter, reduce, reshards, reduce_dtype, compute_dtype)
 
 
 def clear_sharded_gradients(model: nn.Module) -> None:
-    """Forget unreduced gradients of an FSDP2 module, and any forward or backward that did not finish.
+    """Discard unreduced gradients of an FSDP2 model, and any unfinished forward or backward.
 
-    `zero_grad()` does not reach the unsharded accumulators or HSDP's partial sums, and `reset_iter_state()` (from torch
-    2.12 on) leaves the former too.
+    `zero_grad()` reaches neither the unsharded accumulators nor HSDP's partial sums.
+    `reset_iter_state()` (from torch 2.12 on) leaves the unsharded accumulators too.
     """
     reset = getattr(model, "reset_iter_state", None)
     if reset is None:
         _reset_pass(model)
-    elif hasattr(_state(model)._comm_ctx, "all_gather_state"):  # else nothing was ever begun, and it would fail
-        reset()
+    elif hasattr(_state(model)._comm_ctx, "all_gather_state"):
+        reset()  # it would fail before the first forward
     for group, _ in _fsdp_groups(model):
         group._partial_reduce_output = None
         for param in group.fsdp_params:
-            if not hasattr(type(param), "unsharded_accumulated_grad"):  # from torch 2.14 on the next line clears it
+            # From torch 2.14 on it is cleared with the gradient below.
+            if not hasattr(type(param), "unsharded_accumulated_grad"):
                 param.unsharded_accumulated_grad = None
             if hasattr(param, "_unsharded_param"):
                 param._unsharded_param.grad = None
@@ -69,14 +78,21 @@ def clear_sharded_gradients(model: nn.Module) -> None:
 
 
 def forget_forwards(model: nn.Module) -> None:
-    """Forget forwards that no backward followed: FSDP2 keeps their order, by which a backward gathers ahead."""
+    """Discard FSDP2's record of forwards that no backward followed.
+
+    FSDP2 keeps the order of forwards, and prefetches parameters in the backward according to it.
+    """
     for group, _ in _fsdp_groups(model):
         group._post_forward_indices.clear()
-        getattr(group.comm_ctx, "post_forward_order", []).clear()  # not there before the first forward
+        # The attribute does not exist before the first forward.
+        getattr(group.comm_ctx, "post_forward_order", []).clear()
 
 
 def changed_while_gathered(model: nn.Module) -> list[str]:
-    """Name the parameters that were frozen or thawed on gathered copies: FSDP2 forgets it with the next shards."""
+    """List the parameters that were frozen or unfrozen on gathered copies.
+
+    FSDP2 forgets such a change when it shards the parameters again.
+    """
     names: list[str] = []
     for group, _ in _fsdp_groups(model):
         for param in group.fsdp_params:
@@ -89,9 +105,10 @@ def changed_while_gathered(model: nn.Module) -> list[str]:
 
 
 def reduce_unused_parameters(model: nn.Module) -> None:
-    """Make every rank reduce all trained parameters, as zeros where a micro did not use them.
+    """Make every rank reduce all trained parameters, with zeros for those it did not use.
 
-    torch has `set_reduce_scatter_unused_params` for it from 2.12 on; before, groups are taught it one by one.
+    torch has `set_reduce_scatter_unused_params` for this from 2.12 on. For earlier versions the
+    backward hook of each group is extended.
     """
     reduce_unused = getattr(model, "set_reduce_scatter_unused_params", None)
     if reduce_unused is not None:
@@ -112,7 +129,10 @@ def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *u
 
 
 def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
-    """Whether FSDP2 gathers and reduces modules of two blocks together; a group does not tell its modules."""
+    """Return whether FSDP2 gathers and reduces modules of two blocks in one group.
+
+    A group has no public list of its modules.
+    """
     owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
     groups = [
         {owner[id(module)] for module in group.modules if id(module) in owner} for group, _ in _fsdp_groups(model)
@@ -121,19 +141,25 @@ def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 
 
 def sharding_groups(model: nn.Module) -> list[dist.ProcessGroup]:
-    """The process groups that FSDP2 uses, each once. The mesh of a parameter may be an equal one with other groups."""
+    """List the process groups that FSDP2 uses, each once.
+
+    The mesh of a parameter does not serve: it may be an equal mesh with other process groups.
+    """
     kinds = ("shard_process_group", "replicate_process_group")
     found = (getattr(group.mesh_info, kind, None) for group, _ in _fsdp_groups(model) for kind in kinds)
     return list(dict.fromkeys(group for group in found if group is not None))
 
 
 def offloads(model: nn.Module) -> bool:
-    """Tell whether FSDP2 keeps parameters on the CPU; only its parameters know."""
+    """Return whether FSDP2 keeps parameters on the CPU, which only its private parameters know."""
     return any(param.offload_to_cpu for group, _ in _fsdp_groups(model) for param in group.fsdp_params)
 
 
 def custom_divide_factor(model: nn.Module) -> float | None:
-    """A gradient divide factor that the user set on an FSDP2 module; there is a setter and no getter."""
+    """Return the gradient divide factor that the user set on an FSDP2 model, or None.
+
+    FSDP2 has a public setter for it, but no getter.
+    """
     factors = {group.gradient_divide_factor for group, _ in _fsdp_groups(model)} - {None}
     return next(iter(factors), None)
 
@@ -143,7 +169,7 @@ def _state(model: Any) -> Any:
 
 
 def _reset_pass(model: nn.Module) -> None:
-    """What `reset_iter_state` does, for torch 2.11."""
+    """Do what `reset_iter_state` does, for torch 2.11, which does not have it."""
     root = _state(model)
     root._state_ctx.iter_forward_root = None
     root._state_ctx.post_backward_final_callback_queued = False
@@ -165,14 +191,14 @@ def _idle(owner: Any) -> Any:
 
 
 def _fsdp_groups(model: nn.Module) -> Iterator[tuple[Any, bool]]:
-    """Each group once, and whether it is the root's."""
+    """Yield each parameter group once, with whether it belongs to the root."""
     seen: set[int] = set()
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
         state = _state(module)
         groups = getattr(state, "_fsdp_param_groups", None)
-        if groups is None:  # torch 2.11 has one group a state
+        if groups is None:  # torch 2.11 has one group per state
             groups = [state._fsdp_param_group] if state._fsdp_param_group else []
         for group in groups:
             if id(group) not in seen:

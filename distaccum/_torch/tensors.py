@@ -1,4 +1,4 @@
-"""Uses of names that torch keeps private about tensors and autograd."""
+"""Uses private names of torch's tensors and autograd."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from torch import Tensor, nn
 
 
 def has_hooks(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a trained parameter has hooks of its user; tensors keep them in private attributes."""
+    """Return whether a trained parameter has hooks, which tensors keep in private attributes."""
     return any(p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters)
 
 
 def backward(root: Tensor, gradient: Tensor) -> None:
-    """What `torch.autograd.backward(root, gradient)` does, for a gradient of the root's shape.
+    """Run `torch.autograd.backward(root, gradient)` without its checks.
 
-    The public function checks in Python what is right by construction here; on a small micro-batch that takes as long
-    as a fifth of all its work.
+    The public function checks in Python what is correct here by construction. On a small
+    micro-batch that takes as long as a fifth of all its work.
+
+    Args:
+        root: the tensor to differentiate.
+        gradient: its gradient, of the root's shape.
     """
     torch.autograd.Variable._execution_engine.run_backward(
         (root,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
-def weightless() -> AbstractContextManager[Any]:
-    """Tensors made inside have no memory and behave like their device's.
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Return a context in which new tensors have no memory but behave like their device's tensors.
 
     Public meta tensors do not: they ignore autocast and fused attention.
     """
@@ -38,15 +42,21 @@ def weightless() -> AbstractContextManager[Any]:
 
 @contextmanager
 def storage_resizes(seen: Callable[[torch.UntypedStorage], None]) -> Iterator[None]:
-    """Tell of each storage that is resized from Python while it is entered: no operator does, and FSDP2 does it."""
+    """Report each storage that is resized from Python while the context is entered.
+
+    FSDP2 resizes storages, and no operator shows it.
+
+    Args:
+        seen: called with each storage after it was resized.
+    """
     resize = torch.UntypedStorage.resize_
 
-    def told(storage: torch.UntypedStorage, *size: Any) -> Any:
+    def resize_and_report(storage: torch.UntypedStorage, *size: Any) -> Any:
         result = resize(storage, *size)
         seen(storage)
         return result
 
-    torch.UntypedStorage.resize_ = told  # type: ignore[method-assign, assignment]
+    torch.UntypedStorage.resize_ = resize_and_report  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -1,1 +1,1 @@
-"""The program `distaccum`: configuration, task, training, validation, resume, and the commands."""
+"""Implements the `distaccum` program: configuration, task, training, validation and commands."""

@@ -1,4 +1,4 @@
-"""The schema of a run: from what Hydra composed to typed values. conf/ owns all defaults, this file all types."""
+"""Defines the types of a run's configuration; the folder conf/ defines all default values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from distaccum.app.names import key_here
 from distaccum.app.oom import OnOutOfMemory
 from distaccum.checkpoint.saver import CheckpointConfig
 from distaccum.core.batch_schedule import Ramp, ScheduleUnit
@@ -36,7 +37,7 @@ from distaccum.step.accumulator import NonFinite
 
 
 class Device(Enum):
-    """`auto` is the GPU of this rank where there are GPUs, else the CPU."""
+    """Selects the device of each rank: `auto` is its GPU if there are GPUs, else the CPU."""
 
     auto = "auto"
     cpu = "cpu"
@@ -45,13 +46,13 @@ class Device(Enum):
 
 @dataclass
 class AccumConfig:
-    """How micro-batches make an effective batch, see batch_arithmetic.solve."""
+    """Configures how micro-batches make up an effective batch, see `core.batch_size.solve`."""
 
-    effective_batch: int | None
-    effective_tokens: int | None
-    micro: Any  # a number, auto or null: OmegaConf has no union of them
-    num_micros: int | None
-    schedule: list[dict[str, int]] | None  # `from` is no name for a field; batch_schedule.entries_of reads them
+    effective_batch_size: int | None
+    effective_batch_tokens: int | None
+    micro_batch_size: Any  # a number, auto or null; OmegaConf has no such union type
+    gradient_accumulation_steps: int | None
+    schedule: list[dict[str, int]] | None  # parsed by batch_schedule.entries_of, as `from` cannot be a field name
     schedule_unit: ScheduleUnit
     ramp: Ramp
     ragged: Ragged
@@ -60,27 +61,31 @@ class AccumConfig:
     nonfinite: NonFinite
     audit: Audit
     dtype: SumDtype | None
-    overlap_micros: Any  # a number or auto: OmegaConf has no union of them
+    overlap_micro_batches: Any  # a number or auto; OmegaConf has no such union type
     overlap_memory_mb: int | None
     on_oom: OnOutOfMemory
 
 
 @dataclass
 class LimitsConfig:
-    """What a rank may take of its device."""
+    """Limits how much memory a rank may use on its device."""
 
-    memory: Any  # 2GiB, a number of bytes or null
-    margin: float
+    memory: Any  # such as 2GiB, a number of bytes, or null
+    margin: float  # share of the memory that automatic choices leave free
 
     @property
     def memory_bytes(self) -> int | None:
-        """None: what the device has, which is no limit on the CPU."""
+        """Return the limit in bytes, or None for the memory of the device (no limit on the CPU).
+
+        Raises:
+            ConfigError: if `memory` is not a positive amount.
+        """
         return None if self.memory is None else parse_bytes(self.memory, "limits.memory")
 
 
 @dataclass
 class PrecisionConfig:
-    """In which dtype the model computes. The rest is for fp16's loss scale."""
+    """Configures the dtype in which the model computes and, for fp16, the loss scale."""
 
     name: Precision
     loss_scale: float
@@ -89,7 +94,7 @@ class PrecisionConfig:
 
 @dataclass
 class NNConfig:
-    """What changes inside the model."""
+    """Configures BatchNorm, compilation and activation checkpointing inside the model."""
 
     batchnorm: BatchNormMode
     compile: bool
@@ -98,7 +103,7 @@ class NNConfig:
 
 @dataclass
 class LoaderConfig:
-    """How samples are read."""
+    """Configures how samples are read."""
 
     workers: int
     pin_memory: bool | None
@@ -106,14 +111,14 @@ class LoaderConfig:
 
 @dataclass
 class TrainConfig:
-    """How long to train and how often to say something."""
+    """Configures the length of the training and how often it logs and validates."""
 
     steps: int | None
     epochs: int | None
     seed: int
     log_every_steps: int
-    evaluate_every_steps: int
-    heldout_samples: int
+    validate_every_steps: int
+    validation_samples: int
     timeout_s: float
     max_minutes: float | None
     deterministic: bool
@@ -121,7 +126,11 @@ class TrainConfig:
 
 @dataclass
 class Config:
-    """One run. `model`, `data` and `launch` are of the dataclass that their `name` says."""
+    """Configures one run.
+
+    The types of `model`, `data` and `launch` depend on their `name`, see `MODELS`, `DATA` and
+    `LAUNCH`.
+    """
 
     model: Any
     data: Any
@@ -153,10 +162,11 @@ T = TypeVar("T")
 
 
 def typed(composed: dict[str, Any]) -> Config:
-    """Check names and types of a composed configuration.
+    """Convert a composed configuration to its types and check its values.
 
     Raises:
-        ConfigError: for a key that does not exist (also one that `+` added), a missing value or a wrong type.
+        ConfigError: for an unknown key (also one that `+` added), a missing value, a wrong type, or
+            a value out of range.
     """
     composed = dict(composed)
     model = _choose(composed.pop("model", None), MODELS, "model")
@@ -168,7 +178,7 @@ def typed(composed: dict[str, Any]) -> Config:
         raise ConfigError(
             "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out."
         )
-    for name in ("log_every_steps", "evaluate_every_steps", "heldout_samples"):
+    for name in ("log_every_steps", "validate_every_steps", "validation_samples"):
         if getattr(config.train, name) < 1:
             raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
     for name, value in (
@@ -178,28 +188,36 @@ def typed(composed: dict[str, Any]) -> Config:
     ):
         if value is not None and not value > 0:
             raise ConfigError(f"{name} is {value}; give a positive number, or null.")
-    overlap, memory_mb = config.accum.overlap_micros, config.accum.overlap_memory_mb
+    overlap, memory_mb = config.accum.overlap_micro_batches, config.accum.overlap_memory_mb
     if overlap != "auto" and (isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1):
-        raise ConfigError(f"accum.overlap_micros is {overlap!r}; give a number of micro-batches from 1 on, or auto.")
+        raise ConfigError(
+            f"accum.overlap_micro_batches is {overlap!r}; give a number of micro-batches of at least 1, or auto."
+        )
     if memory_mb is not None and memory_mb < 0:
-        raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give MiB from 0 on, or null for no limit.")
-    micro = config.accum.micro
-    if micro not in (None, "auto") and (isinstance(micro, bool) or not isinstance(micro, int)):
-        raise ConfigError(f"accum.micro is {micro!r}; give a number of samples, auto for the most that fit, or null.")
+        raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give at least 0 (MiB), or null for no limit.")
+    micro_batch = config.accum.micro_batch_size
+    if micro_batch not in (None, "auto") and (isinstance(micro_batch, bool) or not isinstance(micro_batch, int)):
+        raise ConfigError(
+            f"accum.micro_batch_size is {micro_batch!r}; give a number of samples, auto for the most that fit, or null."
+        )
     warmup = config.optim.schedule.warmup
     if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int)):
         raise ConfigError(
-            f"optim.schedule.warmup is {warmup!r}; give a whole number of optim.schedule.unit, 0 for none, or auto."
+            f"optim.schedule.warmup is {warmup!r}; give a whole number in optim.schedule.unit, 0 for none, or auto."
         )
     if not 0 <= config.limits.margin < 1:
-        raise ConfigError(f"limits.margin is {config.limits.margin}; it is a share of the memory, from 0 on below 1.")
-    _ = config.limits.memory_bytes  # refused here where it is no amount
+        raise ConfigError(
+            f"limits.margin is {config.limits.margin}; it is a share of the memory and must be at least 0 and below 1."
+        )
+    _ = config.limits.memory_bytes  # raises ConfigError if it is not an amount
     if config.checkpoint.keep < 0:
-        raise ConfigError(f"checkpoint.keep is {config.checkpoint.keep}; it is a number, and 0 saves nothing.")
+        raise ConfigError(
+            f"checkpoint.keep is {config.checkpoint.keep}; give the number of checkpoints to keep, or 0 to save none."
+        )
     if (config.train.steps is None) == (config.train.epochs is None):
         raise ConfigError(
             f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the "
-            "other to null; it says how long the training is."
+            "other to null, because exactly one of them sets the length of the training."
         )
     return config
 
@@ -208,7 +226,7 @@ def _choose(node: Any, kinds: dict[str, type], where: str) -> Any:
     name = node.get("name") if isinstance(node, dict) else None
     if name not in kinds:
         raise ConfigError(
-            f"{where}.name is {name!r}. Known: {', '.join(kinds)}; {where}=NAME chooses from conf/{where}/."
+            f"{where}.name is {name!r}. Known: {', '.join(kinds)}. Choose a file of conf/{where}/ with {where}=NAME."
         )
     return _convert(kinds[name], node, f"{where}.")
 
@@ -229,18 +247,28 @@ def _convert(kind: type[T], node: dict[str, Any], prefix: str) -> T:
 
 
 def _refuse_unknown(kind: Any, node: Any, prefix: str) -> None:
-    """OmegaConf would refuse unknown keys as well, but not say which ones there are."""
+    """Raise ConfigError for an unknown key; OmegaConf's own error would not list the known ones."""
     if not isinstance(node, dict) or not hasattr(kind, "__dataclass_fields__"):
         return
     known = {field.name: field for field in fields(kind)}
     for key, value in node.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(known)}."
-            raise ConfigError(f"There is no key {prefix}{key}.{meant}")
+            meant = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
+            raise ConfigError(f"There is no key {prefix}{key}. {key_here(f'{prefix}{key}') or meant}")
         inner = _dataclass_of(kind, key)
         if inner is not None:
             _refuse_unknown(inner, value, f"{prefix}{key}.")
+
+
+def exists(key: str, kind: Any = Config) -> bool:
+    """Return whether a dotted key exists for any choice of model, data and launch."""
+    name, _, rest = key.partition(".")
+    if name not in {field.name for field in fields(kind)}:
+        return False
+    chosen = {"model": MODELS, "data": DATA, "launch": LAUNCH}.get(name, {}) if kind is Config else {}
+    inner = [*chosen.values()] or [_dataclass_of(kind, name)]
+    return not rest or any(one is None or exists(rest, one) for one in inner)
 
 
 def _dataclass_of(kind: Any, name: str) -> Any:
@@ -251,15 +279,15 @@ def _dataclass_of(kind: Any, name: str) -> Any:
 
 
 def config_dir() -> Path:
-    """The folder of the configuration: inside the package when installed from a wheel, else beside it.
+    """Return the folder conf/, which is inside the package in a wheel and beside it in a checkout.
 
     Raises:
-        ConfigError: when neither is there.
+        ConfigError: if neither folder exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
     raise ConfigError(
-        f"No configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum."
+        f"There is no configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum."
     )

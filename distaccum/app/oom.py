@@ -1,4 +1,4 @@
-"""What a step was predicted to need, what it needs, and what is done where memory does not suffice."""
+"""Compares the predicted with the measured memory of a step, and explains out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -16,40 +16,39 @@ from distaccum.errors import OutOfMemoryError
 from distaccum.metrics import size
 from distaccum.planner.meter import Meter
 
-MEASURED_STEPS = 2  # the second one finds the optimizer's state there
-TIMED_STEPS = 3  # after them
-
+MEASURED_STEPS = 2  # from the second step on, the optimizer's state takes memory
+TIMED_STEPS = 3  # the steps after the measured ones
 
 REMEDIES = "use nn.checkpoint=true, parallel=fsdp on several ranks, or more memory"
 
 
 class OnOutOfMemory(Enum):
-    """What to do when memory runs out inside a window, on whichever rank."""
+    """Selects what happens when any rank runs out of memory inside a window."""
 
-    error = "error"  # end the run on all ranks, and say what would have fitted
-    shrink = "shrink"  # compute the window once more, and those after it, in micros of half the size
+    error = "error"  # end the run on all ranks, and suggest a smaller micro-batch size
+    shrink = "shrink"  # retry the window, and continue, with micro-batches of half the size
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Of a step on this rank."""
+    """Holds the prediction of memory and time for one step on this rank."""
 
     peak: int  # bytes
-    moment: str  # of the peak, in words
-    step_s: float | None  # None: no speeds of this machine are known
+    moment: str  # description of when the peak occurs
+    step_s: float | None  # seconds; None if the speeds of this machine are unknown
 
 
 class Budget:
-    """Measures steps beside their prediction."""
+    """Measures the memory and time of steps and compares them with their prediction."""
 
     def __init__(self, meter: Meter, on_oom: OnOutOfMemory, predicted: Predicted | None = None) -> None:
-        """Nothing is measured yet.
+        """Store the meter and the policy; nothing is measured yet.
 
         Args:
-            meter: of this rank's device. On the CPU, where counting costs time, it counts the first steps only unless
-                it has a limit to keep.
-            on_oom: what to do.
-            predicted: what to compare with; None says nothing.
+            meter: measures this rank's device. On the CPU, where measuring takes time, it measures
+                only the first steps, unless it has a limit to enforce.
+            on_oom: what to do when memory runs out.
+            predicted: the prediction to compare with; None compares nothing.
         """
         self.on_oom = on_oom
         self.predicted = predicted
@@ -59,10 +58,10 @@ class Budget:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Enter around all that makes the model and its optimizer.
+        """Measure memory while the model and its optimizer are built.
 
         Raises:
-            OutOfMemoryError: on this rank, where they do not fit.
+            OutOfMemoryError: on this rank, if they do not fit.
         """
         with self._meter:
             try:
@@ -71,16 +70,23 @@ class Budget:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(
-                    f"The model and its optimizer do not fit: {_line(error)} Use parallel=fsdp on more ranks, a "
-                    "smaller model, or more memory (limits.memory)."
+                    f"The model and its optimizer do not fit into memory: {_first_line(error)} Use parallel=fsdp on "
+                    "more ranks, a smaller model, or more memory (limits.memory)."
                 ) from None
 
     @contextmanager
     def step(self, number: int, plan: Plan, window: Window, world_size: int) -> Iterator[None]:
-        """Enter around each step, whose number is for messages.
+        """Measure the memory and time of one step.
+
+        Args:
+            number: the step's number, for messages.
+            plan: the plan of the training.
+            window: the window that the step computes.
+            world_size: the number of ranks.
 
         Raises:
-            OutOfMemoryError: on this rank, where memory ran out and it was not agreed on.
+            OutOfMemoryError: if this rank ran out of memory. An error that all ranks agreed on is
+                passed on.
         """
         counts = self._meter.costs_nothing or self._meter.limit is not None or self._steps < MEASURED_STEPS
         began = time.perf_counter()
@@ -92,13 +98,22 @@ class Budget:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(self._letter(_line(error), number, plan, window, world_size)) from None
+                raise OutOfMemoryError(self._message(_first_line(error), number, plan, window, world_size)) from None
         self._steps += 1
         if len(self._seconds) < TIMED_STEPS and self._steps > MEASURED_STEPS:
             self._seconds.append(time.perf_counter() - began)
 
-    def told(self, last: bool) -> list[str]:
-        """What to say after a step, once: predicted beside measured. At the latest after the last step."""
+    def message(self, last: bool) -> list[str]:
+        """Return a message that compares prediction and measurement.
+
+        It is returned once, as soon as enough steps are timed.
+
+        Args:
+            last: whether this was the last step, so that the message cannot wait for more steps.
+
+        Returns:
+            One message, or an empty list.
+        """
         predicted = self.predicted
         if predicted is None or not (last or len(self._seconds) == TIMED_STEPS):
             return []
@@ -110,18 +125,21 @@ class Budget:
             texts.append(f"a step {predicted.step_s:.3g} s predicted, {measured_s:.3g} s measured")
         return ["plan: " + "; ".join(texts)]
 
-    def _letter(self, line: str, number: int, plan: Plan, window: Window, world_size: int) -> str:
-        micro, peak = window.micro_size, size(self._meter.peak_bytes)
-        text = f"Step {number} ran out of memory in micro-batches of {micro} sample(s), peak {peak}: {line}"
-        if micro == 1:
-            return f"{text} One sample cannot be halved: {REMEDIES}."
-        smaller = solve(world_size, plan.largest_batch, -(-micro // 2))
+    def _message(self, line: str, number: int, plan: Plan, window: Window, world_size: int) -> str:
+        micro_batch, peak = window.micro_batch_size, size(self._meter.peak_bytes)
+        text = (
+            f"Step {number} ran out of memory with micro-batches of {micro_batch} sample(s) at a peak of {peak}: {line}"
+        )
+        if micro_batch == 1:
+            return f"{text} A micro-batch of one sample cannot be halved; {REMEDIES}."
+        smaller = solve(world_size, plan.largest_batch, -(-micro_batch // 2))
         return (
-            f"{text} Use accum.micro={smaller.micro_size} ({smaller.num_micros} micros per rank, the same effective "
-            f"batch), accum.micro=auto, accum.on_oom=shrink; or {REMEDIES}."
+            f"{text} Use accum.micro_batch_size={smaller.micro_batch_size} "
+            f"({smaller.gradient_accumulation_steps} micro-batches per rank, the same effective batch), "
+            f"accum.micro_batch_size=auto or accum.on_oom=shrink; or {REMEDIES}."
         )
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence."""
+def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, ended by a period."""
     return f"{str(error).strip().split(chr(10))[0].rstrip('.')}."

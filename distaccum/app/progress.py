@@ -1,4 +1,4 @@
-"""How long a training is, and where it stands."""
+"""Describes the length of a training and its progress."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Rhythm:
-    """How long to train, and how often to say something."""
+class Intervals:
+    """Holds the length of a training and how often it logs and validates."""
 
-    windows: int  # of the plan; each makes a step, unless it is skipped
+    windows: int  # windows of the plan; each makes one step unless it is skipped
     log_every_steps: int
-    evaluate_every_steps: int
+    validate_every_steps: int
 
 
 @dataclass
 class Progress:
-    """Says how far a training has come; with the plan, this is all that a resumed run has to know of its data."""
+    """Records how far a training has come.
 
-    windows: int = 0  # so far, the skipped ones included: the plan's number of the next one
+    With the plan, this is everything that a resumed run needs to know about its data.
+    """
+
+    windows: int = 0  # so far, including skipped ones; also the plan's number of the next window
     step: int = 0  # optimizer updates so far
-    position: int = 0  # where the next window starts in the plan's stream
+    position: int = 0  # start of the next window in the plan's stream of samples
     samples: int = 0
-    tokens: float = 0.0  # or whatever the objective counts
-    evaluated_step: int = 0  # at which held-out samples were evaluated last
-    heldout: dict[str, float] = field(default_factory=dict)  # what was measured then, the loss first
-    best_loss: float | None = None  # the least held-out loss so far
+    tokens: float = 0.0  # or whatever else the objective counts
+    evaluated_step: int = 0  # step of the latest validation
+    validation: dict[str, float] = field(default_factory=dict)  # its results by term, the loss first
+    best_loss: float | None = None  # lowest validation loss so far
 
     def __str__(self) -> str:
         skipped = self.windows - self.step

@@ -1,4 +1,4 @@
-"""Whether a run goes on from a checkpoint: from which one, whether it fits, and what is said of it."""
+"""Chooses the checkpoint to resume from, checks that it fits, and reports what has changed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from distaccum.app.config import AccumConfig, Config
+from distaccum.app.names import renamed
 from distaccum.app.progress import Progress
-from distaccum.app.task import Problem
+from distaccum.app.task import Task
 from distaccum.checkpoint.state import make_optimizer_state, model_tensors, optimizer_tensors
 from distaccum.checkpoint.store import Checkpoint, Checkpoints
 from distaccum.core.plan import Plan
@@ -22,50 +23,69 @@ from distaccum.parallel.world import World
 from distaccum.step.accumulator import Accumulator
 from distaccum.version import __version__
 
-# What may differ between two starts of a run without a word: it does not change what is learned.
-_UNSAID = (
+# Changes of these keys between two starts of a run are not reported, because they do not affect
+# what is learned.
+_NOT_REPORTED = (
     "run_dir", "resume", "init_weights", "checkpoint", "logger", "launch", "loader", "device", "machine", "world_size",
-    "experiment", "train.log_every_steps", "train.evaluate_every_steps", "train.timeout_s", "train.max_minutes",
+    "experiment", "train.log_every_steps", "train.validate_every_steps", "train.timeout_s", "train.max_minutes",
     "accum.audit",
 )  # fmt: skip
 
-# What the memory of a micro-batch depends on.
-_IN_MEMORY = ("accum.", "data.", "device", "limits.", "model.", "nn.", "optim.name", "parallel.", "precision.")
+# Prefixes of the keys on which the memory of a micro-batch depends.
+_AFFECTS_MEMORY = ("accum.", "data.", "device", "limits.", "model.", "nn.", "optim.name", "parallel.", "precision.")
 
 
 def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on all ranks; None to begin anew. Call it on every rank.
+    """Return the checkpoint to resume from, or None to start from step 0.
+
+    Call it on every rank. All ranks get the same checkpoint.
 
     Raises:
-        ConfigError: for a `resume` that cannot be followed.
-        CheckpointError: where there are checkpoints and none of them is good.
+        ConfigError: if `resume` is none although there are checkpoints, or is a path that does not
+            exist.
+        CheckpointError: if there are checkpoints, and none of them can be read.
     """
     newest = checkpoints.newest()
     if newest is None and checkpoints.passed_over and config.resume != "none":
         raise CheckpointError(
-            f"{run_dir} has checkpoints, and none of them can be read: {' '.join(checkpoints.passed_over)} Nothing was "
-            "changed. Begin anew with another run_dir, or give another one with resume=PATH."
+            f"{run_dir} has checkpoints, but none of them can be read: {'; '.join(checkpoints.passed_over)}. "
+            "Nothing was changed. Use another run_dir to start from step 0, or another run_dir with resume=PATH to "
+            "continue from another checkpoint."
         )
     if config.resume == "none" and (newest is not None or checkpoints.passed_over):
         raise ConfigError(
-            f"resume=none, and {run_dir} has checkpoints of an earlier run: those of two runs would be mixed. Give "
-            "another run_dir, or leave resume=auto to go on."
+            f"resume=none, but {run_dir} has checkpoints of an earlier run, and the checkpoints of two runs would be "
+            "mixed. Use another run_dir, or resume=auto to continue that run."
         )
     if newest is not None or config.resume in ("auto", "none"):
-        return newest
+        return None if newest is None else _with_current_names(newest)
     path = Path(config.resume)
     if not path.exists():
         raise ConfigError(f"resume={config.resume}: there is no such folder. Give a run folder or a checkpoint.")
-    return Checkpoint.open(path, world)
+    return _with_current_names(Checkpoint.open(path, world))
+
+
+def _with_current_names(checkpoint: Checkpoint) -> Checkpoint:
+    checkpoint.facts = renamed(checkpoint.facts)
+    return checkpoint
 
 
 def facts_of(
-    config: Config, composed: Mapping[str, Any], problem: Problem, plan: Plan, warmup: int, world: World
+    config: Config, composed: Mapping[str, Any], task: Task, plan: Plan, warmup: int, world: World
 ) -> dict[str, Any]:  # fmt: skip
-    """What every checkpoint of a run holds, beside where it stands; `composed` is what `config` was made of."""
+    """Return the facts that every checkpoint of a run holds, besides its progress.
+
+    Args:
+        config: the typed configuration of this start.
+        composed: the plain configuration that `config` was made from.
+        task: the task of `config`.
+        plan: the plan of the training.
+        warmup: the length of the warm-up, in `optim.schedule.unit`.
+        world: the ranks of this start.
+    """
     facts = {
-        "identity": _identity(config, problem, plan),
-        "micro_size": plan.micro_size,
+        "identity": _identity(config, task, plan),
+        "micro_batch_size": plan.micro_batch_size,
         "warmup": warmup,
         "config": composed,
         "world_size": world.size,
@@ -81,40 +101,65 @@ def facts_of(
 
 
 def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, world_size: int) -> AccumConfig:
-    """Where the effective batch was asked for as micro x micros x ranks, and the ranks are others now: what it was."""
+    """Keep the effective batch size of a resumed run when the number of ranks changes.
+
+    This matters if the configuration gives only the micro-batch size and the micro-batches per
+    rank, so that the effective batch size would change with the ranks. The returned settings then
+    ask for the effective batch size of the checkpoint. In all other cases `accum` is returned
+    unchanged.
+    """
     if checkpoint is None or checkpoint.facts["world_size"] == world_size:
         return accum
     before = checkpoint.facts["config"]["accum"]
-    names = ("effective_batch", "effective_tokens", "schedule", "micro", "num_micros")
+    names = (
+        "effective_batch_size",
+        "effective_batch_tokens",
+        "schedule",
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+    )
     now = {name: getattr(accum, name) for name in names}
     if any(now[name] is not None for name in names[:3]) or any(before[name] != now[name] for name in names):
         return accum
-    return replace(accum, num_micros=None, effective_batch=int(checkpoint.facts["identity"]["accum.effective_batch"]))
+    return replace(
+        accum,
+        gradient_accumulation_steps=None,
+        effective_batch_size=int(checkpoint.facts["identity"]["accum.effective_batch_size"]),
+    )
 
 
-def kept_micro(checkpoint: Checkpoint | None, composed: Mapping[str, Any], world_size: int) -> int | None:
-    """The micro size of before, where ranks and all settings that its memory depends on are as they were; else None.
+def kept_micro_batch_size(checkpoint: Checkpoint | None, composed: Mapping[str, Any], world_size: int) -> int | None:
+    """Return the checkpoint's micro-batch size if it can be reused, else None.
 
-    What `accum.micro=auto` found once is not looked for again, so that a run goes on bit for bit.
+    It can be reused if the number of ranks and all settings that affect memory are unchanged. A
+    size that `accum.micro_batch_size=auto` has found is then not searched for again, so that a run
+    continues bit for bit.
     """
     if checkpoint is None or checkpoint.facts["world_size"] != world_size:
         return None
     then, here = (dict(_flat(config)) for config in (checkpoint.facts["config"], composed))
-    same = all(then.get(key) == here.get(key) for key in {*then, *here} if key.startswith(_IN_MEMORY))
-    return checkpoint.facts.get("micro_size") if same else None
+    same = all(then.get(key) == here.get(key) for key in {*then, *here} if key.startswith(_AFFECTS_MEMORY))
+    return checkpoint.facts.get("micro_batch_size") if same else None
 
 
 def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, Any], steps: int) -> Progress:
-    """Load everything; where the training stands. Call it on every rank.
+    """Load model, optimizer and accumulator from a checkpoint.
+
+    Call it on every rank.
 
     Args:
-        checkpoint: from `find`.
-        accumulator: fresh.
-        facts: from `facts_of`, of this start.
-        steps: of the whole training.
+        checkpoint: the checkpoint from `find`.
+        accumulator: a new accumulator, which has made no step.
+        facts: the facts of this start, from `facts_of`.
+        steps: the length of the whole training, in windows of its plan.
+
+    Returns:
+        The progress of the training at the checkpoint.
 
     Raises:
-        ConfigError: for a checkpoint of another model, other data or another plan; nothing was loaded.
+        ConfigError: if the checkpoint has another model, other data or another plan, or is
+            longer than the training. Nothing was loaded then.
+        CheckpointError: if the checkpoint cannot be read.
     """
     model, optimizer = accumulator.strategy.evaluation_model, accumulator.optimizer
     here = {name: (tensor.shape, tensor.dtype) for name, tensor in model_tensors(model).items()}
@@ -122,15 +167,15 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
     differ = [*_other_plan(checkpoint.facts["identity"], facts["identity"]), *_other_model(there, here)]
     if differ:
         raise ConfigError(
-            f"{checkpoint.path} cannot be continued: {'; '.join(differ)}. Use what the checkpoint has (its "
-            "manifest.json holds the configuration), or begin anew with another run_dir. To change the effective batch "
-            "in the middle of a training use accum.schedule."
+            f"{checkpoint.path} cannot be continued with these settings: {'; '.join(differ)}. Use the settings of the "
+            "checkpoint (its manifest.json holds the configuration), or start from step 0 with another run_dir. To "
+            "change the effective batch size during a training, use accum.schedule."
         )
     progress = _progress(checkpoint.facts)
     if progress.windows > steps:
         raise ConfigError(
-            f"{checkpoint.path} has {progress} already, and the training has {steps} (train.steps or "
-            "train.epochs). Give more, or begin anew with another run_dir."
+            f"{checkpoint.path} already has {progress}, but the training has only {steps} (train.steps or "
+            "train.epochs). Set a larger number, or start from step 0 with another run_dir."
         )
     make_optimizer_state(model, optimizer, there, checkpoint.facts["optimizer"])
     checkpoint.load({**model_tensors(model), **optimizer_tensors(model, optimizer)})
@@ -139,7 +184,7 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
 
 
 def _progress(facts: Mapping[str, Any]) -> Progress:
-    """Where the training stands. Checkpoints of older versions have windows only, under the name of steps."""
+    """Return the saved progress; in checkpoints of older versions, `step` counts windows."""
     saved = dict(facts["progress"])
     if "windows" not in saved:
         step = int(facts["accumulator"]["steps"])
@@ -147,46 +192,52 @@ def _progress(facts: Mapping[str, Any]) -> Progress:
     return Progress(**saved)
 
 
-def told(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -> Iterator[str]:
-    """What people have to know of it, a line each."""
+def message(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress) -> Iterator[str]:
+    """Yield one line on the checkpoint, and one on every changed setting and version."""
     before, now = checkpoint.facts, facts
     ranks = f"{before['world_size']} rank(s)"
     if before["world_size"] != now["world_size"]:
-        ranks += f" then, {now['world_size']} now: micros are dealt anew, the effective batch is the same"
+        ranks += f" before, {now['world_size']} now; micro-batches are redistributed, the effective batch is unchanged"
     yield f"continues after step {progress.step} from {checkpoint.path} ({ranks})"
     then, here = _settings(before), _settings(now)
     for key in sorted({*then, *here}):
-        if not key.startswith(_UNSAID) and then.get(key) != here.get(key):
-            yield f"other settings than before: {key} {then.get(key)} -> {here.get(key)}"
+        if not key.startswith(_NOT_REPORTED) and then.get(key) != here.get(key):
+            yield f"setting changed: {key} {then.get(key)} -> {here.get(key)}"
     for name, found in now["versions"].items():
         if before["versions"].get(name) != found:
-            yield f"another version than before: {name} {before['versions'].get(name)} -> {found}"
+            yield f"version changed: {name} {before['versions'].get(name)} -> {found}"
 
 
 def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration key by key, with the warm-up that `auto` came to: of another length it is another one."""
+    """Return the configuration by dotted key, with the warm-up length in place of `auto`.
+
+    Thus a change of that length is reported like any other changed setting.
+    """
     settings = dict(_flat(facts["config"]))
     return {**settings, "optim.schedule.warmup": facts.get("warmup", settings.get("optim.schedule.warmup"))}
 
 
-def _identity(config: Config, problem: Problem, plan: Plan) -> dict[str, Any]:
-    """What a run cannot change on its way without losing or doubling samples, or its optimizer's state."""
-    training = problem.facts["training"]
+def _identity(config: Config, task: Task, plan: Plan) -> dict[str, Any]:
+    """Return the facts that must not change within a run.
+
+    A change would lose or repeat samples, or lose the optimizer's state.
+    """
+    training = task.facts["training"]
     return {
         "data digest": training.get("digest") if isinstance(training, Mapping) else None,
         "samples per epoch": plan.num_samples,
         "train.seed": config.train.seed,
         "accum.last_window": config.accum.last_window,
-        "accum.effective_batch": None if plan.schedule is not None else plan.effective_batch,
+        "accum.effective_batch_size": None if plan.schedule is not None else plan.effective_batch_size,
         "optim.name": config.optim.name,
     }
 
 
 def _other_plan(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     for name, value in here.items():
-        scheduled = name == "accum.effective_batch" and value is None
+        scheduled = name == "accum.effective_batch_size" and value is None
         if there.get(name) != value and not scheduled:
-            yield f"{name} is {there.get(name)} there and {value} here"
+            yield f"{name} is {there.get(name)} in the checkpoint and {value} here"
 
 
 def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
@@ -194,9 +245,9 @@ def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     differing = [name for name in sorted({*names, *here}) if there.get(name) != here.get(name)]
     for name in differing[:3]:
         shown = [_shown(each.get(name)) for each in (there, here)]
-        yield f"{name.removeprefix('model.')} is {shown[0]} there and {shown[1]} here"
+        yield f"{name.removeprefix('model.')} is {shown[0]} in the checkpoint and {shown[1]} here"
     if differing[3:]:
-        yield f"and {len(differing) - 3} more tensors of the model"
+        yield f"{len(differing) - 3} more tensors of the model differ"
 
 
 def _shown(info: tuple[torch.Size, torch.dtype] | None) -> str:

@@ -1,4 +1,4 @@
-"""The start block: what will be trained, by which arithmetic, and what it will send."""
+"""Describes a run at its start: its model, data, batch arithmetic and network traffic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from distaccum.app.config import Config
-from distaccum.app.task import Problem
+from distaccum.app.task import Task
 from distaccum.core.batch_size import BatchArithmetic
 from distaccum.core.plan import LastWindow, Plan
 from distaccum.metrics import size
@@ -22,7 +22,7 @@ Section = Mapping[str, str]
 
 def start_block(
     config: Config,
-    problem: Problem,
+    task: Task,
     arithmetic: BatchArithmetic,
     plan: Plan,
     steps: int,
@@ -30,9 +30,13 @@ def start_block(
     accumulator: Accumulator,
     baseline: float,
 ) -> tuple[dict[str, Section], dict[str, object]]:
-    """What people read at the start, and the same for machines."""
+    """Return the start block for people, and the same information for machines.
+
+    Returns:
+        The sections of the start block by title, and the facts of the record "start".
+    """
     strategy = accumulator.strategy
-    traffic = strategy.forecast(arithmetic.num_micros) + accumulator.control_traffic()
+    traffic = strategy.forecast(arithmetic.gradient_accumulation_steps) + accumulator.control_traffic()
     parameters = sum(p.numel() for p in strategy.model.parameters())
     device = strategy.world.device
     backend = "" if strategy.world.group is None else (", NCCL" if device.type == "cuda" else ", gloo")
@@ -46,21 +50,21 @@ def start_block(
             "warm-up": warmup(config.optim.schedule, schedule),
         },
         "data": {
-            **problem.described,
-            "baseline": f"{baseline:.4f} nats per {problem.unit} on what is evaluated, by frequency alone",
+            **task.described,
+            "baseline": f"{baseline:.4f} nats per {task.unit} on the validation samples, predicting by frequency alone",
         },
-        "effective batch": batch_section(arithmetic, plan, problem),
+        "effective batch": batch_section(arithmetic, plan, task),
         "network": {
             "sync": f"{strategy.sync.value}{f' ({strategy.reason})' if strategy.reason else ''}",
-            **({} if config.accum.overlap_micros == 1 else {"overlap": str(accumulator.overlap)}),
+            **({} if config.accum.overlap_micro_batches == 1 else {"overlap": str(accumulator.overlap)}),
             "per step": _network(traffic),
         },
     }
     facts: dict[str, object] = {
         "plan": {
-            "effective_batch": arithmetic.effective_batch,
-            "micro_size": arithmetic.micro_size,
-            "num_micros": arithmetic.num_micros,
+            "effective_batch_size": arithmetic.effective_batch_size,
+            "micro_batch_size": arithmetic.micro_batch_size,
+            "gradient_accumulation_steps": arithmetic.gradient_accumulation_steps,
             "world_size": arithmetic.world_size,
             "num_samples": plan.num_samples,
             "windows_per_epoch": plan.windows_per_epoch,
@@ -71,35 +75,37 @@ def start_block(
         "forecast": {"counts": dict(traffic.counts), "bytes": dict(traffic.bytes)},
         "parameters": parameters,
         "baseline": baseline,
-        "data": dict(problem.facts),
+        "data": dict(task.facts),
     }
     return sections, facts
 
 
-def batch_section(arithmetic: BatchArithmetic, plan: Plan, problem: Problem) -> Section:
-    """How the effective batch comes about, and how many make an epoch."""
-    return {"arithmetic": _arithmetic(arithmetic, problem.tokens_per_sample), "windows": _windows(plan)}
+def batch_section(arithmetic: BatchArithmetic, plan: Plan, task: Task) -> Section:
+    """Return the lines on the arithmetic of the effective batch and on the windows per epoch."""
+    return {"arithmetic": _arithmetic(arithmetic, task.tokens_per_sample), "windows": _windows(plan)}
 
 
 def warmup(asked: ScheduleConfig, schedule: LRSchedule) -> str:
-    """How long the learning rate rises, and why so long where nobody said it."""
+    """Describe the length of the warm-up, and the rule behind it if it is `auto`."""
     text = f"{schedule.warmup:,} {asked.unit.value}" if schedule.warmup else "none"
     auto = f" (auto: a tenth of the training, at most {MOST_WARMUP_STEPS} steps)"
     return text + (auto if asked.warmup == AUTO else "")
 
 
 def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
-    """What differs from one big batch."""
+    """Return a line on how BatchNorm differs from one big batch; empty without BatchNorm."""
     if not has_batchnorm(model):
         return {}
     differs = {
-        BatchNormMode.sync: "normalised over the micro-batches that all ranks compute together, not over the window",
-        BatchNormMode.pooled: (
-            "normalised within each micro-batch; running statistics are those of the whole effective batch"
+        BatchNormMode.sync: (
+            "normalized over the micro-batches that all ranks compute at the same time, not over the whole window"
         ),
-        BatchNormMode.frozen: "normalised by running statistics, which never change: exactly one big batch",
-        BatchNormMode.micro: (
-            "normalised within each micro-batch; running statistics are each rank's own and move with each micro"
+        BatchNormMode.pooled: (
+            "normalized within each micro-batch; running statistics are those of the whole effective batch"
+        ),
+        BatchNormMode.frozen: "normalized by running statistics, which never change: exactly the same as one big batch",
+        BatchNormMode.micro_batch: (
+            "normalized within each micro-batch; each rank has its own running statistics, updated by each micro-batch"
         ),
     }[config.nn.batchnorm]
     return {"batchnorm": f"{config.nn.batchnorm.value}: {differs}"}
@@ -108,17 +114,25 @@ def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
 def _precision(config: Config) -> str:
     dtypes = config.accum.dtype, config.parallel.reduce_dtype
     accumulated, reduced = (dtype.value if dtype is not None else "float32 or wider" for dtype in dtypes)
-    return f"{config.precision.name.value}; gradients summed over micros in {accumulated}, over ranks in {reduced}"
+    return (
+        f"{config.precision.name.value}; gradients summed over micro-batches in {accumulated}, over ranks in {reduced}"
+    )
 
 
 def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> str:
-    batch, micros, ranks = arithmetic.effective_batch, arithmetic.num_micros, arithmetic.world_size
-    number = -(-batch // arithmetic.micro_size)  # of all ranks; their sizes differ by one at most, see Window
-    micro = -(-batch // number)
-    text = f"micro {micro} x {micros} micros x {ranks} rank(s) = {batch} samples"
-    if micro * micros * ranks != batch:
-        text = f"{batch} samples in uneven micros: up to {micro} x {micros} micros x {ranks} rank(s)"
-    tokens = f" ({arithmetic.effective_batch * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
+    batch, steps, ranks = (
+        arithmetic.effective_batch_size,
+        arithmetic.gradient_accumulation_steps,
+        arithmetic.world_size,
+    )
+    # The largest micro-batch. Over all ranks, sizes differ by at most one sample, see Window.
+    largest = -(-batch // -(-batch // arithmetic.micro_batch_size))
+    factors = f"{largest} x {steps} accumulation step(s) x {ranks} rank(s)"
+    if largest * steps * ranks == batch:
+        text = f"micro-batch size {factors} = {batch} samples"
+    else:
+        text = f"{batch} samples in uneven micro-batches: size up to {factors}"
+    tokens = f" ({arithmetic.effective_batch_size * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
     return f"{text}{tokens} per optimizer step"
 
 
@@ -126,14 +140,14 @@ def _windows(plan: Plan) -> str:
     if plan.schedule is not None:
         unit, ramp = plan.schedule.unit.value, plan.schedule.ramp.value
         entries = ", ".join(f"{size} from {start:,}" for start, size in plan.schedule.entries)
-        return f"{plan.windows_per_epoch:,} in the first epoch; effective batch {entries} {unit} on ({ramp})"
-    rest = plan.num_samples % plan.effective_batch
+        return f"{plan.windows_per_epoch:,} in the first epoch; effective batch size {entries} {unit} (ramp: {ramp})"
+    rest = plan.num_samples % plan.effective_batch_size
     if rest == 0:
         return f"{plan.windows_per_epoch:,} per epoch, all full"
     left_over = {
-        LastWindow.keep: f"the last one of {rest} samples, each weighted as in any other",
-        LastWindow.drop: f"and {rest} samples dropped",
-        LastWindow.fill: f"the last one filled with {plan.effective_batch - rest} samples of the next epoch",
+        LastWindow.keep: f"the last one has only {rest} samples, and its loss is averaged over these",
+        LastWindow.drop: f"the other {rest} samples are dropped",
+        LastWindow.fill: f"the last one is filled with {plan.effective_batch_size - rest} samples of the next epoch",
     }[plan.last_window]
     return f"{plan.windows_per_epoch:,} per epoch, {left_over}"
 
@@ -141,5 +155,5 @@ def _windows(plan: Plan) -> str:
 def _network(traffic: Traffic) -> str:
     collectives = traffic.counts.total()
     if not collectives:
-        return "nothing: one process"
+        return "nothing, as there is only one process"
     return f"{collectives} collectives, {size(traffic.bytes.total())} (forecast): {traffic}"

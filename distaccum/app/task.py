@@ -1,4 +1,4 @@
-"""What is learned: samples, what is optimised over them, a model that fits them, and how to speak of the result."""
+"""Defines training tasks: datasets, objective, model factory, and how results are formatted."""
 
 from __future__ import annotations
 
@@ -27,116 +27,123 @@ from distaccum.parallel.apply import StrategyName
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Data and objective of a run; the same on every rank."""
+class Task:
+    """Describes the data, objective and model of a run; it is the same on every rank."""
 
     train: Dataset
-    heldout: Dataset
-    objective: SupportsObjective  # what is optimised
-    evaluated: SupportsObjective  # on held-out samples; its first term is the loss
+    validation: Dataset
+    objective: SupportsObjective  # what training optimizes
+    evaluated: SupportsObjective  # what validation computes; its first term is the loss
     unit: str  # what the objective counts, such as "token"
-    tokens_per_sample: int | None  # where samples have one length
-    make_model: Callable[[], nn.Module]  # on the default device, drawn from torch's global generator
-    blocks_of: Callable[[nn.Module], Sequence[nn.Module]]  # a model's parts that are gathered and checkpointed as one
-    baseline: Callable[[Sequence[int]], float]  # loss on these held-out samples by frequency alone
-    bits_per_byte: Callable[[float, Sequence[int]], float] | None  # of a loss on these held-out samples; None: no text
-    described: Mapping[str, str]  # for people
-    facts: Mapping[str, object]  # for machines
+    tokens_per_sample: int | None  # None if samples differ in length or are not text
+    make_model: Callable[[], nn.Module]  # on the default device; weights from torch's global generator
+    blocks_of: Callable[[nn.Module], Sequence[nn.Module]]  # parts that are gathered and checkpointed as units
+    # Returns the loss on given validation samples when targets are predicted by frequency alone.
+    baseline: Callable[[Sequence[int]], float]
+    # Converts a loss in nats per token on given validation samples to bits per byte; None if the
+    # data is not text.
+    bits_per_byte: Callable[[float, Sequence[int]], float] | None
+    described: Mapping[str, str]  # lines of the start block, by name
+    facts: Mapping[str, object]  # the same information for machines
 
 
-def make_problem(config: Config) -> Problem:
-    """Open the data and choose what belongs to it.
+def build_task(config: Config) -> Task:
+    """Load the data and build the task that belongs to it.
 
     Raises:
-        ConfigError: for data that cannot be read, and a model that does not fit them.
+        ConfigError: if the data cannot be read, or the model does not fit the data.
     """
     return _text(config, config.data) if isinstance(config.data, TextConfig) else _images(config, config.data)
 
 
-def make_model(config: Config, problem: Problem, device: torch.device) -> nn.Module:
-    """The model on its device, with the same weights on every rank: they are drawn on the CPU from the seed alone."""
+def make_model(config: Config, task: Task, device: torch.device) -> nn.Module:
+    """Build the model on its device, with the same weights on every rank.
+
+    The weights are drawn on the CPU and depend only on `train.seed`.
+    """
     torch.manual_seed(config.train.seed)
-    model, dtype = problem.make_model(), config.precision.name.parameter_dtype
+    model, dtype = task.make_model(), config.precision.name.parameter_dtype
     model = (allow_float64(model) if dtype is torch.float64 else model).to(device=device, dtype=dtype)
     return convert_batchnorm(model, config.nn.batchnorm)
 
 
-def meta_model(config: Config, problem: Problem) -> nn.Module:
-    """The same without memory, for its shapes."""
+def meta_model(config: Config, task: Task) -> nn.Module:
+    """Build the model on the meta device, where it has shapes and dtypes but no memory."""
     with torch.device("meta"):
-        model = problem.make_model().to(dtype=config.precision.name.parameter_dtype)
+        model = task.make_model().to(dtype=config.precision.name.parameter_dtype)
     return convert_batchnorm(model, config.nn.batchnorm)
 
 
-def plain_model(config: Config, problem: Problem, device: torch.device) -> nn.Module:
-    """The same architecture as torch has it, with any weights: what `verify` compares with."""
-    return allow_float64(problem.make_model()).to(device)
+def plain_model(config: Config, task: Task, device: torch.device) -> nn.Module:
+    """Build the unconverted model that `verify` uses as a reference, with any weights."""
+    return allow_float64(task.make_model()).to(device)
 
 
 def in_precision(config: Config, objective: SupportsObjective) -> SupportsObjective:
-    """An objective whose forward is in the configured precision."""
+    """Return an objective whose forward runs in the configured precision."""
     precision = config.precision.name
     if precision.parameter_dtype is not torch.float32:
         return cast_inputs(objective, precision.parameter_dtype)
-    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)  # FSDP2 casts by its own policy
+    # FSDP2 casts by its own mixed-precision policy.
+    sharded = config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
     narrower = precision.compute_dtype is not precision.parameter_dtype and not sharded
     return autocast(objective, precision.compute_dtype) if narrower else objective
 
 
-def _text(config: Config, data: TextConfig) -> Problem:
-    train, heldout = load_text(data)
+def _text(config: Config, data: TextConfig) -> Task:
+    train, validation = load_text(data)
     make, objective = _language_model(config, train)
-    return Problem(
-        train=_Weighed(train, objective) if isinstance(objective, HuggingFaceCausalLM) else train,
-        heldout=heldout,
+    return Task(
+        train=_CountedByObjective(train, objective) if isinstance(objective, HuggingFaceCausalLM) else train,
+        validation=validation,
         objective=objective,
         evaluated=HuggingFaceCausalLM() if isinstance(objective, HuggingFaceCausalLM) else objective,
         unit="token",
         tokens_per_sample=train.tokens_per_sample,
         make_model=make,
         blocks_of=_blocks,
-        baseline=lambda samples: unigram_loss(train, heldout, samples),
+        baseline=lambda samples: unigram_loss(train, validation, samples),
         bits_per_byte=lambda nats, samples: (
-            nats / math.log(2) * heldout.counted(samples) / max(1, heldout.bytes_of(samples))
+            nats / math.log(2) * validation.num_targets(samples) / max(1, validation.bytes_of(samples))
         ),
         described={
             "source": "{source}: {files:,} files, {bytes:,} bytes, digest {digest}".format(**train.facts),
             "tokens": f"{train.facts['tokenizer']}, {train.facts['bytes_per_token']:.2f} bytes per token",
             "training": "{samples:,} samples, {tokens:,} predicted tokens per epoch".format(**train.facts),
-            "held out": "{samples:,} samples, {tokens:,} predicted tokens; split {split}".format(**heldout.facts),
+            "validation": "{samples:,} samples, {tokens:,} predicted tokens; split {split}".format(**validation.facts),
         },
-        facts={"training": dict(train.facts), "heldout": dict(heldout.facts)},
+        facts={"training": dict(train.facts), "validation": dict(validation.facts)},
     )
 
 
-def _images(config: Config, data: ImagesConfig) -> Problem:
-    train, heldout = load_images(data)
+def _images(config: Config, data: ImagesConfig) -> Task:
+    train, validation = load_images(data)
     if not isinstance(config.model, ResNetConfig):
         raise ConfigError(f"model={config.model.name} does not read images. Use model=resnet, or data=text.")
     resnet = _fitted_to_images(config.model, train)
-    return Problem(
+    return Task(
         train=train,
-        heldout=heldout,
+        validation=validation,
         objective=Classification(),
         evaluated=ClassificationAccuracy(),
         unit="image",
         tokens_per_sample=None,
         make_model=lambda: ResNet(resnet),
         blocks_of=_blocks,
-        baseline=lambda samples: frequency_loss(train, heldout, samples),
+        baseline=lambda samples: frequency_loss(train, validation, samples),
         bits_per_byte=None,
         described={
             "source": "{source}: {bytes:,} bytes, digest {digest}".format(**train.facts),
             "training": f"{len(train):,} images of {'x'.join(map(str, train.shape))} in {train.num_classes} classes",
-            "held out": "{samples:,} images; split {split}".format(**heldout.facts),
+            "validation": "{samples:,} images; split {split}".format(**validation.facts),
         },
-        facts={"training": dict(train.facts), "heldout": dict(heldout.facts)},
+        facts={"training": dict(train.facts), "validation": dict(validation.facts)},
     )
 
 
 @dataclass(frozen=True)
-class _Weighed:
-    """Text that tells its weights as the objective has them, with a term for the auxiliary loss."""
+class _CountedByObjective:
+    """Wraps a text dataset to count targets for each term of the objective (auxiliary losses)."""
 
     dataset: TextDataset
     objective: HuggingFaceCausalLM
@@ -147,11 +154,11 @@ class _Weighed:
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
         return self.dataset.batch(indices, generator)
 
-    def counted(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
-        return self.objective.weighed(self.dataset.counted(indices))
+    def num_targets(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
+        return self.objective.weighed(self.dataset.num_targets(indices))
 
-    def longest(self, count: int) -> list[int]:
-        return self.dataset.longest(count)
+    def longest_samples(self, count: int) -> list[int]:
+        return self.dataset.longest_samples(count)
 
 
 def _language_model(config: Config, text: TextDataset) -> tuple[Callable[[], nn.Module], SupportsObjective]:
@@ -185,17 +192,17 @@ def _fitted_to_images(model: ResNetConfig, images: ImageDataset) -> ResNetConfig
     num_classes, in_channels = model.num_classes or images.num_classes, model.in_channels or images.shape[0]
     if num_classes < images.num_classes or in_channels != images.shape[0]:
         raise ConfigError(
-            f"The model tells {num_classes} classes and reads {in_channels} channels; the data has "
+            f"The model has {num_classes} classes and {in_channels} input channels; the data has "
             f"{images.num_classes} and {images.shape[0]}. Leave model.num_classes and model.in_channels null."
         )
     return replace(model, num_classes=num_classes, in_channels=in_channels)
 
 
-def told(problem: Problem, means: Mapping[str, float], baseline: float, samples: Sequence[int]) -> str:
-    """What was measured on held-out samples in one line; the first of the means is the loss."""
+def message(task: Task, means: Mapping[str, float], baseline: float, samples: Sequence[int]) -> str:
+    """Return the validation results as one line; the first of the means is the loss."""
     (_, loss), *others = means.items()
-    text = f"held-out loss {loss:.4f} against {baseline:.4f} nats per {problem.unit} by frequency alone"
-    if problem.bits_per_byte is not None:
-        bits, by_frequency = (problem.bits_per_byte(nats, samples) for nats in (loss, baseline))
+    text = f"validation loss {loss:.4f} against {baseline:.4f} nats per {task.unit} by frequency alone"
+    if task.bits_per_byte is not None:
+        bits, by_frequency = (task.bits_per_byte(nats, samples) for nats in (loss, baseline))
         text += f" ({bits:.3f} against {by_frequency:.3f} bits per byte)"
     return text + "".join(f", {name} {value:.4f}" for name, value in others)

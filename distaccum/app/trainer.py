@@ -1,4 +1,7 @@
-"""Many steps, in a fixed order: rate, step, report, evaluate, save, stop. No callbacks; all collaborators are named."""
+"""Trains window by window in a fixed order: learning rate, step, report, evaluate, save, stop.
+
+There are no callbacks: the trainer names all of its collaborators.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import torch
 
 from distaccum.app.oom import REMEDIES, Budget, OnOutOfMemory
 from distaccum.app.preemption import Preemption
-from distaccum.app.progress import Progress, Rhythm
-from distaccum.app.validation import Heldout, evaluate
+from distaccum.app.progress import Intervals, Progress
+from distaccum.app.validation import Validation, evaluate
 from distaccum.checkpoint.saver import Saver
 from distaccum.core.plan import Plan, Window
 from distaccum.data.loader import Loader
@@ -27,7 +30,7 @@ from distaccum.step.record import StepRecord
 
 
 class Trainer:
-    """Trains by a plan until its last window."""
+    """Trains through the windows of a plan, until the last one or until a rank asks to stop."""
 
     def __init__(
         self,
@@ -36,8 +39,8 @@ class Trainer:
         accumulator: Accumulator,
         schedule: LRSchedule,
         unit: ScheduleUnit,
-        heldout: Heldout,
-        rhythm: Rhythm,
+        validation: Validation,
+        intervals: Intervals,
         preemption: Preemption,
         saver: Saver | None,
         report: Report | None,
@@ -45,31 +48,39 @@ class Trainer:
         *,
         counts_tokens: bool,
     ) -> None:
-        """Keep the collaborators; `report` is there on rank 0 only. Where weights are tokens, they are told as such."""
+        """Store the collaborators.
+
+        `report` is None on every rank but rank 0. `counts_tokens` says whether the objective's
+        denominators are tokens, which are then reported.
+        """
         self.plan = plan
         self.loader = loader
         self.accumulator = accumulator
         self.schedule = schedule
         self.unit = unit
-        self.heldout = heldout
-        self.rhythm = rhythm
+        self.validation = validation
+        self.intervals = intervals
         self.preemption = preemption
         self.saver = saver
         self.report = report
         self.budget = budget
         self.counts_tokens = counts_tokens
         self.progress = Progress()
-        self._resumed = Progress()  # where this start began
-        self._seconds = 0.0  # of training in this start, without evaluating and saving
+        self._resumed = Progress()  # the progress at which this start began
+        self._seconds = 0.0  # spent on training in this start, without validation and saving
 
     def resume(self, progress: Progress) -> None:
-        """Begin there, and not at the first step. Model, optimizer and accumulator are loaded by the caller."""
+        """Set the progress to continue from; the caller loads model, optimizer and accumulator."""
         self.progress, self._resumed = progress, replace(progress)
 
     def run(self) -> str | None:
-        """Train until the last window, or until a rank is asked to stop: then why. Call it on every rank.
+        """Train until the last window, or until a rank asks to stop.
 
-        Whichever it was, the run is saved there, if it is saved at all.
+        Call it on every rank. In both cases a checkpoint is saved at the end, unless checkpoints
+        are switched off.
+
+        Returns:
+            The reason to stop, or None after the last window.
         """
         try:
             return self._run()
@@ -77,14 +88,14 @@ class Trainer:
             self.loader.close()
 
     def request(self) -> Request:
-        """What this rank asks of all at the next boundary."""
+        """Return what this rank asks of all ranks at the next boundary: stop, save or nothing."""
         request = Request.none if self.preemption.reason is None else Request.stop
         if self.saver is not None and self.saver.minutes_are_over():
             request |= Request.save
         return request
 
     def _run(self) -> str | None:
-        if self._evaluation_is_due():  # it was stopped before it could
+        if self._evaluation_is_due():  # an earlier start was stopped before it validated
             best = self._evaluate()
             if best and self.saver is not None and self.saver.keeps_best:
                 self._save(best, stopping=False)
@@ -95,23 +106,23 @@ class Trainer:
                 self._shrink(error)
 
     def _windows(self) -> str | None:
-        progress, rhythm = self.progress, self.rhythm
+        progress, intervals = self.progress, self.intervals
         since, began = _Since(self.loader.waited_s), time.perf_counter()
-        for window, micros in self.loader.windows(progress.windows, progress.position, rhythm.windows):
-            self.schedule.set(self._position(window), window.effective_batch)
+        for window, micro_batches in self.loader.windows(progress.windows, progress.position, intervals.windows):
+            self.schedule.set(self._position(window), window.effective_batch_size)
             with self.budget.step(progress.step + 1, self.plan, window, self.accumulator.strategy.world.size):
-                record = self.accumulator.step(micros, self)
+                record = self.accumulator.step(micro_batches, self)
             progress.windows, progress.position = window.step + 1, window.next_start
             progress.step, made = record.step, record.skipped is None
             progress.samples += window.size
-            progress.tokens += record.weight
+            progress.tokens += record.denominator
             since.count(window.size, record)
-            last = progress.windows == rhythm.windows
+            last = progress.windows == intervals.windows
             stop = Request.stop in record.requested and not last
             if self.report is not None:
-                shown = (made and progress.step % rhythm.log_every_steps == 0) or last or stop
-                self._tell(window, record, since, shown)
-                self._note(self.budget.told(last or stop))
+                shown = (made and progress.step % intervals.log_every_steps == 0) or last or stop
+                self._report_step(window, record, since, shown)
+                self._note(self.budget.message(last or stop))
                 if shown:
                     since = _Since(self.loader.waited_s)
             self._seconds += time.perf_counter() - began
@@ -123,39 +134,41 @@ class Trainer:
                 self._save(best, stop)
                 since = _Since(self.loader.waited_s)
             if stop:
-                return self.preemption.reason or "another rank was asked to stop"
+                return self.preemption.reason or "a request from another rank"
             began = time.perf_counter()
         if self.saver is not None:
             self._note(self.saver.wait())
         return None
 
     def _shrink(self, error: OutOfMemoryError) -> None:
-        """Go on from the window in which memory ran out, on all ranks alike, in micros of half the size."""
+        """Halve the micro-batches on all ranks, from the window that ran out of memory on."""
         if self.budget.on_oom is not OnOutOfMemory.shrink:
             raise error
-        if self.plan.largest_micro == 1:
-            raise OutOfMemoryError(f"{error.args[0]} One sample cannot be halved: {REMEDIES}.") from None
+        if self.plan.largest_micro_batch == 1:
+            raise OutOfMemoryError(
+                f"{error.args[0]} A micro-batch of one sample cannot be halved; {REMEDIES}."
+            ) from None
         self.plan = self.loader.plan = replace(self.plan, halvings=self.plan.halvings + 1)
-        size = self.plan.largest_micro
+        size = self.plan.largest_micro_batch
         self._note(
             [
-                f"step {self.progress.step + 1}: {error}; computed once more, and all after it, in micro-batches of "
-                f"{size} sample(s), with the same effective batch (accum.micro={size} begins so)"
+                f"step {self.progress.step + 1}: {error} Retrying the window and continuing with micro-batches of "
+                f"{size} sample(s) and the same effective batch. To start this way, use accum.micro_batch_size={size}."
             ]
         )
 
     def _evaluation_is_due(self) -> bool:
-        progress, rhythm = self.progress, self.rhythm
-        ends = progress.windows == rhythm.windows
-        if ends and not progress.heldout:  # even where no window made a step
+        progress, intervals = self.progress, self.intervals
+        ends = progress.windows == intervals.windows
+        if ends and not progress.validation:  # even if every window was skipped
             return True
-        due = ends or progress.step % rhythm.evaluate_every_steps == 0
+        due = ends or progress.step % intervals.validate_every_steps == 0
         return due and progress.step > progress.evaluated_step
 
     def _save_is_due(self, record: StepRecord, best: bool, ends: bool) -> bool:
         if self.saver is None:
             return False
-        made = record.skipped is None  # else the step was saved when it was made
+        made = record.skipped is None  # after a skipped window, the step was saved when it was made
         due = Request.save in record.requested or (made and self.saver.is_due(self.progress.step))
         return ends or due or (best and self.saver.keeps_best)
 
@@ -173,7 +186,7 @@ class Trainer:
                 self.report.note(text)
 
     def totals(self) -> dict[str, float]:
-        """What was done, and how fast in this start, without evaluating and saving."""
+        """Return the run's totals, and this start's speed without validation and saving."""
         progress, before, seconds = self.progress, self._resumed, max(self._seconds, 1e-9)
         return {
             "steps": progress.step,
@@ -190,7 +203,7 @@ class Trainer:
             return window.step
         return window.start if self.unit is ScheduleUnit.samples else int(self.progress.tokens)
 
-    def _tell(self, window: Window, record: StepRecord, since: _Since, shown: bool) -> None:
+    def _report_step(self, window: Window, record: StepRecord, since: _Since, shown: bool) -> None:
         assert self.report is not None
         if record.verdict is not None:
             self.report.note(f"ledger: {self._sent(record, record.verdict)}")
@@ -209,7 +222,7 @@ class Trainer:
                 "loss": record.loss,
                 "grad_norm": record.grad_norm,
                 "lr": record.lr,
-                "weight": record.weight,
+                "denominator": record.denominator,
                 "skipped": record.skipped,
                 "samples_per_s": since.samples / elapsed,
                 **self._tokens("tokens_per_s", since.tokens / elapsed),
@@ -217,7 +230,7 @@ class Trainer:
                 "comm_share": None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed),
                 "peak_memory_bytes": peak_memory_bytes(self.accumulator.strategy.world.device),
             },
-            record.step + self.rhythm.windows - self.progress.windows,
+            record.step + self.intervals.windows - self.progress.windows,
             shown,
         )
 
@@ -230,12 +243,12 @@ class Trainer:
         return f"{name} sent {verdict.counted}, exactly the forecast{once}"
 
     def _evaluate(self) -> bool:
-        """Evaluate held-out samples; whether the loss is the least so far."""
-        means, progress = evaluate(self.accumulator.strategy, self.heldout), self.progress
-        progress.evaluated_step, progress.heldout = progress.step, means
+        """Evaluate the validation samples, and return whether the loss is the lowest so far."""
+        means, progress = evaluate(self.accumulator.strategy, self.validation), self.progress
+        progress.evaluated_step, progress.validation = progress.step, means
         if self.report is not None:
             tokens = self._tokens("tokens", int(progress.tokens))
-            self.report.heldout({"step": progress.step, **means, "samples": progress.samples, **tokens})
+            self.report.validation({"step": progress.step, **means, "samples": progress.samples, **tokens})
         loss = next(iter(means.values()), math.nan)
         best = loss < (math.inf if progress.best_loss is None else progress.best_loss)
         if best:
@@ -244,14 +257,14 @@ class Trainer:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: allocated on its GPU, or resident on the CPU."""
+    """Return this rank's peak memory in bytes: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Since:
-    """Sums since the last line that was shown."""
+    """Sums samples, tokens and communication time since the last progress line."""
 
     def __init__(self, waited_s: float) -> None:
         self._began = time.perf_counter()
@@ -266,6 +279,6 @@ class _Since:
 
     def count(self, samples: int, record: StepRecord) -> None:
         self.samples += samples
-        self.tokens += record.weight
+        self.tokens += record.denominator
         if record.exposed_s is not None:
             self.exposed_s = (self.exposed_s or 0.0) + record.exposed_s

@@ -1,4 +1,4 @@
-"""Held-out samples, and the loss over them."""
+"""Evaluates a model on the validation samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distaccum.core.loss import SupportsObjective, sums_of, weights_of
+from distaccum.core.loss import SupportsObjective, denominators_of, sums_of
 from distaccum.core.plan import Plan
 from distaccum.data.base import Dataset
 from distaccum.data.device import to_device
@@ -15,38 +15,45 @@ from distaccum.parallel.base import Strategy
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """Held-out samples, always the same ones, and how to read them."""
+class Validation:
+    """Holds the validation samples, the same in every evaluation, and how to evaluate them."""
 
     dataset: Dataset
-    plan: Plan  # its first window is what is evaluated
+    plan: Plan  # its first window holds the samples that are evaluated
     objective: SupportsObjective  # its first term is the loss
 
 
-def evaluate(strategy: Strategy, heldout: Heldout) -> dict[str, float]:
-    """The weighted mean of each term of the objective over the held-out samples; the same whatever the world size.
+def evaluate(strategy: Strategy, validation: Validation) -> dict[str, float]:
+    """Return the mean of each term of the objective over the validation samples.
 
-    Call it on every rank: they share the micros, and run the same number of forwards.
+    The mean is a term's sum over all samples divided by its denominator; it does not depend on the
+    world size. Call it on every rank: the ranks share the micro-batches and run the same number of
+    forwards.
+
+    Returns:
+        The mean by term, without the terms whose denominator is 0.
     """
-    world, window, objective = strategy.world, heldout.plan.window(), heldout.objective
-    micros = window.micros
-    own = micros[world.rank :: world.size]
-    weights: dict[str, float] = {}
-    totals: torch.Tensor | None = None  # [terms] float64, on the device until the end: the host does not wait for it
+    world, window, objective = strategy.world, validation.plan.window(), validation.objective
+    micro_batches = window.micro_batches
+    own = micro_batches[world.rank :: world.size]
+    denominators: dict[str, float] = {}
+    totals: torch.Tensor | None = None  # [terms] float64, on the device until the end, so that the host does not wait
     with strategy.evaluating() as model:
-        for index in range(-(-len(micros) // world.size)):
-            counts = index < len(own)
-            micro = own[index] if counts else micros[0]  # as many forwards as other ranks
-            batch = heldout.dataset.batch(heldout.plan.samples(micro), torch.Generator())
-            weighed = weights_of(objective, batch)
-            sums_by_term = sums_of(objective, model, to_device(batch, world.device), [*weighed])
+        for index in range(-(-len(micro_batches) // world.size)):
+            counted = index < len(own)
+            # A rank without a micro-batch of its own runs a forward all the same, and its sums are
+            # set to zero.
+            micro_batch = own[index] if counted else micro_batches[0]
+            batch = validation.dataset.batch(validation.plan.samples(micro_batch), torch.Generator())
+            own_denominators = denominators_of(objective, batch)
+            sums_by_term = sums_of(objective, model, to_device(batch, world.device), [*own_denominators])
             sums = torch.stack([value.double() for value in sums_by_term])
-            if not counts:
-                sums, weighed = torch.zeros_like(sums), dict.fromkeys(weighed, 0.0)
+            if not counted:
+                sums, own_denominators = torch.zeros_like(sums), dict.fromkeys(own_denominators, 0.0)
             totals = sums if totals is None else totals + sums
-            weights = {term: weights.get(term, 0.0) + weight for term, weight in weighed.items()}
+            denominators = {term: denominators.get(term, 0.0) + count for term, count in own_denominators.items()}
     assert totals is not None
-    rows, _ = world.share([*weights.values()], [totals]).read()
-    summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(weights))]
-    pairs = zip(weights, summed[: len(weights)], summed[len(weights) :], strict=True)
-    return {term: value / weight for term, weight, value in pairs if weight > 0}
+    rows, _ = world.gather_rows([*denominators.values()], [totals]).read()
+    summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(denominators))]
+    pairs = zip(denominators, summed[: len(denominators)], summed[len(denominators) :], strict=True)
+    return {term: value / denominator for term, denominator, value in pairs if denominator > 0}

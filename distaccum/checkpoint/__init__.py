@@ -1,1 +1,1 @@
-"""Checkpoints: written by all ranks, in place at once or not at all, and read without running anybody's code."""
+"""Saves and loads checkpoints, which all ranks write together and which are read without pickle."""

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint for other programs, and weights of other programs for a model. One process."""
+"""Exports weights from a checkpoint to other programs, and loads theirs, on one process."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from distaccum.errors import CheckpointError
 from .reading import Checkpoint
 from .storage import Opened, some, write_file
 
-_MODEL = "model."  # before the names of a model's tensors in a checkpoint
+_MODEL = "model."  # prefix of the names of a model's tensors in a checkpoint
 
 
 def export_safetensors(checkpoint: Checkpoint, file: Path) -> None:
-    """Write the model's parameters and buffers to one safetensors file, under the names of its `state_dict()`.
+    """Write the model's parameters and buffers to one safetensors file.
 
-    One tensor at a time is in memory.
+    The names are those of the model's `state_dict()`. Only one tensor at a time is in memory.
 
     Args:
-        checkpoint: opened by one process, `Checkpoint.open(path, World.of(torch.device("cpu")))`.
-        file: a new file.
+        checkpoint: a checkpoint that one process has opened: `Checkpoint.open(path,
+            World.of(torch.device("cpu")))`.
+        file: the file to write, which must not exist.
 
     Raises:
-        CheckpointError: the file is there already, or the checkpoint holds no model.
+        CheckpointError: if the file already exists, or the checkpoint holds no model.
     """
     if file.exists():
-        raise CheckpointError(f"{file} is there already; name another file, or remove it")
+        raise CheckpointError(f"{file} already exists. Give another file, or remove it.")
     infos = {name: info for name, info in checkpoint.tensors.items() if name.startswith(_MODEL)}
     if not infos:
-        raise CheckpointError(f"{checkpoint.path} holds no tensor whose name begins with {_MODEL!r}")
+        raise CheckpointError(f"{checkpoint.path} holds no model: no tensor has a name that begins with {_MODEL!r}.")
 
     def read(name: str) -> Tensor:
         info = infos[_MODEL + name]
@@ -49,12 +50,14 @@ def export_safetensors(checkpoint: Checkpoint, file: Path) -> None:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Fill a model from a safetensors file, on one process; numbers are converted to the model's dtypes.
+    """Fill a model from a safetensors file on one process.
 
-    Names and shapes must be those of `model.state_dict()`; of tied weights one name is enough.
+    Values are converted to the model's dtypes. Names and shapes must be those of
+    `model.state_dict()`; for tied weights one of the names is enough.
 
     Raises:
-        CheckpointError: the file is a pickle or no safetensors file, or names or shapes differ (nothing was filled).
+        CheckpointError: if the file is a pickle or not a safetensors file, or if names or shapes
+            differ. Nothing was filled then.
     """
     _refuse_pickle(file)
     with Opened(file) as weights:
@@ -62,36 +65,46 @@ def load_weights(model: nn.Module, file: Path) -> None:
         for name, tensor in wanted.items():
             shape = list(weights.slice(name).get_shape())
             if shape != list(tensor.shape):
-                raise CheckpointError(f"{file} holds {name!r} as {shape}, and the model's is {list(tensor.shape)}")
+                raise CheckpointError(
+                    f"{file} holds {name!r} with the shape {shape}, but in the model it has {list(tensor.shape)}."
+                )
         for name, tensor in wanted.items():
             tensor.copy_(weights.whole(name))
 
 
 def export_pretrained(checkpoint: Checkpoint, folder: Path, make_model: Callable[[], nn.Module]) -> None:
-    """Write a folder that `from_pretrained` of Hugging Face reads.
+    """Write a folder that `from_pretrained` of Hugging Face can read.
 
     Args:
-        checkpoint: opened by one process.
+        checkpoint: a checkpoint that one process has opened.
         folder: a new or empty folder.
-        make_model: makes the model on the CPU, its weights whatever they are; it has `save_pretrained`.
+        make_model: makes the model on the CPU, with any weights; the model must have
+            `save_pretrained`.
 
     Raises:
-        CheckpointError: the folder has files, or the checkpoint is another model's.
+        CheckpointError: if the folder is not empty, or the checkpoint belongs to another model.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} has files already; name another folder, or empty it")
+        raise CheckpointError(f"{folder} is not empty. Give another folder, or empty it.")
     model = make_model()
     names = [name.removeprefix(_MODEL) for name in checkpoint.tensors if name.startswith(_MODEL)]
     wanted = _wanted(model, names, str(checkpoint.path))
     checkpoint.load({_MODEL + name: tensor for name, tensor in wanted.items()})
     save = getattr(model, "save_pretrained", None)
     if save is None:
-        raise CheckpointError(f"{type(model).__name__} has no save_pretrained; write a safetensors file instead")
+        raise CheckpointError(
+            f"{type(model).__name__} has no method save_pretrained. Export to a safetensors file instead."
+        )
     save(folder)
 
 
 def _wanted(model: nn.Module, names: Iterable[str], where: str) -> dict[str, Tensor]:
-    """Which tensor of the model each name fills; every tensor is filled, and every name is used."""
+    """Return the tensor of the model that each name fills.
+
+    Raises:
+        CheckpointError: if a tensor of the model would not be filled, or the model has no tensor of
+            a name.
+    """
     state = model.state_dict(keep_vars=True)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     given = set(names)
@@ -100,8 +113,8 @@ def _wanted(model: nn.Module, names: Iterable[str], where: str) -> dict[str, Ten
     unknown = sorted(given - set(tensors))
     if missing or unknown:
         lacks = [f"it lacks {some(missing)}"] if missing else []
-        has = [f"it holds {some(unknown)}, which the model has not"] if unknown else []
-        raise CheckpointError(f"{where} is not of this model ({type(model).__name__}): {'; '.join(lacks + has)}")
+        has = [f"it holds {some(unknown)}, which the model does not have"] if unknown else []
+        raise CheckpointError(f"{where} does not fit this model ({type(model).__name__}): {'; '.join(lacks + has)}.")
     return {name: tensors[name].detach() for name in sorted(given)}
 
 
@@ -110,6 +123,6 @@ def _refuse_pickle(file: Path) -> None:
         begin = opened.read(4)
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt") or begin.startswith((b"PK", b"\x80")):
         raise CheckpointError(
-            f"{file} is a pickle of torch: to read it is to run code of whoever wrote it, so it is not read. "
-            "Where you trust it, write it anew with safetensors.torch.save_file."
+            f"{file} is a PyTorch pickle. Reading it would run code of whoever wrote it, so it is refused. If you "
+            "trust it, load it yourself and write it with safetensors.torch.save_file."
         )

@@ -1,7 +1,8 @@
-"""The folder of a run's checkpoints as files: names, what is in place, pointers, what is kept.
+"""Manages the folder of a run's checkpoints: names, pointers, publishing and removal.
 
-A folder `step-00000012.part` is on its way (or on its way out); without the ending it is complete, and is never written
-to again. So a process may be killed after any line below: what is found is the old state or the new one.
+A folder `step-00000012.part` is being written or removed. Without that ending a checkpoint is
+complete and is never written to again. So a process may be killed after any line below, and a
+reader finds either the old state or the new.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ _BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Entry:
-    """One folder that bears the name of a checkpoint."""
+    """Describes one folder that has the name of a checkpoint."""
 
     path: Path
     manifest: Manifest | None
-    trouble: str  # why there is no manifest, or which file has the wrong size
+    trouble: str  # why there is no manifest, or which file has the wrong size; "" if neither
 
 
 def begin(folder: Path, step: int) -> str:
-    """Make the folder of a save that is on its way, and return the checkpoint's name. No name is used twice."""
+    """Make the folder of a new save, and return the checkpoint's name; no name is used twice."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
@@ -55,24 +56,24 @@ def begin(folder: Path, step: int) -> str:
 
 
 def part(folder: Path, name: str) -> Path:
-    """Where a checkpoint lies while it is on its way."""
+    """Return the path of a checkpoint or a pointer while it is being written or removed."""
     return folder / (name + _PART)
 
 
 def publish(folder: Path, name: str, pointers: Sequence[str]) -> None:
-    """Put a written checkpoint in place, and let the pointers name it."""
+    """Give a written checkpoint its final name, and make the pointers point to it."""
     sync_folder(part(folder, name))
     for pointer in pointers:
-        write_durably(part(folder, pointer), f"{name}\n".encode())  # a disk that is full is full here, not below
+        write_durably(part(folder, pointer), f"{name}\n".encode())  # a full disk shows here, before the renames
     part(folder, name).rename(folder / name)
-    sync_folder(folder)  # the checkpoint is there before anything names it
+    sync_folder(folder)  # the checkpoint is on the disk before a pointer names it
     for pointer in pointers:
         part(folder, pointer).replace(folder / pointer)
     sync_folder(folder)
 
 
 def give_up(folder: Path, name: str) -> None:
-    """Remove what a save has written that did not succeed."""
+    """Remove everything that a failed save has written."""
     for pointer in (LATEST, BEST):
         part(folder, pointer).unlink(missing_ok=True)
     if part(folder, name).exists():
@@ -80,7 +81,7 @@ def give_up(folder: Path, name: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a complete checkpoint: its name goes first, so that nobody meets half of one."""
+    """Remove a complete checkpoint; it is renamed first, so that nobody finds half of one."""
     doomed = part(path.parent, path.name)
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -90,21 +91,21 @@ def remove(path: Path) -> None:
 
 
 def clean(folder: Path) -> list[str]:
-    """Remove what a killed process has left on its way, and say so, one line each."""
-    said = []
+    """Remove what a killed process left unfinished, and return one line on each removal."""
+    messages = []
     for path in _listed(folder):
         name, is_part = path.name.removesuffix(_PART), path.name.endswith(_PART)
         if is_part and _NAME.fullmatch(name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-            said.append(f"removed {path}: a save that did not finish, or an old checkpoint half removed")
+            messages.append(f"removed {path}: an unfinished save, or an old checkpoint that was only partly removed")
         elif is_part and name in (LATEST, BEST):
             path.unlink()
-            said.append(f"removed {path}: a pointer that was not put in place")
-    return said
+            messages.append(f"removed {path}: an unfinished pointer")
+    return messages
 
 
 def pointed(folder: Path, pointer: str) -> str | None:
-    """The name that a pointer holds, or None where there is no pointer, or none that names a checkpoint."""
+    """Return the name that a pointer holds, or None if it names no checkpoint or is missing."""
     try:
         name = read_plain(folder / pointer, _MAX_POINTER_BYTES).decode("ascii").strip()
     except (OSError, ValueError, CheckpointError):
@@ -113,11 +114,11 @@ def pointed(folder: Path, pointer: str) -> str | None:
 
 
 def entries(folder: Path, known: Mapping[Path, Manifest] | None = None) -> list[Entry]:
-    """All that bear the name of a checkpoint: the one that `latest` points to, then by save, the newest first.
+    """List the checkpoints of a folder: the one that `latest` names, then the others, newest first.
 
     Args:
-        folder: of the checkpoints.
-        known: manifests that need not be read again.
+        folder: the folder of the checkpoints.
+        known: manifests by path that need not be read again.
     """
     named = [(match, path) for path in _listed(folder) if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
     known = known or {}
@@ -125,7 +126,8 @@ def entries(folder: Path, known: Mapping[Path, Manifest] | None = None) -> list[
         look(path, known.get(path))
         for _, path in sorted(named, key=lambda item: (int(item[0][1]), int(item[0][2] or 1)))
     ]
-    # One whose manifest cannot be read has no serial: it stands just above the one before it in step.
+    # A checkpoint whose manifest cannot be read has no serial. It counts as just newer than the one
+    # before it in step.
     ordered: list[tuple[bool, int, bool, int, Entry]] = []
     serial, latest = -1, pointed(folder, LATEST)
     for entry in found:
@@ -135,7 +137,7 @@ def entries(folder: Path, known: Mapping[Path, Manifest] | None = None) -> list[
 
 
 def look(path: Path, known: Manifest | None = None) -> Entry:
-    """Read the manifest of a checkpoint and look whether its files have their sizes. Reads no tensor."""
+    """Read the manifest of a checkpoint and check the sizes of its files; read no tensor."""
     try:
         manifest = known or read_manifest(path)
         for name, file in manifest.files.items():
@@ -148,28 +150,30 @@ def look(path: Path, known: Manifest | None = None) -> Entry:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint.
+    """Read and check the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: what is wrong with it.
+        CheckpointError: if it is missing or invalid.
     """
     if not os.path.lexists(path / MANIFEST):
         foreign = sorted(
             p.name for p in _listed(path) if p.name == ".metadata" or p.suffix in (".pt", ".bin", ".distcp")
         )
-        hint = f"; {foreign[0]} is a pickle of torch, which may run anybody's code and is not read" if foreign else ""
+        hint = f"; {foreign[0]} is a PyTorch pickle, which could run any code and is not read" if foreign else ""
         raise CheckpointError(f"{MANIFEST} is missing{hint}")
     return Manifest.from_json(read_plain(path / MANIFEST, MAX_BYTES))
 
 
-def superfluous(found: Sequence[Entry], keep: int, folder: Path, damaged: Collection[Path]) -> list[Path]:
-    """Which complete checkpoints may go. What is damaged or cannot be read may not, nor may links.
+def to_prune(found: Sequence[Entry], keep: int, folder: Path, damaged: Collection[Path]) -> list[Path]:
+    """Return the complete checkpoints to remove; never damaged or unreadable ones, and never links.
 
     Args:
-        found: from `entries`.
-        keep: how many of the newest stay. What `latest` and `best` name stays besides.
-        folder: where the pointers are.
-        damaged: those whose content is known not to be good, though their manifest and sizes are.
+        found: the checkpoints, from `entries`.
+        keep: the number of newest checkpoints to keep. Those that `latest` and `best` name are kept
+            besides.
+        folder: the folder of the pointers.
+        damaged: checkpoints whose content is known to be damaged, although their manifest and sizes
+            are right.
     """
     named = {pointed(folder, LATEST), pointed(folder, BEST)}
     sound = [entry for entry in found if entry.path not in damaged and not entry.path.is_symlink()]
@@ -178,7 +182,7 @@ def superfluous(found: Sequence[Entry], keep: int, folder: Path, damaged: Collec
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -187,19 +191,20 @@ def digest_of(path: Path) -> str:
 
 
 def read_plain(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file of limited size: no device, pipe or link is followed.
+    """Return the content of a regular file of limited size.
 
     Raises:
-        CheckpointError: it is something else, or larger.
+        CheckpointError: if it is not a regular file (a link, a device, a pipe), or is larger than
+            `max_bytes`.
     """
     size = _regular(path).st_size
     if size > max_bytes:
-        raise CheckpointError(f"{path.name} has {size} bytes, more than {max_bytes}")
+        raise CheckpointError(f"{path.name} has {size} bytes, more than the limit of {max_bytes}")
     return path.read_bytes()
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and wait until it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -207,7 +212,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names in a folder."""
+    """Wait until the names in a folder are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,6 +1,7 @@
-"""What a checkpoint holds: which tensors, where each part of them lies, and what the files must look like.
+"""Defines the manifest of a checkpoint: its tensors, where their parts are stored, and its files.
 
-A manifest may be a stranger's file. It is plain JSON, and nothing of it is believed before it was checked here.
+A manifest may come from an untrusted source. It is plain JSON, and everything in it is checked here
+before it is used.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from distaccum.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT = "distaccum checkpoint"
 VERSION = 1
-MAX_BYTES = 1 << 28  # of a manifest: millions of chunks
+MAX_BYTES = 1 << 28  # size limit of a manifest, enough for millions of chunks
 _MAX_DIMS = 64
 _FILE = re.compile(r"shard-[0-9]{5,9}\.safetensors")
 
-# Name in torch -> (name in a safetensors file, bytes of one element).
+# Name in torch -> (name in a safetensors file, bytes per element).
 DTYPES = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),
@@ -44,16 +45,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of one tensor, which lies in a file under the tensor's name."""
+    """Locates a rectangular block of one tensor, stored in a file under the tensor's name."""
 
     file: str
-    offsets: tuple[int, ...]  # where the box begins in the whole tensor, by dimension
+    offsets: tuple[int, ...]  # where the block begins in the whole tensor, by dimension
     sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor: its chunks cover it, and none of them covers another."""
+    """Describes one tensor, which its chunks cover without overlapping."""
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """What a file must look like, to the byte."""
+    """Describes the expected size and checksum of a file."""
 
     bytes: int
     sha256: str
@@ -70,47 +71,53 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The table of contents of one checkpoint."""
+    """Lists the contents of one checkpoint."""
 
     step: int
-    serial: int  # counts the saves of a run; it grows also where a run went back to an earlier step
+    serial: int  # counts the saves of a run; it also grows when a run returns to an earlier step
     facts: Mapping[str, Any]  # plain JSON
     files: Mapping[str, StoredFile]
     tensors: Mapping[str, StoredTensor]
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
+        """Return the text of manifest.json."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, separators=(",", ":")) + "\n"
 
     @staticmethod
     def from_json(text: bytes) -> Manifest:
-        """Read and check a manifest.
+        """Parse and check the text of a manifest.
 
         Raises:
-            CheckpointError: what is wrong with it.
+            CheckpointError: if it is not a valid manifest.
         """
         try:
-            told = json.loads(text)
+            parsed = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from None
-        if not isinstance(told, dict) or told.get("format") != FORMAT:
-            raise CheckpointError(f"{MANIFEST} is not that of a checkpoint: it has no format {FORMAT!r}")
-        if told.get("version") != VERSION:
-            raise CheckpointError(f"{MANIFEST} has version {told.get('version')!r}, and this reads version {VERSION}")
-        step, serial = _count(told.get("step"), "step"), _count(told.get("serial"), "serial")
-        facts = _table(told.get("facts"), "facts")
-        files = {name: _file(name, entry) for name, entry in _table(told.get("files"), "files").items()}
-        entries = _table(told.get("tensors"), "tensors")
+        if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:
+            raise CheckpointError(f"{MANIFEST} is not the manifest of a checkpoint: its format is not {FORMAT!r}")
+        if parsed.get("version") != VERSION:
+            raise CheckpointError(
+                f"{MANIFEST} has version {parsed.get('version')!r}; only version {VERSION} can be read"
+            )
+        step, serial = _count(parsed.get("step"), "step"), _count(parsed.get("serial"), "serial")
+        facts = _table(parsed.get("facts"), "facts")
+        files = {name: _file(name, entry) for name, entry in _table(parsed.get("files"), "files").items()}
+        entries = _table(parsed.get("tensors"), "tensors")
         return Manifest(
             step, serial, facts, files, {name: _tensor(name, entry, files) for name, entry in entries.items()}
         )
 
 
 def check_plain(value: object, where: str) -> None:
-    """Refuse what JSON would not give back as it was.
+    """Refuse a value that JSON would not reproduce exactly.
+
+    Args:
+        value: the value to check, with everything inside it.
+        where: the name of the value, for the error.
 
     Raises:
-        CheckpointError: where it is, and what.
+        CheckpointError: for a key that is not a string, or a value that is not plain JSON.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -128,21 +135,27 @@ def check_plain(value: object, where: str) -> None:
 
 
 def check_cover(name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Refuse boxes (offsets, sizes) that leave the shape, meet, or do not fill it.
+    """Refuse blocks that exceed a tensor's shape, overlap, or leave a part of it uncovered.
+
+    Args:
+        name: the tensor's name, for the error.
+        shape: the shape of the whole tensor.
+        boxes: offsets and sizes of each block, by dimension.
 
     Raises:
-        CheckpointError: which tensor, and what is wrong.
+        CheckpointError: if the blocks do not cover the tensor exactly once.
     """
     for offsets, sizes in boxes:
         inside = len(offsets) == len(sizes) == len(shape)
         if not inside or any(s < 1 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
             raise CheckpointError(
-                f"tensor {name!r} has a chunk at {list(offsets)} of {list(sizes)} outside {list(shape)}"
+                f"tensor {name!r} has a chunk at {list(offsets)} of size {list(sizes)} outside its shape {list(shape)}"
             )
     filled = sum(math.prod(sizes) for _, sizes in boxes)
     if filled != math.prod(shape):
-        raise CheckpointError(f"tensor {name!r} has {math.prod(shape)} elements, and its chunks hold {filled}")
-    # Boxes that meet do so in every dimension: it is enough to look along the one in which they differ most.
+        raise CheckpointError(f"tensor {name!r} has {math.prod(shape)} elements, but its chunks hold {filled}")
+    # Overlapping blocks overlap in every dimension, so the dimension with the most distinct offsets
+    # finds candidates.
     along = max(range(len(shape)), key=lambda d: len({offsets[d] for offsets, _ in boxes}), default=0)
     ordered = sorted(boxes, key=lambda box: tuple(box[0][along : along + 1]))
     for i, (offsets, sizes) in enumerate(ordered):
@@ -155,13 +168,13 @@ def check_cover(name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[
 
 def _table(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{MANIFEST}: {where} is not a table")
+        raise CheckpointError(f"{MANIFEST}: {where} is not a JSON object")
     return value
 
 
 def _count(value: object, where: str) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
-        raise CheckpointError(f"{MANIFEST}: {where} is {str(value)[:40]}, not a count")
+        raise CheckpointError(f"{MANIFEST}: {where} is {value!r:.40}, which is not a count (an integer of at least 0)")
     return value
 
 
@@ -174,7 +187,7 @@ def _counts(value: object, where: str) -> tuple[int, ...]:
 def _file(name: str, entry: object) -> StoredFile:
     if not _FILE.fullmatch(name):
         raise CheckpointError(
-            f"{MANIFEST} names the file {name[:80]!r}; only shard-00000.safetensors and the like are read"
+            f"{MANIFEST} names the file {name[:80]!r}; only names such as shard-00000.safetensors are accepted"
         )
     fields = _table(entry, name)
     digest = fields.get("sha256")
@@ -198,7 +211,7 @@ def _tensor(name: str, entry: object, files: Mapping[str, StoredFile]) -> Stored
         file = chunk.get("file")
         if not isinstance(file, str) or file not in files:
             raise CheckpointError(
-                f"{MANIFEST}: tensor {name!r} lies in the file {str(file)[:80]!r}, which is not listed"
+                f"{MANIFEST}: tensor {name!r} is in the file {str(file)[:80]!r}, which the manifest does not list"
             )
         offsets, sizes = (_counts(chunk.get(key), f"{key} of {name}") for key in ("offsets", "sizes"))
         chunks.append(Chunk(file, offsets, sizes))

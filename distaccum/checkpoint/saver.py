@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and what becomes of one that fails."""
+"""Decides when a checkpoint is due, and handles saves that fail."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from distaccum.checkpoint.state import model_tensors, optimizer_tensors, optimiz
 from distaccum.checkpoint.store import Checkpoints
 from distaccum.errors import CheckpointError
 
-# What a checkpoint that cannot be written does to the training; the earlier ones stay either way. (`continue` cannot be
-# written in a class body.)
+# Whether a checkpoint that cannot be written stops the training; earlier checkpoints are kept in
+# both cases. (A class body cannot have a member `continue`, which is a keyword.)
 OnFailure = Enum("OnFailure", {"stop": "stop", "continue": "continue"})
 
 
 @dataclass
 class EveryConfig:
-    """Both may be given: whichever comes first."""
+    """Configures after how many steps or minutes to save, whichever comes first."""
 
     steps: int | None
     minutes: float | None
@@ -30,7 +30,7 @@ class EveryConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save and what to keep. conf/ owns the values."""
+    """Configures when to save and what to keep; the folder conf/ defines the default values."""
 
     every: EveryConfig
     keep: int
@@ -40,64 +40,69 @@ class CheckpointConfig:
 
     @property
     def goes_on(self) -> bool:
-        """Whether what cannot be written ends nothing."""
+        """Return whether the training continues when something cannot be written."""
         return self.on_failure is not OnFailure.stop
 
 
 class Saver:
-    """Saves at boundaries. Every rank has one and calls all but `minutes_are_over` alike."""
+    """Saves checkpoints at boundaries.
+
+    Every rank has a saver, and all ranks must call its methods together, except `minutes_are_over`.
+    """
 
     def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig, facts: Mapping[str, Any]) -> None:
-        """Keep `facts`, which every checkpoint of the run holds; the clock starts now."""
+        """Store the facts that every checkpoint of the run holds, and start the clock."""
         self._checkpoints = checkpoints
         self._config = config
         self._facts = facts
         self._saved_at = time.monotonic()
-        self._step = 0  # of the save that was begun last
-        self.failed: list[str] = []  # saves that did not succeed, though the training went on
+        self._step = 0  # step of the latest save
+        self.failed: list[str] = []  # saves that failed while the training continued
 
     def minutes_are_over(self) -> bool:
-        """Whether the clock of this rank says that a checkpoint is due: to be agreed by all."""
+        """Return whether a checkpoint is due by this rank's clock; all ranks must agree to save."""
         minutes = self._config.every.minutes
         return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
 
     def is_due(self, step: int) -> bool:
-        """Whether the number of steps says so."""
+        """Return whether a checkpoint is due by the number of steps."""
         steps = self._config.every.steps
         return steps is not None and step % steps == 0
 
     @property
     def keeps_best(self) -> bool:
-        """Whether a step with the least held-out loss so far is saved, and kept."""
+        """Return whether a step with the lowest validation loss so far is saved and kept."""
         return self._config.best
 
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, facts: Mapping[str, Any], *, best: bool, stopping: bool
     ) -> list[str]:
-        """Save; what a person has to know of this and earlier saves.
+        """Save a checkpoint, and return messages on this save and earlier ones.
 
         Args:
-            step: of the boundary.
-            model: what was wrapped, see `model_tensors`.
-            optimizer: over its parameters.
-            facts: what stands here and now, in plain values.
-            best: whether the held-out loss is the least so far.
-            stopping: whether the run is stopped and goes on from here: the checkpoint is waited for, and must succeed.
+            step: the step that was made last.
+            model: the model without its wrapper, see `model_tensors`.
+            optimizer: the optimizer over its parameters.
+            facts: the current state of the run, in plain values.
+            best: whether the validation loss is the lowest so far.
+            stopping: whether the run stops here and will resume from this checkpoint. The save is
+                then waited for and must succeed.
 
         Raises:
-            CheckpointError: on all ranks, where it failed and the configuration says to stop.
+            CheckpointError: on all ranks, if a save failed and the run is stopping or `on_failure`
+                is `stop`.
         """
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
         facts = {**self._facts, **facts, "optimizer": optimizer_values(model, optimizer)}
-        told = self.wait(stopping)  # whatever became of the one before, this one is tried
+        messages = self.wait(stopping)  # a failure of the previous save is reported, and this save is tried
         best = best and self.keeps_best
         self._step = step
-        told += self._guarded(step, lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
+        messages += self._guarded(step, lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
         self._saved_at = time.monotonic()
-        return told + (self.wait(stopping) if stopping else [])
+        return messages + (self.wait(stopping) if stopping else [])
 
     def wait(self, stopping: bool = False) -> list[str]:
-        """Wait for a save that is on its way; what became of it."""
+        """Wait for a save in progress, and return messages on it."""
         return self._guarded(self._step, self._checkpoints.wait, stopping)
 
     def _guarded(self, step: int, do: Callable[[], object], stopping: bool) -> list[str]:
@@ -107,5 +112,5 @@ class Saver:
             if stopping or not self._config.goes_on:
                 raise
             self.failed.append(f"the checkpoint of step {step}")
-            return [f"checkpoint.on_failure=continue, so the training goes on: {error}"]
-        return [saved.told() for saved in self._checkpoints.saved()]
+            return [f"checkpoint.on_failure=continue, so the training continues: {error}"]
+        return [saved.message() for saved in self._checkpoints.saved()]

@@ -1,4 +1,4 @@
-"""What of a model and its optimizer is saved: named tensors and plain values, the same names under any strategy."""
+"""Collects the state of model and optimizer under names that do not depend on the strategy."""
 
 from __future__ import annotations
 
@@ -12,32 +12,38 @@ from torch.optim import Optimizer
 
 from distaccum.errors import CheckpointError
 
-# What torch.compile and torch's checkpoint_wrapper put into the names of a model's parts.
+# Name parts that torch.compile and torch's checkpoint_wrapper insert into parameter names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`model.NAME` -> parameter or persistent buffer, sharded ones as DTensors. They share the model's memory.
+    """Return the parameters and persistent buffers of a model under the names `model.NAME`.
+
+    The tensors share the model's memory. Sharded ones are DTensors.
 
     Args:
-        model: without DistributedDataParallel around it; FSDP2 modules as they are.
+        model: the model without its DistributedDataParallel wrapper; FSDP2 modules need no
+            unwrapping.
+
+    Raises:
+        CheckpointError: if the model's state holds something other than tensors.
     """
     tensors = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"The model's state holds {name!r} of type {type(value).__name__} (its module's get_extra_state). "
-                "Only tensors are saved, so that loading runs nobody's code: register it as a buffer."
+                "Only tensors are saved, so that loading cannot run code. Register it as a buffer."
             )
         tensors[f"model.{_canonical(name)}"] = value
     return tensors
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """`optim.PARAMETER.KEY` -> the optimizer's state of that parameter.
+    """Return the tensors of an optimizer's state under the names `optim.PARAMETER.KEY`.
 
     Raises:
-        CheckpointError: for a state that could not be put together again on another number of ranks.
+        CheckpointError: for a state that could not be reassembled on another number of ranks.
     """
     tensors = {}
     for name, parameter, key, value in _states(model, optimizer):
@@ -46,16 +52,20 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         sharded = isinstance(parameter, DTensor)
         if sharded and value.numel() > 1 and not (isinstance(value, DTensor) and value.shape == parameter.shape):
             raise CheckpointError(
-                f"{type(optimizer).__name__} keeps {key!r} of {name} in the shape {tuple(value.shape)}, and the "
-                f"parameter is sharded with {tuple(parameter.shape)}: it is not known which part of it this rank "
-                "holds. Use parallel=ddp, or an optimizer whose states have the shape of their parameters."
+                f"{type(optimizer).__name__} keeps {key!r} of {name} in the shape {tuple(value.shape)}, but the "
+                f"parameter is sharded and has the shape {tuple(parameter.shape)}, so it is unknown which part of the "
+                "state this rank holds. Use parallel=ddp, or an optimizer whose states have their parameters' shapes."
             )
         tensors[f"optim.{name}.{key}"] = value
     return tensors
 
 
 def optimizer_values(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The same for states that are plain values: {parameter: {key: value}}."""
+    """Return the plain values of an optimizer's state, as {parameter: {key: value}}.
+
+    Raises:
+        CheckpointError: for a value that is neither a tensor nor a bool, int, float, str or None.
+    """
     values: dict[str, dict[str, Any]] = {}
     for name, _, key, value in _states(model, optimizer):
         if isinstance(value, Tensor):
@@ -63,7 +73,7 @@ def optimizer_values(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[s
         if value is not None and not isinstance(value, bool | int | float | str):
             raise CheckpointError(
                 f"{type(optimizer).__name__} keeps {key!r} of {name} as a {type(value).__name__}. Only tensors and "
-                "plain values are saved, so that loading runs nobody's code."
+                "plain values are saved, so that loading cannot run code. Use an optimizer without such state."
             )
         values.setdefault(name, {})[key] = value
     return values
@@ -75,13 +85,14 @@ def make_optimizer_state(
     saved: Mapping[str, tuple[torch.Size, torch.dtype]],
     values: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Give a fresh optimizer the states that a checkpoint has, as zeros to be loaded into.
+    """Create the optimizer states that a checkpoint holds, as zeros to be loaded into.
 
     Args:
-        model: as for `optimizer_tensors`.
-        optimizer: over this model's parameters; what it has is forgotten.
-        saved: shape and dtype of each tensor in the checkpoint; names that do not begin with `optim.` are passed over.
-        values: from `optimizer_values`.
+        model: the model without its DistributedDataParallel wrapper.
+        optimizer: the optimizer over this model's parameters; its current state is discarded.
+        saved: the shape and dtype of each tensor in the checkpoint; names that do not begin with
+            `optim.` are ignored.
+        values: the plain values of the saved state, from `optimizer_values`.
     """
     optimizer.state.clear()
     tensors: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
@@ -95,7 +106,8 @@ def make_optimizer_state(
             if shape == parameter.shape and key != "step":
                 state[key] = torch.zeros_like(parameter, dtype=dtype)
             else:
-                # torch counts steps on the host, unless the update runs as one kernel on the device.
+                # torch keeps its step counters on the host, unless the update runs as one kernel on
+                # the device.
                 on_device = len(shape) > 0 or group.get("capturable") or group.get("fused")
                 state[key] = torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
         if state:
@@ -114,8 +126,8 @@ def _parameters(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, n
         for parameter in group["params"]:
             if parameter not in names:
                 raise CheckpointError(
-                    f"The optimizer has a parameter of shape {tuple(parameter.shape)} that is not the model's, so that "
-                    "it has no name to be saved under. Make the optimizer over model.parameters()."
+                    f"The optimizer has a parameter of shape {tuple(parameter.shape)} that does not belong to the "
+                    "model, so it has no name to be saved under. Make the optimizer over model.parameters()."
                 )
             yield names[parameter], parameter, group
 

@@ -1,7 +1,7 @@
-"""Tensors of all ranks in safetensors files, one file a rank.
+"""Stores the tensors of all ranks in safetensors files, one file per rank.
 
-Where a rank's part of a DTensor lies in the whole is told by torch.distributed.checkpoint's planner. Its own storage is
-not used: it reads pickles, which run whatever code their writer has put in.
+The planner of torch.distributed.checkpoint computes where a rank's part of a DTensor lies in the
+whole. Its storage is not used: it reads pickles, which run whatever code their writer put in.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The box of one tensor that a rank holds."""
+class LocalChunk:
+    """Describes the rectangular block of one tensor that a rank holds."""
 
     name: str
     dtype: str  # a key of DTYPES
@@ -41,36 +41,41 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        """Of the box."""
+        """Return the size of the block in bytes."""
         return math.prod(self.sizes) * DTYPES[self.dtype][1]
 
 
 def shard_name(rank: int) -> str:
-    """The file that a rank writes."""
+    """Return the name of the file that a rank writes."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: itself, or its part of a DTensor. It shares the memory and has no graph."""
+    """Return a detached view of a plain tensor, or of this rank's part of a DTensor."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def pieces_of(tensors: Mapping[str, Tensor]) -> list[Piece]:
-    """What this rank holds, box by box. An empty box (an uneven shard) is among them, so that its shape is known.
+def local_chunks(tensors: Mapping[str, Tensor]) -> list[LocalChunk]:
+    """Return the blocks of tensors that this rank holds.
+
+    Empty blocks (of uneven shards) are included, so that the shape of their tensor is known.
 
     Raises:
-        CheckpointError: something that no file of ours can hold.
+        CheckpointError: for a value that is not a tensor, or a tensor, name or sharding that cannot
+            be stored.
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{name!r} is of type {type(tensor).__name__}, not a tensor; plain values belong to `facts`"
+                f"{name!r} is of type {type(tensor).__name__}, not a tensor; pass plain values in `facts`"
             )
         if tensor.layout != torch.strided or _dtype_name(tensor) not in DTYPES:
-            raise CheckpointError(f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which is not stored")
+            raise CheckpointError(f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be stored")
         if not 0 < len(name) <= _MAX_NAME or name == "__metadata__":
-            raise CheckpointError(f"{name[:_MAX_NAME]!r} cannot be the name of a tensor")
+            raise CheckpointError(
+                f"{name[:_MAX_NAME]!r} cannot name a tensor; use 1 to {_MAX_NAME} characters, not __metadata__"
+            )
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors))
     pieces = []
@@ -80,33 +85,34 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> list[Piece]:
         offsets, sizes = tuple(data.chunk.offsets), tuple(data.chunk.sizes)
         if sizes != tuple(local(tensors[name]).shape):
             raise CheckpointError(
-                f"{name!r}: this rank holds {list(local(tensors[name]).shape)} where its sharding says {list(sizes)}"
+                f"{name!r}: this rank holds {list(local(tensors[name]).shape)}, but its sharding says {list(sizes)}"
             )
-        pieces.append(Piece(name, _dtype_name(tensors[name]), tuple(tensors[name].shape), offsets, sizes))
+        pieces.append(LocalChunk(name, _dtype_name(tensors[name]), tuple(tensors[name].shape), offsets, sizes))
     return pieces
 
 
-def share_out(held: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
-    """Which rank writes what: each box once, by the rank that has least to write among those that hold it.
+def assign_writers(held: Sequence[Sequence[LocalChunk]]) -> list[list[LocalChunk]]:
+    """Assign each block to one rank that holds it and has the least to write so far.
 
     Args:
-        held: by rank, from `pieces_of`.
+        held: the blocks that each rank holds, by rank, from `local_chunks`.
 
     Returns:
-        By rank; the same on every rank. Empty boxes are nobody's.
+        The blocks that each rank writes, by rank; equal on every rank, without empty blocks.
 
     Raises:
-        CheckpointError: the ranks disagree, or what they hold does not make whole tensors.
+        CheckpointError: if the ranks disagree about a tensor, or their blocks do not cover it
+            exactly once.
     """
-    holders: dict[Piece, list[int]] = {}
+    holders: dict[LocalChunk, list[int]] = {}
     whole: dict[str, tuple[str, tuple[int, ...]]] = {}
     boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for rank, pieces in enumerate(held):
         for piece in pieces:
-            told = (piece.dtype, piece.shape)
-            if whole.setdefault(piece.name, told) != told:
+            described = (piece.dtype, piece.shape)
+            if whole.setdefault(piece.name, described) != described:
                 raise CheckpointError(
-                    f"{piece.name!r} is {told} on rank {rank} and {whole[piece.name]} on another rank"
+                    f"{piece.name!r} is {described} on rank {rank} and {whole[piece.name]} on another rank"
                 )
             if piece not in holders and 0 not in piece.sizes:
                 boxes.setdefault(piece.name, []).append((piece.offsets, piece.sizes))
@@ -114,7 +120,7 @@ def share_out(held: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
                 holders.setdefault(piece, []).append(rank)
     for name, (_, shape) in whole.items():
         check_cover(name, shape, boxes.get(name, []))
-    shares: list[list[Piece]] = [[] for _ in held]
+    shares: list[list[LocalChunk]] = [[] for _ in held]
     load = [0] * len(held)
     for piece, ranks in sorted(holders.items(), key=lambda item: (-item[0].bytes, item[0].name, item[0].offsets)):
         rank = min(ranks, key=lambda rank: (load[rank], rank))
@@ -123,8 +129,8 @@ def share_out(held: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
     return shares
 
 
-def contents(held: Sequence[Sequence[Piece]], shares: Sequence[Sequence[Piece]]) -> dict[str, StoredTensor]:
-    """The table of tensors of a manifest."""
+def contents(held: Sequence[Sequence[LocalChunk]], shares: Sequence[Sequence[LocalChunk]]) -> dict[str, StoredTensor]:
+    """Build the table of tensors of a manifest from the blocks that ranks hold and write."""
     chunks: dict[str, list[Chunk]] = {piece.name: [] for pieces in held for piece in pieces}
     for rank, pieces in enumerate(shares):
         for piece in pieces:
@@ -136,14 +142,22 @@ def contents(held: Sequence[Sequence[Piece]], shares: Sequence[Sequence[Piece]])
 def write_file(
     path: Path, entries: Iterable[tuple[str, str, Sequence[int]]], tensor_of: Callable[[str], Tensor]
 ) -> StoredFile:
-    """Write one safetensors file, tensor by tensor, and wait until the disk has it.
+    """Write one safetensors file, tensor by tensor, and wait until it is on the disk.
 
     Args:
-        path: a new file.
-        entries: name, dtype and shape of each tensor.
-        tensor_of: gives the tensor of a name, on any device; called once each, so that one at a time is in memory.
+        path: the file to write, which must not exist.
+        entries: the name, dtype and shape of each tensor.
+        tensor_of: returns the tensor of a name, on any device; called once per name, so that only
+            one tensor at a time is in memory.
+
+    Returns:
+        The size and checksum of the file.
+
+    Raises:
+        CheckpointError: if a tensor does not have the dtype and shape of its entry.
     """
-    # The widest elements first: so each tensor begins at a multiple of its element, as readers that map files want it.
+    # The widest elements come first, so that each tensor begins at a multiple of its element size,
+    # which readers that map files into memory need.
     ordered = sorted(entries, key=lambda entry: (-DTYPES[entry[1]][1], entry[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -169,7 +183,7 @@ def write_file(
         for name, dtype, shape in ordered:
             tensor = tensor_of(name)
             if _dtype_name(tensor) != dtype or tuple(tensor.shape) != tuple(shape):
-                raise CheckpointError(f"{name!r} became {tensor.dtype} {list(tensor.shape)} while it was saved")
+                raise CheckpointError(f"{name!r} changed to {tensor.dtype} {list(tensor.shape)} while it was saved")
             put(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
@@ -178,10 +192,12 @@ def write_file(
 
 
 def check_file(path: Path, name: str, manifest: Manifest) -> None:
-    """Compare a file with its manifest: every byte, and that it holds the chunks that are looked for in it.
+    """Check that a file has the manifest's checksum and holds the chunks listed there.
+
+    The caller has checked its size.
 
     Raises:
-        CheckpointError: what differs. The size was looked at before.
+        CheckpointError: if the file differs from the manifest.
     """
     if digest_of(path / name) != manifest.files[name].sha256:
         raise CheckpointError(f"{name} is damaged: its checksum is not the one in the manifest")
@@ -203,20 +219,21 @@ def check_file(path: Path, name: str, manifest: Manifest) -> None:
 
 
 def read_into(path: Path, manifest: Manifest, into: Mapping[str, Tensor]) -> None:
-    """Fill tensors, each rank its own part of them, from those files that hold something of it.
+    """Fill this rank's part of tensors from the files that hold something of it.
 
     Raises:
-        CheckpointError: a tensor is not there with that shape and dtype (then nothing was filled), or cannot be read.
+        CheckpointError: if a tensor is missing or differs in shape or dtype (then nothing was
+            filled), or if a file cannot be read.
     """
-    plan: dict[str, list[tuple[Piece, Chunk]]] = {}
-    for piece in pieces_of(into):
+    plan: dict[str, list[tuple[LocalChunk, Chunk]]] = {}
+    for piece in local_chunks(into):
         stored = manifest.tensors.get(piece.name)
         if stored is None:
             raise CheckpointError(f"{path} does not hold {piece.name!r}; it holds {some(manifest.tensors)}")
         if (stored.dtype, stored.shape) != (piece.dtype, piece.shape):
             raise CheckpointError(
                 f"{path} holds {piece.name!r} as {stored.dtype} {list(stored.shape)}, "
-                f"and it is wanted as {piece.dtype} {list(piece.shape)}"
+                f"but the tensor to fill is {piece.dtype} {list(piece.shape)}"
             )
         for chunk in stored.chunks:
             plan.setdefault(chunk.file, []).append((piece, chunk))
@@ -232,7 +249,7 @@ def read_into(path: Path, manifest: Manifest, into: Mapping[str, Tensor]) -> Non
 
 
 class Opened:
-    """A safetensors file; what is wrong with it becomes a CheckpointError."""
+    """Opens a safetensors file, and raises CheckpointError if it is not one."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open
@@ -251,17 +268,17 @@ class Opened:
         self._file.__exit__(*error)
 
     def slice(self, name: str) -> Any:
-        """A tensor of which parts can be read, by slices."""
+        """Return a handle to a tensor, from which parts can be read by slicing."""
         return self._file.get_slice(name)
 
     def whole(self, name: str) -> Tensor:
-        """A whole tensor."""
+        """Read a whole tensor."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
 
-def _common(piece: Piece, chunk: Chunk) -> tuple[list[int], list[int]] | None:
-    """Where a box that is held and one that is stored meet: begin and end by dimension, in the whole tensor."""
+def _common(piece: LocalChunk, chunk: Chunk) -> tuple[list[int], list[int]] | None:
+    """Return begins and ends of the overlap of two blocks in the whole tensor, or None."""
     begins = [max(a, b) for a, b in zip(piece.offsets, chunk.offsets, strict=True)]
     ends = [
         min(a + s, b + t) for a, s, b, t in zip(piece.offsets, piece.sizes, chunk.offsets, chunk.sizes, strict=True)
@@ -278,6 +295,6 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few, for a message."""
+    """Return the first five names and the number of the others, for a message."""
     listed = sorted(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

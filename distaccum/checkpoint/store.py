@@ -1,4 +1,7 @@
-"""The checkpoints of one run: all ranks save, load and choose together, and what one cannot do, none has done."""
+"""Saves and finds the checkpoints of one run, on all ranks together.
+
+Saves are all-or-nothing: if one rank fails, every rank raises and nothing is published.
+"""
 
 from __future__ import annotations
 
@@ -20,62 +23,68 @@ from distaccum.parallel.world import World
 from . import folder as files
 from .manifest import MANIFEST, Manifest, StoredFile, check_plain
 from .reading import Checkpoint, TensorInfo, lines, newest_good
-from .storage import Piece, contents, local, pieces_of, shard_name, share_out, write_file
-from .together import dealt, own_group, together
+from .storage import LocalChunk, assign_writers, contents, local, local_chunks, shard_name, write_file
+from .together import all_ranks_or_none, dealt, own_group
 
 __all__ = ["Checkpoint", "Checkpoints", "Saved", "TensorInfo"]
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is in place."""
+    """Describes a published checkpoint."""
 
     path: Path
     step: int
-    blocked_s: float  # for which the training stood still
-    total_s: float  # until it was in place
-    bytes: int  # of all ranks' files
-    remarks: tuple[str, ...]  # what went wrong afterwards: an old checkpoint that could not be removed
+    blocked_s: float  # seconds for which the training waited
+    total_s: float  # seconds until it was published
+    bytes: int  # size of the files of all ranks
+    remarks: tuple[str, ...]  # problems afterwards, such as an old checkpoint that could not be removed
 
-    def told(self) -> str:
-        """One line."""
-        line = f"saved {self.path}: {size(self.bytes)} in {duration(self.total_s)}, of which the training stood still "
+    def message(self) -> str:
+        """Return one line on the checkpoint and its cost."""
+        line = (
+            f"saved {self.path}: {size(self.bytes)} in {duration(self.total_s)}, during which the training waited for "
+        )
         return "; ".join([line + duration(self.blocked_s), *self.remarks])
 
 
 @dataclass(frozen=True)
 class _Save:
-    """One save, as this rank knows it."""
+    """Describes one save in progress, as far as this rank knows it."""
 
     name: str
     step: int
     serial: int
     facts: Mapping[str, Any]
     best: bool
-    share: list[Piece]  # what this rank writes
-    held: list[list[Piece]]  # by rank, known to rank 0 only: what each holds
-    shares: list[list[Piece]]  # by rank, known to rank 0 only: what each writes
+    share: list[LocalChunk]  # what this rank writes
+    held: list[list[LocalChunk]]  # what each rank holds, by rank; on rank 0 only
+    shares: list[list[LocalChunk]]  # what each rank writes, by rank; on rank 0 only
     started: float
 
 
 class Checkpoints:
-    """The checkpoints of one run: RUN/checkpoints/step-00000100/, with the pointers `latest` and `best`.
+    """Manages the checkpoints of one run.
 
-    One object per rank; every method is called on all ranks. The ranks talk over a gloo group of their own, so that a
-    save in the background meets no collective of the training.
+    The files are RUN/checkpoints/step-00000100/ and the pointers `latest` and `best`. Make one
+    object per rank, and call every method on all ranks. The ranks communicate over a gloo group of
+    their own, so that a save in the background cannot mix with a collective of the training.
     """
 
     def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool = False) -> None:
-        """Sends nothing but what makes the group.
+        """Make the process group for saves.
 
         Args:
-            folder: RUN/checkpoints, on a file system that all ranks see. Need not be there.
+            folder: RUN/checkpoints, on a file system that all ranks share. It need not exist.
             world: the ranks that save.
-            keep: how many of the newest stay, besides the best one.
-            asynchronous: let `save` return once the tensors are copied to the host.
+            keep: the number of newest checkpoints to keep, besides the best one.
+            asynchronous: whether `save` returns as soon as the tensors are copied to the host.
+
+        Raises:
+            ConfigError: if `keep` is less than 1.
         """
         if keep < 1:
-            raise ConfigError(f"checkpoints must keep at least 1, got keep={keep}; use keep=1 or more.")
+            raise ConfigError(f"At least one checkpoint must be kept, got keep={keep}. Use keep=1 or more.")
         self._folder = folder
         self._world = own_group(world)
         self._keep = keep
@@ -88,37 +97,41 @@ class Checkpoints:
         self.passed_over: list[str] = []
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, best: bool = False) -> None:
-        """Save the run. Asynchronous: first waits for the save before, and returns when the tensors may change again.
+        """Save a checkpoint of the run.
+
+        An asynchronous save first waits for the previous one, and returns as soon as the tensors
+        may change again.
 
         Args:
-            step: how many steps were made.
-            tensors: plain ones are taken to be equal wherever they have the same name and are written by one rank;
-                of DTensors each rank writes parts that it holds.
-            facts: plain JSON; rank 0's is saved.
-            best: let the pointer `best` name this one, too.
+            step: the number of steps made so far.
+            tensors: the tensors by name. Plain tensors of one name are assumed to be equal on all
+                ranks, and one rank writes them. Of a DTensor each rank writes parts that it holds.
+            facts: plain JSON values; those of rank 0 are saved.
+            best: whether the pointer `best` names this checkpoint too.
 
         Raises:
-            CheckpointError: on all ranks, for this save or (asynchronous) for the one before: which rank, why, and
-                which checkpoint is the last good one. Nothing is left of the failed one, and saving may go on.
+            CheckpointError: on all ranks, for this save or (if asynchronous) for the previous one.
+                The text says which rank failed, why, and which checkpoint is the last good one.
+                Nothing of the failed save is left, and later saves are possible.
         """
         started = time.monotonic()
         self._join()
-        name, serial = "", 0  # known to rank 0 as soon as there is a folder
-        held: list[list[Piece]] = []
-        shares: list[list[Piece]] = []
+        name, serial = "", 0  # set on rank 0 when it makes the folder
+        held: list[list[LocalChunk]] = []
+        shares: list[list[LocalChunk]] = []
 
-        def announce() -> list[Piece]:
+        def announce() -> list[LocalChunk]:
             nonlocal name, serial
-            pieces = pieces_of(tensors)
+            pieces = local_chunks(tensors)
             if self._world.rank == 0:
                 check_plain(dict(facts), "facts")
                 serial = 1 + max((e.manifest.serial for e in self._entries() if e.manifest), default=0)
                 name = files.begin(self._folder, step)
             return pieces
 
-        def deal(pieces: list[list[Piece]]) -> list[tuple[str, list[Piece]]]:
+        def deal(pieces: list[list[LocalChunk]]) -> list[tuple[str, list[LocalChunk]]]:
             nonlocal held, shares
-            held, shares = pieces, share_out(pieces)
+            held, shares = pieces, assign_writers(pieces)
             return [(name, share) for share in shares]
 
         try:
@@ -133,7 +146,7 @@ class Checkpoints:
         staged: dict[str, Tensor] | Exception
         try:
             staged = _on_host(own)
-        except Exception as error:  # told to the other ranks by the thread, which they meet in any case
+        except Exception as error:  # the thread reports it to the other ranks
             staged = error
         self._thread = Thread(
             target=self._finish_aside, args=(save, staged, time.monotonic() - started), name="checkpoint", daemon=True
@@ -141,24 +154,30 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the save that is on its way, if any. Without it, such a save ends with the process.
+        """Wait for the save in progress, if there is one.
+
+        A save that is not waited for may be lost when the process ends.
 
         Raises:
-            CheckpointError: on all ranks, as `save`.
+            CheckpointError: on all ranks, if that save failed.
         """
         self._join()
 
     def saved(self) -> list[Saved]:
-        """What was put in place since the last call. Does not wait: ranks may be told at different calls."""
+        """Return the checkpoints that were published since the last call, without waiting.
+
+        Ranks may get the same checkpoint at different calls.
+        """
         done, self._done = self._done, []
         return done
 
     def newest(self) -> Checkpoint | None:
-        """The newest good checkpoint, the same on every rank; None where there is none.
+        """Return the newest good checkpoint, equal on every rank, or None if there is none.
 
-        It is the one that `latest` names, or else the newest one, whose manifest reads well and whose files have the
-        right sizes and checksums. The ranks share the reading. What was passed over for it is in `passed_over`, one
-        line each, and stays where it is.
+        A checkpoint is good if its manifest is valid and its files have the right sizes and
+        checksums, which the ranks check together. The one that `latest` names is tried first, then
+        the others, newest first. `passed_over` then has one line on each checkpoint that is not
+        good; these are not removed.
         """
         self._join()
         found, troubles = newest_good(self._folder, self._world)
@@ -166,12 +185,15 @@ class Checkpoints:
         return found
 
     def clean(self) -> list[str]:
-        """At the start of a run, before any save: remove what a killed one left half-written. One line each."""
+        """Remove what a killed run left half-written, and return one line on each removal.
+
+        Call it at the start of a run, before any save.
+        """
         self._join()
-        return together(self._world, lambda: files.clean(self._folder) if self._world.rank == 0 else [])[0]
+        return all_ranks_or_none(self._world, lambda: files.clean(self._folder) if self._world.rank == 0 else [])[0]
 
     def _join(self) -> None:
-        """Wait for the thread, and raise what it met: at the same call on every rank."""
+        """Wait for the background thread and raise its error, at the same call on every rank."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -186,7 +208,7 @@ class Checkpoints:
             self._error = error
 
     def _finish(self, save: _Save, own: Mapping[str, Tensor] | Exception, blocked_s: float | None) -> None:
-        """Write this rank's file, and let rank 0 put the checkpoint in place."""
+        """Write this rank's file, and let rank 0 publish the checkpoint."""
         rank = self._world.rank
         share = save.share
 
@@ -199,9 +221,9 @@ class Checkpoints:
             return write_file(path, [(piece.name, piece.dtype, piece.sizes) for piece in share], own.__getitem__)
 
         try:
-            written = together(self._world, write)
+            written = all_ranks_or_none(self._world, write)
             stored = {shard_name(i): file for i, file in enumerate(written) if file is not None}
-            remarks = together(self._world, lambda: self._publish(save, stored) if rank == 0 else ())[0]
+            remarks = all_ranks_or_none(self._world, lambda: self._publish(save, stored) if rank == 0 else ())[0]
         except CheckpointError as error:
             self._give_up(save.step, save.name, error)
         total_s = time.monotonic() - save.started
@@ -210,7 +232,7 @@ class Checkpoints:
         self._done.append(Saved(self._folder / save.name, save.step, blocked_s, total_s, num_bytes, remarks))
 
     def _publish(self, save: _Save, stored: Mapping[str, StoredFile]) -> tuple[str, ...]:
-        """Rank 0: all files are written. The checkpoint is put in place, and old ones go."""
+        """Publish the checkpoint on rank 0 after all files are written, and remove old ones."""
         manifest = Manifest(save.step, save.serial, save.facts, stored, contents(save.held, save.shares))
         part = files.part(self._folder, save.name)
         files.write_durably(part / MANIFEST, manifest.to_json().encode())
@@ -219,9 +241,12 @@ class Checkpoints:
         return tuple(self._retire())
 
     def _retire(self) -> list[str]:
-        """Remove what is beyond `keep`; what hinders it, in words, for the new checkpoint is in place all the same."""
+        """Remove old checkpoints, and return one line on each that could not be removed.
+
+        A failure here is no error, because the new checkpoint is already published.
+        """
         remarks = []
-        for path in files.superfluous(self._entries(), self._keep, self._folder, self._damaged):
+        for path in files.to_prune(self._entries(), self._keep, self._folder, self._damaged):
             try:
                 files.remove(path)
             except OSError as error:
@@ -229,13 +254,16 @@ class Checkpoints:
         return remarks
 
     def _entries(self) -> list[files.Entry]:
-        """What is in place. A manifest that was read or written by this process is not read again to count it."""
+        """List the published checkpoints; read no manifest that is already known."""
         found = files.entries(self._folder, self._known)
         self._known = {entry.path: entry.manifest for entry in found if entry.manifest is not None}
         return found
 
     def _give_up(self, step: int, name: str, error: CheckpointError) -> NoReturn:
-        """All ranks are here, so nobody writes any more: rank 0 removes what there is, and all raise."""
+        """Remove what a failed save has written, and raise the error on all ranks.
+
+        All ranks have reached this call, so no rank is still writing when rank 0 removes the files.
+        """
 
         def last_good() -> str:
             if self._world.rank != 0:
@@ -245,17 +273,17 @@ class Checkpoints:
             return next((e.path.name for e in files.entries(self._folder) if e.manifest), "")
 
         try:
-            last = together(self._world, last_good)[0]
-            left = f"The last good one is {last}, as it was." if last else "There is no earlier one."
+            last = all_ranks_or_none(self._world, last_good)[0]
+            left = f"The last good one is {last}, which is unchanged." if last else "There is no earlier one."
         except CheckpointError as trouble:
-            left = f"Nor could its folder be removed: {trouble}."
+            left = f"Its unfinished folder could not be removed either: {trouble}."
         raise CheckpointError(
             f"The checkpoint of step {step} was not saved in {self._folder}: {error}. {left}"
         ) from None
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory that nobody else changes."""
+    """Copy this rank's parts of tensors to host memory, so that the originals may change."""
     copies = {}
     devices = set()
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What one rank cannot do, none has done: errors of one rank are raised on all."""
+"""Raises the errors of one rank on all ranks, so that an action succeeds on all or on none."""
 
 from __future__ import annotations
 
@@ -16,34 +16,42 @@ U = TypeVar("U")
 
 
 def own_group(world: World) -> World:
-    """The same ranks on the CPU, over a gloo group that nothing else uses."""
+    """Make a gloo group of the same ranks for this use only, and return its world on the CPU."""
     cpu = torch.device("cpu")
     if world.group is None:
         return World(0, 1, cpu, None)
     ranks = dist.get_process_group_ranks(world.group)
-    apart = len(ranks) < dist.get_world_size()  # then the ranks outside do not take part in making it
+    apart = len(ranks) < dist.get_world_size()  # then the ranks outside the group do not call this
     group = dist.new_group(ranks, backend="gloo", use_local_synchronization=apart)
     assert group is not None
     return World.of(cpu, group)
 
 
-def together(world: World, call: Callable[[], T]) -> list[T]:
-    """Call something on every rank: what each returned, or on all ranks an error that says which failed, and how."""
+def all_ranks_or_none(world: World, call: Callable[[], T]) -> list[T]:
+    """Call a function on every rank, and return what each rank returned, in rank order.
+
+    Raises:
+        CheckpointError: on all ranks, if any rank failed; it says which ranks failed, and why.
+    """
     return _values(world.gather_objects(_tried(call)))
 
 
 def dealt(world: World, call: Callable[[], T], deal: Callable[[list[T]], list[U]]) -> U:
-    """Call something on every rank, and give each rank its share of what rank 0 computes from all results.
+    """Call a function on all ranks, and give each rank a part of what rank 0 makes of the results.
 
-    No other rank than the first sees more than its own: what ranks return may be large, and they may be many.
+    Only rank 0 gets all results, because they may be large and the ranks may be many.
 
     Args:
         world: the ranks.
-        call: on every rank.
-        deal: on rank 0, from what each rank returned to a part for each rank, in rank order.
+        call: the function that runs on every rank.
+        deal: the function that runs on rank 0. It takes the results and returns one part per rank,
+            in rank order.
+
+    Returns:
+        The part of this rank.
 
     Raises:
-        CheckpointError: on all ranks, as `together`, or where `deal` fails.
+        CheckpointError: on all ranks, if `call` failed on any rank, or `deal` on rank 0.
     """
     own = _tried(call)
     if world.group is None:
@@ -64,7 +72,7 @@ def dealt(world: World, call: Callable[[], T], deal: Callable[[list[T]], list[U]
 
 
 def _tried(call: Callable[[], T]) -> tuple[T | None, str]:
-    """What a call returned, and what went wrong."""
+    """Return the result of a call and an empty text, or None and the text of its error."""
     try:
         return call(), ""
     except CheckpointError as error:
@@ -74,7 +82,7 @@ def _tried(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _values(rows: list[tuple[T | None, str]]) -> list[T]:
-    """What each rank returned, or an error that says which failed, and how."""
+    """Return the results of all ranks, or raise an error that says which ranks failed, and why."""
     troubles: dict[str, list[int]] = {}
     for rank, (_, trouble) in enumerate(rows):
         if trouble:

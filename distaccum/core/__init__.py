@@ -1,1 +1,4 @@
-"""Which samples make which step, and what is divided by what. Knows neither ranks nor torch's private names."""
+"""Decides which samples make which step, and what is divided by what.
+
+Nothing in here communicates with other ranks or uses private names of torch.
+"""

@@ -1,4 +1,4 @@
-"""How large a micro-batch, how many of them on how many ranks: the arithmetic of an effective batch. Integers only."""
+"""Computes how large micro-batches are and how many of them each rank has, in integers."""
 
 from __future__ import annotations
 
@@ -7,122 +7,157 @@ from enum import Enum
 
 from distaccum.errors import ConfigError
 
-DEFAULT_MICRO = 8  # samples, where nothing else says how large a micro-batch is
+DEFAULT_MICRO_BATCH_SIZE = 8  # samples, if nothing else determines the micro-batch size
 
 
 class Ragged(Enum):
-    """What to do when micros of one size do not fill the effective batch on all ranks alike."""
+    """Names what to do if equal micro-batches on all ranks do not fill the effective batch."""
 
-    allow = "allow"  # uneven micros, the same effective batch
-    refuse = "refuse"  # an error that names the nearest plans which divide
+    allow = "allow"  # use uneven micro-batches; the effective batch size is exact
+    refuse = "refuse"  # raise an error that names the nearest sizes that divide evenly
 
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """effective batch = micro size x micros per rank x ranks, solved for whichever was not given."""
+    """Holds a solution of effective batch size = micro-batch size x accumulation steps x ranks.
 
-    effective_batch: int  # samples
-    micro_size: int  # samples in the largest micro
-    num_micros: int  # per rank; with uneven micros, on the rank that has most
+    With uneven micro-batches the product is larger than the effective batch size.
+    """
+
+    effective_batch_size: int  # samples in one window, over all ranks
+    micro_batch_size: int  # samples in the largest micro-batch
+    gradient_accumulation_steps: int  # micro-batches on the rank that has the most
     world_size: int
 
     @property
     def even(self) -> bool:
-        """Whether every rank computes the same number of micros of the same size."""
-        return self.effective_batch == self.micro_size * self.num_micros * self.world_size
+        """Return whether every rank computes the same number of micro-batches of the same size."""
+        return self.effective_batch_size == self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 def solve(
     world_size: int,
-    effective_batch: int | None = None,
-    micro_size: int | None = None,
-    num_micros: int | None = None,
+    effective_batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
     ragged: Ragged = Ragged.allow,
 ) -> BatchArithmetic:
-    """Find the third of {effective batch, micro size, micros per rank} from any two, for the current world size.
+    """Solve effective batch size = micro-batch size x accumulation steps x ranks.
 
-    With fewer than two, the micro size is `DEFAULT_MICRO` and then the number of micros is 1.
+    Any two of the three sizes determine the third. If fewer than two are given, the micro-batch
+    size defaults to `DEFAULT_MICRO_BATCH_SIZE` (to the effective batch size if that is smaller),
+    and then, if one is still missing, the gradient accumulation steps default to 1.
+
+    Args:
+        world_size: number of data-parallel ranks.
+        effective_batch_size: samples in one window, over all ranks.
+        micro_batch_size: samples in the largest micro-batch.
+        gradient_accumulation_steps: micro-batches per rank in one window.
+        ragged: what to do if the sizes do not divide evenly.
 
     Raises:
-        ConfigError: when the numbers contradict each other, or do not divide and `ragged` refuses.
+        ConfigError: if a size is below 1, if the sizes contradict each other, or if they do not
+            divide evenly and `ragged` is `refuse`.
     """
-    for name, value in (("effective_batch", effective_batch), ("micro", micro_size), ("num_micros", num_micros)):
+    for name, value in (
+        ("effective_batch_size", effective_batch_size),
+        ("micro_batch_size", micro_batch_size),
+        ("gradient_accumulation_steps", gradient_accumulation_steps),
+    ):
         if value is not None:
             require_positive(f"accum.{name}", value)
-    if effective_batch is not None and micro_size is None and num_micros is not None:
-        micro_size = _ceil(effective_batch, num_micros * world_size)
-    elif micro_size is None:
-        micro_size = DEFAULT_MICRO if effective_batch is None else min(DEFAULT_MICRO, effective_batch)
-    if effective_batch is None:
-        effective_batch = micro_size * (num_micros or 1) * world_size
-    solved = _ceil(_ceil(effective_batch, micro_size), world_size)
-    if num_micros is not None and solved != num_micros:
-        raise ConfigError(
-            f"accum.num_micros={num_micros} contradicts accum.effective_batch={effective_batch}: on {world_size} "
-            f"rank(s), micros of {micro_size} samples make {solved} per rank. Leave one of accum.effective_batch, "
-            f"accum.micro and accum.num_micros out (null), or write accum.effective_batch="
-            f"{micro_size * num_micros * world_size}."
+    if effective_batch_size is not None and micro_batch_size is None and gradient_accumulation_steps is not None:
+        micro_batch_size = _ceil(effective_batch_size, gradient_accumulation_steps * world_size)
+    elif micro_batch_size is None:
+        micro_batch_size = (
+            DEFAULT_MICRO_BATCH_SIZE
+            if effective_batch_size is None
+            else min(DEFAULT_MICRO_BATCH_SIZE, effective_batch_size)
         )
-    solution = BatchArithmetic(effective_batch, micro_size, solved, world_size)
+    if effective_batch_size is None:
+        effective_batch_size = micro_batch_size * (gradient_accumulation_steps or 1) * world_size
+    solved = _ceil(_ceil(effective_batch_size, micro_batch_size), world_size)
+    if gradient_accumulation_steps is not None and solved != gradient_accumulation_steps:
+        raise ConfigError(
+            f"accum.gradient_accumulation_steps={gradient_accumulation_steps} contradicts "
+            f"accum.effective_batch_size={effective_batch_size}: on {world_size} rank(s), micro-batches of "
+            f"{micro_batch_size} samples make {solved} micro-batch(es) per rank. Set one of "
+            "accum.effective_batch_size, accum.micro_batch_size and accum.gradient_accumulation_steps to null, or "
+            f"write accum.effective_batch_size={micro_batch_size * gradient_accumulation_steps * world_size}."
+        )
+    solution = BatchArithmetic(effective_batch_size, micro_batch_size, solved, world_size)
     if ragged is Ragged.refuse and not solution.even:
         below, above = nearest_batches(solution)
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
-            f"accum.effective_batch ({effective_batch}) needs {effective_batch / (micro_size * world_size):g} "
-            f"micro-batches of {micro_size} per rank on {world_size} rank(s). Use accum.effective_batch={nearest}"
-            f"{_dividing_micro(solution)}, or accum.ragged=allow: uneven micros, exactly {effective_batch} samples."
+            f"accum.effective_batch_size ({effective_batch_size}) needs "
+            f"{effective_batch_size / (micro_batch_size * world_size):g} micro-batches of {micro_batch_size} samples "
+            f"per rank on {world_size} rank(s), which is not a whole number. "
+            f"Use accum.effective_batch_size={nearest}{_dividing_micro_batch(solution)}, or accum.ragged=allow for "
+            f"uneven micro-batches that make exactly {effective_batch_size} samples."
         )
     return solution
 
 
 def nearest_batches(arithmetic: BatchArithmetic) -> tuple[int, int]:
-    """The effective batches at or below and above that divide into even micros; 0 where there is none below."""
-    unit = arithmetic.micro_size * arithmetic.world_size
-    below = arithmetic.effective_batch // unit * unit
+    """Return the two nearest effective batch sizes that divide evenly.
+
+    The first one is at most the given size, or 0 if there is none. The second one is larger.
+    """
+    unit = arithmetic.micro_batch_size * arithmetic.world_size
+    below = arithmetic.effective_batch_size // unit * unit
     return below, below + unit
 
 
-def samples_of_tokens(effective_tokens: int, tokens_per_sample: int | None) -> int:
-    """The effective batch in samples for one that was given in tokens.
+def samples_of_tokens(effective_batch_tokens: int, tokens_per_sample: int | None) -> int:
+    """Convert an effective batch size from tokens to samples.
+
+    Args:
+        effective_batch_tokens: tokens in one window, over all ranks.
+        tokens_per_sample: None if samples differ in length.
 
     Raises:
-        ConfigError: when samples differ in length, or the tokens are not a whole number of samples.
+        ConfigError: if samples differ in length, or the tokens are not a whole number of samples.
     """
-    require_positive("accum.effective_tokens", effective_tokens)
+    require_positive("accum.effective_batch_tokens", effective_batch_tokens)
     if tokens_per_sample is None:
         raise ConfigError(
-            f"accum.effective_tokens={effective_tokens} needs samples of one length, and here they differ. "
-            "Give accum.effective_batch in samples, or pack the sequences (data.layout=packed)."
+            f"accum.effective_batch_tokens={effective_batch_tokens} needs samples of one length, but the samples here "
+            "differ in length. Give accum.effective_batch_size in samples, or pack the sequences (data.layout=packed)."
         )
-    samples, rest = divmod(effective_tokens, tokens_per_sample)
+    samples, rest = divmod(effective_batch_tokens, tokens_per_sample)
     if rest:
         below = f"{samples * tokens_per_sample} or " if samples else ""
         raise ConfigError(
-            f"accum.effective_tokens={effective_tokens} is {effective_tokens / tokens_per_sample:.3f} samples of "
-            f"{tokens_per_sample} tokens. Use {below}{(samples + 1) * tokens_per_sample}, or give "
-            "accum.effective_batch in samples."
+            f"accum.effective_batch_tokens={effective_batch_tokens} is "
+            f"{effective_batch_tokens / tokens_per_sample:.3f} samples of {tokens_per_sample} tokens. "
+            f"Use {below}{(samples + 1) * tokens_per_sample}, or give accum.effective_batch_size in samples."
         )
     return samples
 
 
 def require_positive(name: str, value: int) -> None:
-    """Refuse a count below 1.
+    """Raise ConfigError for a number below 1.
+
+    Args:
+        name: the option's name, for the message.
+        value: what the user gave.
 
     Raises:
-        ConfigError: with the name that the user knows it by.
+        ConfigError: if the value is below 1.
     """
     if value < 1:
-        raise ConfigError(f"{name} is {value}; it counts things and must be at least 1.")
+        raise ConfigError(f"{name} is {value}; it must be at least 1.")
 
 
 def _ceil(number: int, unit: int) -> int:
     return -(-number // unit)
 
 
-def _dividing_micro(arithmetic: BatchArithmetic) -> str:
-    """The largest smaller micro size that divides, as a piece of advice."""
-    per_rank, rest = divmod(arithmetic.effective_batch, arithmetic.world_size)
+def _dividing_micro_batch(arithmetic: BatchArithmetic) -> str:
+    """Return advice to use the largest smaller micro-batch size that divides evenly, or ''."""
+    per_rank, rest = divmod(arithmetic.effective_batch_size, arithmetic.world_size)
     if rest:
         return ""
-    micro = next(m for m in range(min(arithmetic.micro_size, per_rank), 0, -1) if per_rank % m == 0)
-    return f", or accum.micro={micro}"
+    micro_batch = next(m for m in range(min(arithmetic.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0)
+    return f", or accum.micro_batch_size={micro_batch}"

@@ -1,4 +1,7 @@
-"""Ready-made objectives: causal language models, classification, regression. They return sums and counts."""
+"""Provides objectives for causal language models, classification and regression.
+
+They return sums and counts, never means.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,21 @@ from distaccum.errors import ConfigError
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Cross entropy of the next token, summed over the tokens whose label counts, in nats.
+    """Sums the cross entropy of the next token, in nats, over the tokens whose label counts.
 
-    The micro is a mapping with `input_ids` int64 [B, T] and `labels` int64 [B, T], or such a pair. The model takes
-    `input_ids` and returns logits [B, T, V], or an object that has them as `.logits`.
+    A micro-batch is a mapping with `input_ids` int64 [B, T] and `labels` int64 [B, T], or the pair
+    (input_ids, labels). The model takes `input_ids` and returns logits [B, T, V], or an object that
+    has them as `.logits`.
     """
 
-    shift: bool = (
-        True  # labels stand at their own positions, as in Hugging Face; False: they are the next tokens already
-    )
-    ignore_index: int = -100
+    # True: each label is at the position of its own token, as in Hugging Face.
+    # False: each label is at the position of the token before it.
+    shift: bool = True
+    ignore_index: int = -100  # the label of tokens that do not count
 
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of the tokens' cross entropies, float32 or wider."""
-        input_ids, labels = _inputs_and_labels(micro, "input_ids")
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Return the sum [] of the tokens' cross entropies, in float32 or wider."""
+        input_ids, labels = _inputs_and_labels(micro_batch, "input_ids")
         logits = _logits(model(input_ids))
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -37,101 +41,135 @@ class CausalLM:
             widened(logits.flatten(0, 1)), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
         )
 
-    def weight(self, micro: Any) -> int:
-        """The number of labels that count."""
-        labels = _inputs_and_labels(micro, "input_ids")[1]
+    def denominator(self, micro_batch: Any) -> int:
+        """Return the number of labels that count."""
+        labels = _inputs_and_labels(micro_batch, "input_ids")[1]
         return int(((labels[:, 1:] if self.shift else labels) != self.ignore_index).sum())
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Cross entropy summed over samples. Micro: `inputs` [B, ...] and `labels` int64 [B]; model: logits [B, C]."""
+    """Sums the cross entropy, in nats, over the samples whose label counts.
 
-    ignore_index: int = -100
+    A micro-batch is a mapping with `inputs` [B, ...] and `labels` int64 [B], or the pair (inputs,
+    labels). The model takes `inputs` and returns logits [B, C], or an object that has them as
+    `.logits`.
+    """
 
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of the samples' cross entropies, float32 or wider."""
-        inputs, labels = _inputs_and_labels(micro, "inputs")
+    ignore_index: int = -100  # the label of samples that do not count
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Return the sum [] of the samples' cross entropies, in float32 or wider."""
+        inputs, labels = _inputs_and_labels(micro_batch, "inputs")
         return F.cross_entropy(widened(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum")
 
-    def weight(self, micro: Any) -> int:
-        """The number of labels that count."""
-        return int((_inputs_and_labels(micro, "inputs")[1] != self.ignore_index).sum())
+    def denominator(self, micro_batch: Any) -> int:
+        """Return the number of labels that count."""
+        return int((_inputs_and_labels(micro_batch, "inputs")[1] != self.ignore_index).sum())
 
 
 @dataclass(frozen=True)
 class ClassificationAccuracy:
-    """For held-out samples: the loss of `Classification`, and the share of samples whose largest logit is the label."""
+    """Sums the cross entropy, in nats, and the correct predictions over validation samples.
 
-    ignore_index: int = -100
+    A prediction is the class with the largest logit. A micro-batch is a mapping with `inputs`
+    [B, ...] and `labels` int64 [B], or the pair (inputs, labels). The model takes `inputs` and
+    returns logits [B, C], or an object that has them as `.logits`.
+    """
 
-    def loss_sum(self, model: nn.Module, micro: Any) -> dict[str, Tensor]:
-        """Sums [] over samples: cross entropy and the number that are right. The latter has no gradient."""
-        inputs, labels = _inputs_and_labels(micro, "inputs")
+    ignore_index: int = -100  # the label of samples that do not count
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> dict[str, Tensor]:
+        """Return the sum [] of cross entropies and the number [] of correct predictions.
+
+        The latter has no gradient.
+        """
+        inputs, labels = _inputs_and_labels(micro_batch, "inputs")
         logits = widened(_logits(model(inputs)))
         loss = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == labels).sum().to(loss.dtype)}
 
-    def weight(self, micro: Any) -> dict[str, int]:
-        """The number of labels that count, for both."""
-        count = int((_inputs_and_labels(micro, "inputs")[1] != self.ignore_index).sum())
+    def denominator(self, micro_batch: Any) -> dict[str, int]:
+        """Return the number of labels that count, for each of the two terms."""
+        count = int((_inputs_and_labels(micro_batch, "inputs")[1] != self.ignore_index).sum())
         return {"loss": count, "accuracy": count}
 
 
 @dataclass(frozen=True)
 class Regression:
-    """Squared error summed over all numbers. Micro: `inputs` [B, ...] and `labels` of the model's output shape."""
+    """Sums the squared error over all elements of the output.
 
-    def loss_sum(self, model: nn.Module, micro: Any) -> Tensor:
-        """The sum [] of squared errors, float32 or wider."""
-        inputs, labels = _inputs_and_labels(micro, "inputs")
+    A micro-batch is a mapping with `inputs` [B, ...] and `labels`, or the pair (inputs, labels).
+    The model takes `inputs` and returns a tensor of the shape of `labels`, or an object that has it
+    as `.logits`.
+    """
+
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
+        """Return the sum [] of squared errors, in float32 or wider."""
+        inputs, labels = _inputs_and_labels(micro_batch, "inputs")
         outputs = widened(_logits(model(inputs)))
-        if outputs.shape != labels.shape:  # broadcasting would count other numbers than the weight does
-            raise ConfigError(f"Regression: the model returned {list(outputs.shape)}, labels are {list(labels.shape)}.")
+        if outputs.shape != labels.shape:  # broadcasting would sum more elements than the denominator counts
+            raise ConfigError(
+                f"Regression needs labels of the shape of the model's output, but the model returned "
+                f"{list(outputs.shape)} and the labels are {list(labels.shape)}. Reshape one of them."
+            )
         return F.mse_loss(outputs, labels.to(outputs.dtype), reduction="sum")
 
-    def weight(self, micro: Any) -> int:
-        """The number of numbers."""
-        return int(_inputs_and_labels(micro, "inputs")[1].numel())
+    def denominator(self, micro_batch: Any) -> int:
+        """Return the number of elements of the labels."""
+        return int(_inputs_and_labels(micro_batch, "inputs")[1].numel())
 
 
 def autocast(objective: SupportsObjective, dtype: torch.dtype) -> Objective:
-    """An objective whose forward computes matrix products in bfloat16 or float16, for parameters in float32.
+    """Return an objective whose forward runs inside torch.autocast.
 
-    Float16 also needs `Accumulator(..., loss_scale=LossScale())`. FSDP2 casts by its own MixedPrecisionPolicy instead.
+    Matrix products are computed in bfloat16 or float16 while parameters stay in float32. Float16
+    also needs `Accumulator(..., loss_scale=LossScale())`. With FSDP2 use its MixedPrecisionPolicy
+    instead.
+
+    Args:
+        objective: the objective to run.
+        dtype: torch.bfloat16 or torch.float16.
     """
 
-    def loss_sum(model: nn.Module, micro: Any) -> LossSum:
+    def loss_sum(model: nn.Module, micro_batch: Any) -> LossSum:
         with torch.autocast(next(model.parameters()).device.type, dtype):
-            return objective.loss_sum(model, micro)
+            return objective.loss_sum(model, micro_batch)
 
-    return Objective(loss_sum, objective.weight)
+    return Objective(loss_sum, objective.denominator)
 
 
 def cast_inputs(objective: SupportsObjective, dtype: torch.dtype) -> Objective:
-    """An objective that gives the model its floating-point inputs in a dtype; micros are mappings of tensors."""
+    """Return an objective that converts floating-point inputs to a dtype before the forward.
 
-    def loss_sum(model: nn.Module, micro: Mapping[str, Tensor]) -> LossSum:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in micro.items()}
+    Micro-batches must be mappings of tensors.
+    """
+
+    def loss_sum(model: nn.Module, micro_batch: Mapping[str, Tensor]) -> LossSum:
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in micro_batch.items()}
         return objective.loss_sum(model, cast)
 
-    return Objective(loss_sum, objective.weight)
+    return Objective(loss_sum, objective.denominator)
 
 
-def _inputs_and_labels(micro: Any, inputs: str) -> tuple[Tensor, Tensor]:
-    if isinstance(micro, Mapping) and inputs in micro and "labels" in micro:
-        return micro[inputs], micro["labels"]
-    if isinstance(micro, tuple | list) and len(micro) == 2:
-        return micro[0], micro[1]
-    got = f"a mapping with {sorted(micro)}" if isinstance(micro, Mapping) else type(micro).__name__
+def _inputs_and_labels(micro_batch: Any, inputs: str) -> tuple[Tensor, Tensor]:
+    """Return the inputs, found under the name `inputs`, and the labels of a micro-batch."""
+    if isinstance(micro_batch, Mapping) and inputs in micro_batch and "labels" in micro_batch:
+        return micro_batch[inputs], micro_batch["labels"]
+    if isinstance(micro_batch, tuple | list) and len(micro_batch) == 2:
+        return micro_batch[0], micro_batch[1]
+    got = f"a mapping with {sorted(micro_batch)}" if isinstance(micro_batch, Mapping) else type(micro_batch).__name__
     raise ConfigError(
         f"This objective needs a micro-batch with '{inputs}' and 'labels', or a pair of them; got {got}. "
-        "Rename the columns, or write an Objective(loss_sum, weight) of your own."
+        "Rename the columns, or write an Objective(loss_sum, denominator) of your own."
     )
 
 
 def _logits(output: Any) -> Tensor:
+    """Return the logits that a model returned, as a tensor or as the attribute of an object."""
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise ConfigError(f"The model returned {type(output).__name__}; expected logits, or an object with .logits.")
+        raise ConfigError(
+            f"The model returned a {type(output).__name__}. This objective needs logits, or an object with .logits."
+        )
     return logits

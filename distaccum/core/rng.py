@@ -1,4 +1,4 @@
-"""What looks random and is a function of the seed: the order of samples, and what happens inside micros."""
+"""Derives all randomness from the seed: the order of samples, and a seed per micro-batch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ import hashlib
 
 
 def round_keys(seed: int, epoch: int) -> list[int]:
-    """Of the permutation of one epoch."""
+    """Return the six 64-bit keys of the permutation that shuffles one epoch."""
     digest = hashlib.blake2b(f"order {seed} {epoch}".encode(), digest_size=48).digest()
     return [int.from_bytes(digest[i : i + 8], "little") for i in range(0, 48, 8)]
 
 
 def random_key(seed: int, step: int, number: int) -> int:
-    """The seed, in [0, 2^63), of all randomness in one micro: dropout and augmentation, on any world size."""
-    digest = hashlib.blake2b(f"micro {seed} {step} {number}".encode(), digest_size=8).digest()
+    """Return the seed, in [0, 2^63), of all randomness in one micro-batch.
+
+    It seeds dropout and augmentation and does not depend on the world size.
+
+    Args:
+        seed: the seed of the training.
+        step: the window's number.
+        number: the micro-batch's number in the window, over all ranks.
+    """
+    digest = hashlib.blake2b(f"micro-batch {seed} {step} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def permuted(index: int, size: int, keys: list[int]) -> int:
-    """Where a keyed permutation of range(size) sends an index: a Feistel network of six rounds with cycle walking.
+    """Return the number to which a keyed permutation of range(size) maps an index.
 
-    It needs no memory and no state, so that any position of any epoch is found at once. (Black and Rogaway, "Ciphers
-    with arbitrary finite domains", 2002; the round function is the finaliser of splitmix64.)
+    It is a Feistel network of six rounds with cycle walking (Black and Rogaway, "Ciphers with
+    arbitrary finite domains", 2002). The round function is the finalizer of splitmix64. It needs no
+    memory and no state, so the sample at any position of any epoch is found directly.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

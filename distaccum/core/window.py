@@ -1,4 +1,4 @@
-"""The micro-batches of one window on one rank."""
+"""Holds the micro-batches of one window on one rank."""
 
 from __future__ import annotations
 
@@ -11,63 +11,78 @@ from distaccum.errors import ConfigError
 
 
 class Announcer(Protocol):
-    """Makes a window known to all ranks."""
+    """Communicates to all ranks how many micro-batches each of them has for a window."""
 
-    def on(self, window: MicroBatches, /) -> object:
-        """Write into `window.rounds` how many micro-batches the rank with most has. Called on every rank."""
+    def totals_of(self, window: MicroBatches, /) -> object:
+        """Write into `window.rounds` how many micro-batches the rank with the most has.
+
+        Every rank calls it for the same window.
+        """
         ...
 
 
 @dataclass
 class Source:
-    """Connects windows that follow each other with the accumulator that steps them."""
+    """Connects consecutive windows of one loader with the accumulator that steps them."""
 
-    whole: bool = False  # a window counts only where every rank has micro-batches for it
-    announcer: Announcer | None = None  # of the accumulator that stepped a window last; None before the first step
+    whole: bool = False  # whether a window counts only if every rank has micro-batches for it
+    announcer: Announcer | None = None  # from the accumulator of the latest step; None before the first step
 
 
 class MicroBatches:
-    """What one rank computes in one window: known in number, read in order, once unless they are held in a list."""
+    """Holds the micro-batches that one rank computes in one window.
+
+    Their number is known in advance. They are read in order, and only once unless they are in a
+    list.
+    """
 
     def __init__(
         self,
-        micros: Iterable[Any],
-        num_micros: int,
+        micro_batches: Iterable[Any],
+        num_micro_batches: int,
         *,
         step: int | None = None,
-        weights: Sequence[Any] | None = None,
+        denominators: Sequence[Any] | None = None,
     ) -> None:
-        """Describe a window.
+        """Describe a window on this rank.
 
         Args:
-            micros: the micro-batches, in a list or as a stream. The i-th has the global number i x ranks + rank.
-            num_micros: how many; 0 on a rank that has none while others have.
-            step: the plan's number of this window; None where there is no plan.
-            weights: the objective's weight of each micro where that is known without reading it, so that the micros can
-                be streamed; None: they are held in a list and the objective is asked.
+            micro_batches: the micro-batches, in a list or as a stream. The i-th one of this rank
+                has the number i x ranks + rank in the window.
+            num_micro_batches: how many there are; 0 on a rank that has none while others have some.
+            step: the window's number in the plan; None if there is no plan.
+            denominators: the objective's denominator of each micro-batch, if it is known without
+                reading the micro-batch. None: the objective computes it from the micro-batches,
+                which must then be in a list.
+
+        Raises:
+            ConfigError: for a stream without denominators.
         """
-        if weights is None and not isinstance(micros, Sequence):
-            raise ConfigError("A window that is streamed must say its weights; give a list, or weights=[...].")
-        self._micros = micros
-        self._num_micros = num_micros
+        if denominators is None and not isinstance(micro_batches, Sequence):
+            raise ConfigError(
+                "The micro-batches are not in a list, so they can be read only once, but their denominators must be "
+                "known before that. Give a list of micro-batches, or denominators=[...]."
+            )
+        self._micro_batches = micro_batches
+        self._num_micro_batches = num_micro_batches
         self.step = step
-        self.weights = weights
-        self.upcoming: MicroBatches | None = None  # the window after this one, where it is known already
-        self.rounds: int | None = None  # micros on the rank that has most; an accumulator that knows writes it here
-        self.source: Source | None = None  # where windows after this one are asked for
-        self.stepped = False  # whether an accumulator has made its step, or passed it over
+        self.denominators = denominators
+        self.upcoming: MicroBatches | None = None  # the window after this one, if it is known already
+        self.rounds: int | None = None  # micro-batches on the rank with the most, once ranks have exchanged it
+        self.source: Source | None = None  # shared by the windows of one loader
+        self.stepped = False  # whether an accumulator has finished it, by a step or by skipping it
 
     def __len__(self) -> int:
-        return self._num_micros
+        return self._num_micro_batches
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._micros)
+        return iter(self._micro_batches)
 
     def peek(self) -> Any:
-        """The first micro-batch, which stays where it is; None where there is none."""
-        if isinstance(self._micros, Sequence):
-            return self._micros[0] if self._micros else None
-        stream = iter(self._micros)
+        """Return the first micro-batch without consuming it, or None if there is none."""
+        if isinstance(self._micro_batches, Sequence):
+            return self._micro_batches[0] if self._micro_batches else None
+        stream = iter(self._micro_batches)
         first = next(stream, None)
-        self._micros = chain([first], stream)
+        self._micro_batches = chain([first], stream)
         return first

@@ -1,1 +1,1 @@
-"""Windows over loaders, and data sets."""
+"""Groups a loader's micro-batches into windows, and reads text and images as data sets."""

@@ -1,4 +1,4 @@
-"""What the loader needs from a data set."""
+"""Defines the protocol that the loader expects of a data set."""
 
 from __future__ import annotations
 
@@ -9,32 +9,44 @@ import torch
 
 
 class Dataset(Protocol):
-    """Numbered samples that are read a micro-batch at a time. The order and the grouping belong to the plan."""
+    """Describes a data set whose numbered samples are read one micro-batch at a time.
+
+    The plan decides the order of the samples and their grouping into micro-batches.
+    """
 
     def __len__(self) -> int:
-        """The number of samples in one epoch, the same on every rank."""
+        """Return the number of samples in one epoch, which is the same on every rank."""
         ...
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
-        """Read the samples and stack them.
+        """Read the samples of one micro-batch and stack them.
 
         Args:
-            indices: sample numbers in [0, len), in the order of the micro-batch, at least one.
-            generator: the randomness of this micro-batch (augmentation), a function of the seed, the step and the
-                global micro number only.
+            indices: sample numbers in [0, len), at least one, in the order of the micro-batch.
+            generator: source of randomness for this micro-batch (augmentation). It depends only on
+                the seed, the step and the global micro-batch number.
 
         Returns:
-            CPU tensors whose first dimension is `len(indices)`. Equal arguments give equal tensors on every rank.
+            CPU tensors whose first dimension is `len(indices)`. Equal arguments give equal tensors
+            on every rank.
         """
         ...
 
-    def counted(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
-        """The objective's weight of a micro-batch, told without reading it, or None where that takes the content.
+    def num_targets(self, indices: Sequence[int]) -> Mapping[str, int] | int | None:
+        """Return the denominator of a micro-batch, or None if it depends on the content.
 
-        The objective stays the owner of the weight: what is said here is compared with it when the content is read.
+        No sample is read. When the content is read, the objective computes the denominator again,
+        and the two are compared.
+
+        Args:
+            indices: sample numbers of the micro-batch, as for `batch`.
         """
         ...
 
-    def longest(self, count: int) -> list[int]:
-        """The numbers of this many samples, at most `len`, of which a micro-batch takes most memory, longest first."""
+    def longest_samples(self, count: int) -> list[int]:
+        """Return the numbers of the samples that need most memory, longest first.
+
+        Args:
+            count: how many samples, at most `len`.
+        """
         ...

@@ -1,4 +1,7 @@
-"""Containers of tensors, read and made again in their own class: what micro-batches are."""
+"""Reads nested containers and rebuilds them in their own classes.
+
+A micro-batch is such a container.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,22 @@ from torch import Tensor
 
 
 class Parts(NamedTuple):
-    """What a container holds: as a dict, list or tuple, and in the attributes of its class."""
+    """Holds the contents of a container: its items, and the attributes of the object.
+
+    Attributes:
+        items: contents as a dict, list or tuple, by key or index.
+        attributes: attributes of the object by name.
+    """
 
     items: Mapping[Any, Any]
     attributes: Mapping[str, Any]
 
 
 def parts(value: Any) -> Parts | None:
-    """Read what a container holds; None for anything that `rebuilt` cannot make again.
+    """Return the contents of a container, or None for a value that `rebuilt` cannot rebuild.
 
-    Containers are dicts, lists, tuples, classes derived from them (namedtuples too), further Mapping classes, which are
-    known by their attributes, and dataclasses.
+    Containers are dicts, lists, tuples, classes derived from these (including named tuples), other
+    Mapping classes, whose contents are read from their attributes, and dataclasses.
     """
     items: Mapping[Any, Any] = {}
     if isinstance(value, dict):
@@ -31,8 +39,8 @@ def parts(value: Any) -> Parts | None:
     elif not isinstance(value, Mapping) and not (dataclasses.is_dataclass(value) and not isinstance(value, type)):
         return None
     own = getattr(value, "__dict__", {})
-    attributes = {} if own is value else dict(own)  # a dict whose attributes are its items
-    if dataclasses.is_dataclass(value):  # with slots
+    attributes = {} if own is value else dict(own)  # the attributes of such a dict are its items
+    if dataclasses.is_dataclass(value):  # with slots, its fields are not in __dict__
         attributes |= {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
     return (
         Parts(items, attributes) if items or attributes or not isinstance(value, Mapping) or len(value) == 0 else None
@@ -40,7 +48,12 @@ def parts(value: Any) -> Parts | None:
 
 
 def rebuilt(value: Any, new: Parts) -> Any:
-    """Make a container of the same class with other values under the same names; the given one stays as it is."""
+    """Build a container of the same class that has other values under the same names.
+
+    Args:
+        value: the container to copy. It is not modified.
+        new: contents of the copy.
+    """
     if isinstance(value, tuple):
         made: Any = tuple.__new__(type(value), new.items.values())
     else:
@@ -57,12 +70,14 @@ def rebuilt(value: Any, new: Parts) -> Any:
 
 
 def mapped(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool]) -> Any:
-    """Change the leaves of nested containers, whose classes are kept; what has no changed leaf is the same object.
+    """Apply a function to the leaves of nested containers and keep the containers' classes.
+
+    A container without a changed leaf is returned as the same object.
 
     Args:
-        value: a leaf, a container, or anything else, which is returned as it is.
+        value: a leaf, a container, or anything else, which is returned unchanged.
         change: called with each leaf.
-        is_leaf: whether a value is changed instead of entered.
+        is_leaf: returns True for a value that is passed to `change` instead of being entered.
     """
     if is_leaf(value):
         return change(value)
@@ -75,7 +90,7 @@ def mapped(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bo
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of nested containers, and of an object's own attributes."""
+    """Yield the tensors of nested containers, and those among an object's own attributes."""
     if isinstance(value, Tensor):
         yield value
         return

@@ -1,4 +1,4 @@
-"""The tokens of a corpus, stored once per machine."""
+"""Stores the tokens of a corpus once per machine."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from distaccum.data.files import Piece, SourceFile, encoded, is_text, read, split
+from distaccum.data.files import FilePart, SourceFile, encoded, is_text, read, split
 from distaccum.data.tokens import BYTES, ByteEncoder, Encoder, Vocabulary
 from distaccum.errors import ConfigError
 
 END_OF_FILE = BYTES.end
 DOCUMENTS_FILE, LENGTHS_FILE, SIDECAR_FILE = "documents.int64", "lengths.uint32", "corpus.json"
 
-# Part of the key of the cache: raise it when the same files would give other tokens.
-_FORMAT = 1
+# Part of the cache key: increase it when the same files would give different tokens.
+_FORMAT = 2
 _READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A stored corpus. The tokens of all training documents come first in the file, then those held out.
+    """Describes a corpus whose tokens are stored in a folder.
 
-    `documents.int64` holds the first token of every document and one number more, the end of the last;
-    `lengths.uint32`, where a token is not a byte, holds how many bytes of text each token stands for: they add up to
-    the document's size. `digest` is the SHA-256 over the relative path, the size and the SHA-256 of the content of
-    every file that was read, whatever the tokenizer.
+    The tokens of all training documents come first in the file, followed by those of the validation
+    documents. `documents.int64` holds the position of the first token of every document and, as one
+    more number, the end of the last document. If a token is not a byte, `lengths.uint32` holds for
+    each token the number of bytes of text that it represents; the numbers of a document add up to
+    its size. `digest` is the SHA-256 over the relative path, the size and the SHA-256 of the
+    content of every file that was read. It does not depend on the tokenizer.
     """
 
     folder: str
@@ -48,57 +50,70 @@ class Corpus:
     digest: str
     split: str
     train_tokens: int
-    heldout_tokens: int
+    validation_tokens: int
     train_documents: int
-    heldout_documents: int
+    validation_documents: int
 
     @property
     def tokens_file(self) -> Path:
-        """The tokens, of `vocabulary.dtype`."""
+        """Return the path of the file of tokens, which are of `vocabulary.dtype`."""
         return Path(self.folder, f"tokens.{self.vocabulary.dtype.name}")
 
     @property
     def lengths_file(self) -> Path | None:
-        """The lengths; None where a token is a byte."""
+        """Return the path of the file of token lengths, or None if each token is a byte."""
         return None if self.vocabulary == BYTES else Path(self.folder, LENGTHS_FILE)
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where tokens are kept: `cache_dir`, else `$XDG_CACHE_HOME/distaccum`, else `~/.cache/distaccum`."""
+    """Return the folder in which tokens are stored.
+
+    Args:
+        cache_dir: the folder. None: `$XDG_CACHE_HOME/distaccum`, or else `~/.cache/distaccum`.
+    """
     if cache_dir is not None:
         return Path(cache_dir).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say that a relative path there is to be ignored.
+    # The XDG specification says that a relative path there must be ignored.
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
 
 
 def open_corpus(
     root: Path,
     files: Sequence[SourceFile],
-    heldout_fraction: float,
+    validation_fraction: float,
     cache: Path,
     encoder: Encoder = ByteEncoder(),  # noqa: B008  # it has no state
 ) -> Corpus:
-    """Open the stored tokens of these files, and store them first where that has not been done.
+    """Open the stored tokens of these files, after storing them if that has not been done.
 
-    Called by every rank, without talking to the others: whoever comes first moves a complete folder in place in one
-    step, and all others use that one. The folder's name is a hash of all that determines its content (root, relative
-    paths, sizes, times of change, fraction, tokenizer, format), so that a changed file makes a new folder.
+    Every rank calls this function, and ranks do not communicate. The first process to finish moves
+    a complete folder into place in one step, and all others use that folder. The folder's name is a
+    hash of everything that determines its content (root, relative paths, sizes, modification times,
+    fraction, tokenizer, format), so a changed file leads to a new folder.
 
-    The split is by file (`is_heldout`). If that leaves one side without a byte (a single file, a few files), the last
-    `heldout_fraction` of all bytes, in the order of the files, is held out instead; `Corpus.split` says which it was.
-    It is the same whatever the tokenizer, but that a tokenizer of text leaves a character that would be cut in two to
-    the held-out side.
+    Whole files are assigned to the training or the validation split (see `in_validation`). If that
+    leaves one side without a byte (a single file, a few files), the last `validation_fraction` of
+    all bytes, in the order of the files, is used for validation instead. `Corpus.split` says which
+    rule was used. The split does not depend on the tokenizer, with one exception: for a tokenizer
+    of text, a character that would be cut in two belongs to the validation side.
+
+    Args:
+        root: the folder or file in which the files were found.
+        files: the files of the corpus, sorted by name.
+        validation_fraction: part of the text that is used for validation, in (0, 1).
+        cache: folder in which tokens are stored.
+        encoder: converts the bytes of a document to tokens.
 
     Raises:
-        ConfigError: no text in the files, a file that cannot be read or changes meanwhile, text that the tokenizer does
-            not read, a cache that cannot be used.
+        ConfigError: if the files have no text, if a file cannot be read or changes while it is
+            read, if the tokenizer cannot read the text, or if the cache cannot be used.
     """
     listing = [[file.name, file.size, file.mtime_ns] for file in files]
     vocabulary = encoder.vocabulary
     tokenizer = [] if vocabulary == BYTES else [vocabulary.digest]
     # ensure_ascii keeps names that are not UTF-8 (lone surrogates) encodable.
-    identity = json.dumps([_FORMAT, str(root), heldout_fraction, listing, *tokenizer], ensure_ascii=True)
+    identity = json.dumps([_FORMAT, str(root), validation_fraction, listing, *tokenizer], ensure_ascii=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:24]
     folder = cache / key
     if not folder.is_dir():
@@ -108,12 +123,12 @@ def open_corpus(
             with _one_at_a_time(cache / f".{key}.lock", bool(tokenizer)):
                 if not folder.is_dir():
                     draft.mkdir()
-                    _store(root, files, heldout_fraction, draft, encoder)
+                    _store(root, files, validation_fraction, draft, encoder)
                     _move_in_place(draft, folder)
         except OSError as error:
             raise ConfigError(
-                f"the tokens of {root} cannot be stored in {cache}: {error}. They take a few bytes for each byte of "
-                f"text; name a folder with room that you may write to: data.cache_dir=FOLDER"
+                f"The tokens of {root} cannot be stored in {cache}: {error}. They need a few bytes for each byte of "
+                f"text. Choose a writable folder with enough space: data.cache_dir=FOLDER"
             ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -122,38 +137,42 @@ def open_corpus(
 
 @contextmanager
 def _one_at_a_time(lock: Path, wanted: bool) -> Iterator[None]:
-    """Ranks of a machine wait for the one that tokenises. It spares work only: without it the result is the same."""
-    if not wanted:  # bytes are copied as fast as they are read
+    """Let one process of a machine tokenize while the others wait.
+
+    This only avoids duplicate work: the result is the same without it.
+    """
+    if not wanted:  # bytes are stored as fast as they are read, so waiting would save nothing
         yield
         return
     with open(lock, "wb") as held:
-        with suppress(OSError):  # a file system without locks: each rank tokenises for itself
-            fcntl.flock(held, fcntl.LOCK_EX)  # ends with the process, however that ends
+        with suppress(OSError):  # a file system without locks: each rank tokenizes for itself
+            fcntl.flock(held, fcntl.LOCK_EX)  # released when the process ends, even if it is killed
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
 
 
-def _store(root: Path, files: Sequence[SourceFile], heldout_fraction: float, draft: Path, encoder: Encoder) -> None:
+def _store(root: Path, files: Sequence[SourceFile], validation_fraction: float, draft: Path, encoder: Encoder) -> None:
     texts = [file for file in files if is_text(file)]
     size = sum(file.size for file in texts)
     if size < 2:
         raise ConfigError(
             f"{root} has no text to train on: {len(files)} files, {len(files) - len(texts)} of them binary, {size} "
-            f"bytes of text in the others. Give a file or folder with text: data=path data.path=FILE_OR_FOLDER"
+            f"bytes of text in the others. Give a file or a folder with text: data=path data.path=FILE_OR_FOLDER"
         )
     vocabulary = encoder.vocabulary
-    train, heldout, rule = split(texts, heldout_fraction, whole_characters=vocabulary != BYTES)
+    train, validation, rule = split(texts, validation_fraction, whole_characters=vocabulary != BYTES)
     contents = {file.name: hashlib.sha256() for file in texts}
-    counts = _write(train + heldout, encoder, draft, contents)
-    train_counts, heldout_counts = ([n for n in part if n] for part in (counts[: len(train)], counts[len(train) :]))
+    counts = _write(train + validation, encoder, draft, contents)
+    train_counts, validation_counts = ([n for n in part if n] for part in (counts[: len(train)], counts[len(train) :]))
     if not train_counts:
         raise ConfigError(
-            f"{vocabulary.name} makes no token of the training text of {root}, which has {size} bytes with the "
-            f"held-out text: give more text, or another data.heldout_fraction than {heldout_fraction}"
+            f"The tokenizer {vocabulary.name} makes no token of the training text of {root}, which has {size} bytes "
+            f"including the validation text. Give more text, or a data.validation_fraction other than "
+            f"{validation_fraction}."
         )
-    bounds = [0, *accumulate(train_counts + heldout_counts)]
+    bounds = [0, *accumulate(train_counts + validation_counts)]
     np.array(bounds, dtype="<i8").tofile(draft / DOCUMENTS_FILE)
     digest = hashlib.sha256()
     for file in texts:
@@ -167,16 +186,19 @@ def _store(root: Path, files: Sequence[SourceFile], heldout_fraction: float, dra
         digest=digest.hexdigest(),
         split=rule,
         train_tokens=sum(train_counts),
-        heldout_tokens=sum(heldout_counts),
+        validation_tokens=sum(validation_counts),
         train_documents=len(train_counts),
-        heldout_documents=len(heldout_counts),
+        validation_documents=len(validation_counts),
     )
     sidecar = {name: value for name, value in asdict(corpus).items() if name not in ("folder", "vocabulary")}
     (draft / SIDECAR_FILE).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
 
 
-def _write(pieces: list[Piece], encoder: Encoder, draft: Path, contents: dict[str, Any]) -> list[int]:
-    """Write the tokens of these documents in this order, hash what was read, and return how many tokens each has."""
+def _write(pieces: list[FilePart], encoder: Encoder, draft: Path, contents: dict[str, Any]) -> list[int]:
+    """Write the tokens of these documents in this order, and return how many tokens each has.
+
+    The bytes that were read are added to the hashes in `contents`.
+    """
     vocabulary, counts, count = encoder.vocabulary, [], 0
     with ExitStack() as files:
         tokens = files.enter_context(open(draft / f"tokens.{vocabulary.dtype.name}", "wb"))
@@ -200,19 +222,25 @@ def _write(pieces: list[Piece], encoder: Encoder, draft: Path, contents: dict[st
 
 
 def _lengths(ends: npt.NDArray[np.int64], size: int, is_marked: bool) -> npt.NDArray[np.int64]:
-    """The bytes of each token of a document; its last token, the mark where it has one, has the rest."""
+    """Return how many bytes of text each token of a document represents.
+
+    The last token of the document (the end token, if there is one) gets all remaining bytes.
+    """
     bounds = np.concatenate(([0], ends if is_marked else ends[:-1], [size][: len(ends) + is_marked]))
     return np.diff(bounds)
 
 
-def _batches(pieces: list[Piece], divisible: bool) -> Iterator[list[Piece]]:
-    """Some megabytes at a time, of several documents or of a part of one; whole documents unless they are divisible."""
+def _batches(pieces: list[FilePart], divisible: bool) -> Iterator[list[FilePart]]:
+    """Yield pieces in batches of some megabytes: several documents, or a part of one.
+
+    Documents are kept whole unless they are divisible.
+    """
     batch, size = [], 0
     for piece in pieces:
         step = _READ_BYTES if divisible else max(piece.end - piece.begin, 1)
         for begin in range(piece.begin, max(piece.end, piece.begin + 1), step):
             end = min(begin + step, piece.end)
-            batch.append(Piece(piece.file, begin, end, last=end == piece.end))
+            batch.append(FilePart(piece.file, begin, end, last=end == piece.end))
             size += end - begin
             if size >= _READ_BYTES:
                 yield batch
@@ -225,7 +253,8 @@ def _move_in_place(draft: Path, folder: Path) -> None:
     try:
         os.rename(draft, folder)
     except OSError:
-        # A folder with content cannot be replaced by rename: another process was first, with the same content.
+        # Rename cannot replace a folder that has content: another process was first, with the same
+        # content.
         if not (folder / SIDECAR_FILE).is_file():
             raise
 
@@ -234,20 +263,23 @@ def _opened(folder: Path, vocabulary: Vocabulary) -> Corpus:
     try:
         fields: dict[str, Any] = json.loads((folder / SIDECAR_FILE).read_text(encoding="utf-8"))
         corpus = Corpus(folder=str(folder), vocabulary=vocabulary, **fields)
-        tokens = corpus.train_tokens + corpus.heldout_tokens
+        tokens = corpus.train_tokens + corpus.validation_tokens
         sizes = {
             corpus.tokens_file: vocabulary.dtype.itemsize * tokens,
-            folder / DOCUMENTS_FILE: 8 * (corpus.train_documents + corpus.heldout_documents + 1),
+            folder / DOCUMENTS_FILE: 8 * (corpus.train_documents + corpus.validation_documents + 1),
         }
         if corpus.lengths_file is not None:
             sizes[corpus.lengths_file] = 4 * tokens
         actual = [path.stat().st_size for path in sizes]
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"the stored tokens in {folder} cannot be read ({error}): delete that folder") from error
+        raise ConfigError(
+            f"The stored tokens in {folder} cannot be read ({error}). To have them stored again from the source, "
+            f"delete that folder."
+        ) from error
     if actual != list(sizes.values()):
         raise ConfigError(
-            f"the stored tokens in {folder} are damaged: {', '.join(path.name for path in sizes)} have {actual} bytes "
-            f"and should have {list(sizes.values())}: delete that folder, it is made anew from the source"
+            f"The stored tokens in {folder} are damaged: {', '.join(path.name for path in sizes)} have {actual} bytes "
+            f"and should have {list(sizes.values())}. To have them stored again from the source, delete that folder."
         )
     return corpus
 

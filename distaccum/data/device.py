@@ -1,4 +1,4 @@
-"""Micro-batches on their way to a device, and parts of them."""
+"""Moves micro-batches to a device, and cuts them into halves."""
 
 from __future__ import annotations
 
@@ -12,65 +12,77 @@ from torch import Tensor
 
 from distaccum.data.containers import Parts, mapped, parts, tensors_in
 
-_SHARED = (type(None), bool, str, bytes, int, float, torch.dtype, torch.device)  # holds for both halves alike
+_SHARED = (type(None), bool, str, bytes, int, float, torch.dtype, torch.device)  # equal in both halves
 
 
-def to_device(micro: Any, device: torch.device) -> Any:
-    """Move the tensors of a micro-batch to a device: without a host sync where they are in pinned memory.
+def to_device(micro_batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a micro-batch to a device.
 
-    Objects with a method `to` of their own (tensors, PackedSequence, transformers' BatchEncoding, your classes) move
-    themselves; dicts, lists, tuples, other Mapping classes and dataclasses are entered, and keep their classes.
-    Anything else is passed through, for the objective to move.
+    Tensors in pinned memory are moved without making the host wait. Objects whose class has a
+    method `to` (tensors, PackedSequence, transformers' BatchEncoding, your classes) move
+    themselves. Dicts, lists, tuples, other Mapping classes and dataclasses are entered and keep
+    their classes. Anything else is passed through, for the objective to move.
+
+    Args:
+        micro_batch: the object to move. It is not modified.
+        device: where its tensors are needed.
 
     Returns:
-        The object that was given where all tensors are on the device, otherwise a new one: what was given stays.
+        The given object if all of its tensors are on the device, otherwise a new one.
     """
-    return mapped(micro, lambda leaf: _moved(leaf, device), moves_itself)
+    return mapped(micro_batch, lambda leaf: _moved(leaf, device), moves_itself)
 
 
 def moves_itself(value: Any) -> bool:
-    """Whether an object is moved by a method `to` of its own."""
+    """Return whether the class of an object has a method `to`."""
     return callable(getattr(type(value), "to", None))
 
 
-def halves(micro: Any) -> tuple[Any, Any] | None:
-    """Cut a micro-batch into two by its samples, the first half not smaller; classes are kept.
+def halves(micro_batch: Any) -> tuple[Any, Any] | None:
+    """Cut a micro-batch into two by its samples, so that the first half is not the smaller one.
 
-    Samples are the rows of its tensors (their first dimension, and the items of lists without tensors as long as that),
-    or the items of the lists that it consists of, such as images of several sizes and their targets.
+    The samples are the rows of its tensors (their first dimension); lists without tensors that have
+    one item per row are cut with them. If the micro-batch consists of lists, such as images of
+    several sizes and their targets, the samples are the items of these lists. The halves keep the
+    classes of the containers.
 
     Returns:
-        None where it is not certain what the samples are, or there is one only: no tensors, different first dimensions,
-        numbers that may count the samples, classes that cannot be entered.
+        The two halves, or None if there is only one sample or it is not certain what the samples
+        are: no tensors, tensors of different first dimensions, numbers that may count the samples,
+        or classes that cannot be entered.
     """
-    rows, size = _num_rows(micro), _num_items(micro)
+    rows, size = _num_rows(micro_batch), _num_items(micro_batch)
     if (rows is None) == (size is None):  # neither, or both
         return None
     half = -(-(rows or size or 0) // 2)
 
     def is_cut(value: Any) -> bool:
         if rows is None:
-            return isinstance(value, list) and value is not micro
+            return isinstance(value, list) and value is not micro_batch
         return isinstance(value, Tensor) or _is_column(value, rows)
 
-    first = mapped(micro, lambda leaf: leaf[:half], is_cut)
-    return first, mapped(micro, lambda leaf: leaf[half:], is_cut)
+    first = mapped(micro_batch, lambda leaf: leaf[:half], is_cut)
+    return first, mapped(micro_batch, lambda leaf: leaf[half:], is_cut)
 
 
-def halved(micro: Any) -> Any:
-    """Return the first half of a micro-batch's samples; the whole where it cannot be cut, see `halves`."""
-    both = halves(micro)
-    return micro if both is None else both[0]
+def halved(micro_batch: Any) -> Any:
+    """Return the first half of a micro-batch's samples, or the whole if `halves` cannot cut it."""
+    both = halves(micro_batch)
+    return micro_batch if both is None else both[0]
 
 
-def one_ahead(micros: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Pairs of a micro-batch as it was read and on the device; the next one is under way, and no more than that."""
+def one_ahead(micro_batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of a micro-batch on the host and its copy on the device.
+
+    When a pair is yielded, the transfer of the next micro-batch has started, but none after that.
+    On the CPU both are the same object.
+    """
     if device.type == "cpu":
-        yield from ((micro, micro) for micro in micros)  # where they are already
+        yield from ((micro_batch, micro_batch) for micro_batch in micro_batches)  # nothing to move
         return
     ahead: tuple[Any, Any] | None = None
-    for micro in micros:
-        current = (micro, to_device(micro, device))
+    for micro_batch in micro_batches:
+        current = (micro_batch, to_device(micro_batch, device))
         if ahead is not None:
             yield ahead
         ahead = current
@@ -84,7 +96,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     devices = {tensor.device for tensor in tensors_in(value)}
     if devices == {device}:
         return value
-    own = _copied(value)  # `to` may move in place
+    own = _copied(value)  # `to` may change its object in place
     moved = own.to(device, non_blocking=True) if _takes_non_blocking(own.to) else own.to(device)
     return own if moved is None else moved
 
@@ -92,28 +104,31 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _takes_non_blocking(to: Callable[..., Any]) -> bool:
     try:
         options = inspect.signature(to).parameters.values()
-    except ValueError:  # not written in Python
+    except ValueError:  # a method that is not written in Python may have no signature
         return False
     return any(option.name == "non_blocking" or option.kind is option.VAR_KEYWORD for option in options)
 
 
 def _copied(value: Any) -> Any:
-    """Copy an object but not what it holds; itself where its class cannot be copied."""
+    """Copy an object but not its contents, or return the object if it cannot be copied."""
     try:
         return value if isinstance(value, tuple) else copy.copy(value)
     except TypeError:
         return value
 
 
-def _num_rows(micro: Any) -> int | None:
-    """How many rows all tensors have, two at least; None where that does not say what the samples are."""
+def _num_rows(micro_batch: Any) -> int | None:
+    """Return how many rows all tensors have, or None if the rows are not certain to be samples.
+
+    The number is at least 2.
+    """
     sizes = {
         len(tensor) if tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested else 0
-        for tensor in tensors_in(micro)
+        for tensor in tensors_in(micro_batch)
     }
     rows = sizes.pop() if len(sizes) == 1 else 0
-    old = _opened(micro)
-    if rows < 2 or not (isinstance(micro, Tensor) or (old is not None and _are_known(old, rows))):
+    old = _opened(micro_batch)
+    if rows < 2 or not (isinstance(micro_batch, Tensor) or (old is not None and _are_known(old, rows))):
         return None
     return rows
 
@@ -127,7 +142,7 @@ def _are_known(old: Parts, rows: int) -> bool:
 
 
 def _is_known(value: Any, rows: int) -> bool:
-    """Whether a part of a micro-batch is cut with the rows of its tensors, or certainly belongs to both halves."""
+    """Return whether a part is cut with the tensors' rows or certainly belongs to both halves."""
     if isinstance(value, Tensor) or _is_column(value, rows):
         return True
     if isinstance(value, _SHARED):
@@ -137,16 +152,22 @@ def _is_known(value: Any, rows: int) -> bool:
 
 
 def _is_column(value: Any, rows: int) -> bool:
-    """Whether a list has one item for each row. Numbers are not certain to be that: [32, 32] may be a shape."""
+    """Return whether a list has one item for each row.
+
+    Lists of numbers are excluded, because their meaning is not certain: [32, 32] may be a shape.
+    """
     is_list = isinstance(value, list) and len(value) == rows
     return is_list and not any(isinstance(item, int | float) or _has_tensors(item) for item in value)
 
 
-def _num_items(micro: Any) -> int | None:
-    """The length of the lists that a micro-batch consists of, two at least; None where it consists of other things."""
-    old = _opened(micro)
+def _num_items(micro_batch: Any) -> int | None:
+    """Return the length of the lists that make up a micro-batch, or None for other contents.
+
+    The length is at least 2.
+    """
+    old = _opened(micro_batch)
     held = [] if old is None else [part for kind in old for part in kind.values()]
-    if not held or not all(isinstance(part, list) for part in held) or not _has_tensors(micro):
+    if not held or not all(isinstance(part, list) for part in held) or not _has_tensors(micro_batch):
         return None
     sizes = {len(part) for part in held}
     size = sizes.pop()
@@ -158,5 +179,8 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _opened(value: Any) -> Parts | None:
-    """The parts of a container; None for sequences with a class that knows more about them, such as PackedSequence."""
+    """Return the contents of a container, or None for a sequence whose class has a method `to`.
+
+    Such a class (for example PackedSequence) knows more about its contents than a sequence does.
+    """
     return None if isinstance(value, list | tuple) and moves_itself(value) else parts(value)

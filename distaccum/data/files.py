@@ -1,4 +1,4 @@
-"""The files of a corpus: which they are, how they are split, and what is read of them."""
+"""Finds the files of a corpus, splits them into training and validation, and reads them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import NoReturn
 
 from distaccum.errors import ConfigError
 
-# A file with a zero byte in its first 8,000 bytes is binary: the rule that git diff goes by.
+# A file with a zero byte in its first 8,000 bytes is binary. This is the rule of git diff.
 _SNIFF_BYTES = 8000
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file as it was found. `name` is its POSIX path relative to the root, and all that the split looks at."""
+    """Describes one file at the time it was found.
+
+    `name` is its POSIX path relative to the root. The split depends on nothing else of the file.
+    """
 
     name: str
     path: str
@@ -25,23 +28,26 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The bytes [begin, end) of a file: a document, or a part of one. It ends with the mark if the file ends there."""
+class FilePart:
+    """Describes the bytes [begin, end) of a file: a document, or a part of one.
+
+    An end token follows the part if the file ends there.
+    """
 
     file: SourceFile
     begin: int
     end: int
-    last: bool = True  # of its document
+    last: bool = True  # whether this is the last part of its document
 
 
 def find_files(root: Path, suffix: str, without: frozenset[str]) -> list[SourceFile]:
-    """List the files of a corpus, sorted by their relative POSIX path. No content is read.
+    """List the files of a corpus, sorted by their relative POSIX path, without reading them.
 
     Args:
         root: a folder, or one file (then `suffix` and `without` do not matter).
         suffix: how the names end, "" for all.
-        without: names of folders that are left out, at any depth. Hidden files and folders always are, and folders that
-            are symbolic links are not followed.
+        without: names of folders to leave out, at any depth. Hidden files and folders are always
+            left out, and symbolic links to folders are not followed.
     """
     if root.is_file():
         return [_source_file(root.name, root)]
@@ -55,69 +61,82 @@ def find_files(root: Path, suffix: str, without: frozenset[str]) -> list[SourceF
     return sorted(found, key=lambda file: file.name)
 
 
-def is_heldout(name: str, heldout_fraction: float) -> bool:
-    """Whether the file of this relative path is held out: a function of the path and the fraction only, everywhere."""
+def in_validation(name: str, validation_fraction: float) -> bool:
+    """Return whether the file with this relative path belongs to the validation split.
+
+    The answer depends only on the path and the fraction, so it is the same on every machine.
+    """
     head = hashlib.sha256(encoded(name)).digest()[:8]
-    return int.from_bytes(head, "big") < heldout_fraction * 2**64
+    return int.from_bytes(head, "big") < validation_fraction * 2**64
 
 
 def split(
-    files: list[SourceFile], heldout_fraction: float, whole_characters: bool
-) -> tuple[list[Piece], list[Piece], str]:
-    """The training and the held-out documents, and by which rule; see `corpus.open_corpus`.
+    files: list[SourceFile], validation_fraction: float, whole_characters: bool
+) -> tuple[list[FilePart], list[FilePart], str]:
+    """Split the documents into training and validation; `corpus.open_corpus` describes the rules.
 
     Args:
-        files: all of them, with two bytes at least.
-        heldout_fraction: in (0, 1).
-        whole_characters: whether a cut inside a file moves to the first byte of the UTF-8 character there.
+        files: all files, with at least two bytes in total.
+        validation_fraction: part of the text that is used for validation, in (0, 1).
+        whole_characters: whether a cut inside a file moves back to the first byte of the UTF-8
+            character there.
+
+    Returns:
+        The training parts, the validation parts, and the rule that was used, for display.
     """
-    heldout = [Piece(file, 0, file.size) for file in files if is_heldout(file.name, heldout_fraction)]
-    train = [Piece(file, 0, file.size) for file in files if not is_heldout(file.name, heldout_fraction)]
-    if any(piece.end for piece in train) and any(piece.end for piece in heldout):
-        return train, heldout, "by file"
+    validation = [FilePart(file, 0, file.size) for file in files if in_validation(file.name, validation_fraction)]
+    train = [FilePart(file, 0, file.size) for file in files if not in_validation(file.name, validation_fraction)]
+    if any(piece.end for piece in train) and any(piece.end for piece in validation):
+        return train, validation, "by file"
     total = sum(file.size for file in files)
-    cut = total - min(max(1, round(total * heldout_fraction)), total - 1)
-    train, heldout, offset = [], [], 0
+    cut = total - min(max(1, round(total * validation_fraction)), total - 1)
+    train, validation, offset = [], [], 0
     for file in files:
-        here = min(max(cut - offset, 0), file.size)  # the bytes of this file that lie before the cut
+        here = min(max(cut - offset, 0), file.size)  # the number of bytes of this file before the cut
         if whole_characters and 0 < here < file.size:
             here = _character_start(file, here)
         if here or not file.size:
-            train.append(Piece(file, 0, here))
+            train.append(FilePart(file, 0, here))
         if here < file.size:
-            heldout.append(Piece(file, here, file.size))
+            validation.append(FilePart(file, here, file.size))
         offset += file.size
-    return train, heldout, f"the last {heldout_fraction:.4g} of the bytes"
+    return train, validation, f"the last {validation_fraction:.4g} of the bytes"
 
 
 def _character_start(file: SourceFile, place: int) -> int:
-    """The first byte of the UTF-8 character that the byte at `place` belongs to; four bytes are the longest."""
-    around = read(Piece(file, max(0, place - 3), place + 1))
+    """Return where the UTF-8 character begins to which the byte at `place` belongs.
+
+    A character has at most four bytes.
+    """
+    around = read(FilePart(file, max(0, place - 3), place + 1))
     back = next((i for i, byte in enumerate(reversed(around)) if byte & 0xC0 != 0x80), 0)
     return place - back
 
 
-def read(piece: Piece) -> bytes:
-    """The bytes of this piece.
+def read(piece: FilePart) -> bytes:
+    """Return the bytes of one part of a file.
 
     Raises:
-        ConfigError: the file cannot be read, or is another one than was found.
+        ConfigError: if the file cannot be read, or is not the file that was found.
     """
     try:
         with open(piece.file.path, "rb") as source:
-            # What was found and what is read must be one thing: the name of the cache folder says so.
+            # The name of the cache folder depends on the file that was found, so no other is read.
             same = os.fstat(source.fileno()).st_size == piece.file.size
             source.seek(piece.begin)
             content = source.read(piece.end - piece.begin)
     except OSError as error:
         _cannot_read(error)
     if len(content) < piece.end - piece.begin or not same:
-        raise ConfigError(f"{piece.file.path} changed while it was read, it had {piece.file.size} bytes: start again")
+        raise ConfigError(
+            f"{piece.file.path} changed while it was read. It had {piece.file.size} bytes when it was found. "
+            f"Start the program again."
+        )
     return content
 
 
 def is_text(file: SourceFile) -> bool:
-    """Whether the file is not binary."""
+    """Return whether a file is not binary."""
     try:
         with open(file.path, "rb") as source:
             return b"\0" not in source.read(_SNIFF_BYTES)
@@ -134,11 +153,11 @@ def _source_file(name: str, path: Path) -> SourceFile:
 
 
 def encoded(name: str) -> bytes:
-    """The bytes of a path."""
+    """Return the bytes of a path, which need not be valid UTF-8."""
     return name.encode("utf-8", "surrogateescape")
 
 
 def _cannot_read(error: OSError) -> NoReturn:
     raise ConfigError(
-        f"the text at {error.filename} cannot be read: {error.strerror}. Leave it out, or allow reading it"
+        f"The text at {error.filename} cannot be read: {error.strerror}. Remove the file, or make it readable."
     ) from error

@@ -1,4 +1,4 @@
-"""Real images with one label each: scikit-learn's digits, or a folder with a sub-folder for each class."""
+"""Reads labeled images: scikit-learn's digits, or a folder with one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distaccum.data.files import is_heldout
+from distaccum.data.files import in_validation
 from distaccum.data.pictures import Collection, Pictures, digits, folder
 from distaccum.errors import ConfigError
 
-# A pass over a large folder at each start would take minutes; so many images tell mean and deviation to a percent.
+# Reading a large folder at each start would take minutes; this many images determine mean and
+# deviation to about a percent.
 _STATISTICS_IMAGES = 512
 
 
 class ImageSource(Enum):
-    """Whose images are read."""
+    """Names the source of the images."""
 
     digits = "digits"
     folder = "folder"
@@ -29,15 +30,19 @@ class ImageSource(Enum):
 
 @dataclass
 class ImagesConfig:
-    """What images and how they are split; defaults are in conf/data/digits.yaml and images.yaml.
+    """Configures which images are read and how they are split.
+
+    Defaults are in conf/data/digits.yaml and conf/data/images.yaml.
 
     Attributes:
-        name: "images": which kind of data this is.
-        source: scikit-learn's digits, or `folder`.
-        path: with source=folder a folder with one sub-folder for each class, which bears its name. Otherwise null.
-        size_px: with source=folder height and width of what the model reads. Otherwise null.
+        name: "images", the kind of data.
+        source: `digits` for scikit-learn's digits, or `folder`.
+        path: with source=folder, a folder with one sub-folder per class, named after the class.
+            Otherwise null.
+        size_px: with source=folder, height and width of the model's input. Otherwise null.
         augment: whether training images vary from epoch to epoch, see `ImageDataset`.
-        heldout_fraction: the part that is held out, more than 0 and less than 1, approximately.
+        validation_fraction: approximate part of the images that is used for validation, more than 0
+            and less than 1.
     """
 
     name: str
@@ -45,33 +50,35 @@ class ImagesConfig:
     path: str | None
     size_px: int | None
     augment: bool
-    heldout_fraction: float
+    validation_fraction: float
 
 
 class ImageDataset:
-    """One split of a collection of images. Implements `distaccum.data.base.Dataset`; made by `load_images`.
+    """Holds one split of a collection of images, and implements `distaccum.data.base.Dataset`.
 
-    Channels have mean 0 and standard deviation 1 over the training images; of a folder, over 512 of them.
-    With augmentation each training image is shifted by up to an eighth of its size (at least a pixel) in both
-    directions, black coming in, and an image of a folder is mirrored half of the time.
+    `load_images` builds it. Channels are normalized to mean 0 and standard deviation 1 over the
+    training images; for a folder, over 512 of them. With augmentation, each training image is
+    shifted by up to an eighth of its size (at least one pixel) in both directions, with black at
+    the edges, and each image of a folder is mirrored with probability 1/2.
 
     Attributes:
         num_classes: labels are 0 to num_classes - 1.
-        class_names: in the order of the labels.
+        class_names: names of the classes, in the order of the labels.
         shape: (C, H, W) of an image.
-        tokens_per_sample: None, there are no tokens.
-        facts: for a start block: source, files, skipped_files, bytes, digest, split, classes, and this split's samples.
-            The digest is over pixels and labels; of a folder over relative paths and sizes, as its content is read
-            only when it is needed.
+        tokens_per_sample: None, because images have no tokens.
+        facts: metadata for the start of a run: source, files, skipped_files, bytes, digest, split,
+            classes, and the number of samples of this split. The digest is over pixels and labels.
+            For a folder it is over relative paths and sizes, because the images are read only when
+            they are needed.
 
-    What is pickled are the digits themselves (some 100 KB), or the paths of a folder's images.
+    Pickling stores the digits themselves (about 100 KB), or the paths of a folder's images.
     """
 
     def __init__(
         self,
         collection: Collection,
-        numbers: npt.NDArray[np.int64],  # [N] of the images of this split
-        scale: tuple[Tensor, Tensor],  # mean and standard deviation [C, 1, 1] of training images
+        numbers: npt.NDArray[np.int64],  # [N], numbers of the images of this split
+        scale: tuple[Tensor, Tensor],  # mean and standard deviation of training images, [C, 1, 1]
         augment: bool,
     ):
         self.num_classes = len(collection.class_names)
@@ -91,73 +98,83 @@ class ImageDataset:
         self._augment = augment
 
     def __len__(self) -> int:
-        """The number of images, the same on every rank."""
+        """Return the number of images, which is the same on every rank."""
         return len(self._labels)
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
-        """Read the images.
+        """Read the images of one micro-batch and their labels.
 
         Args:
             indices: B sample numbers in [0, len), at least one, in the order of the rows.
-            generator: of the augmentation; nothing else is random.
+            generator: source of randomness for the augmentation. Nothing else is random.
 
         Returns:
             `inputs` float32 [B, C, H, W] and `labels` int64 [B], on the CPU.
 
         Raises:
-            ConfigError: for a file that cannot be read as an image.
+            ConfigError: if a file cannot be read as an image.
+            IndexError: if there are no indices, or one of them is out of range.
         """
         samples = np.asarray(indices, dtype=np.int64)
         if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= len(self):
-            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is read; got {indices}")
+            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is needed; got {indices}")
         images = self._pictures.read(self._numbers[samples])
         if self._augment:
             images = _varied(images, self._pictures.mirrored, generator)
         mean, std = self._scale
         return {"inputs": (images - mean) / std, "labels": torch.from_numpy(self._labels[samples])}
 
-    def counted(self, indices: Sequence[int]) -> int:
-        """The number of labels in `batch(indices)`: each image has one."""
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Return the number of labels in `batch(indices)`, which is one per image."""
         return len(indices)
 
-    def longest(self, count: int) -> list[int]:
-        """Images have one size: the first ones, at most `len`."""
+    def longest_samples(self, count: int) -> list[int]:
+        """Return the first `count` sample numbers, because all images have one size."""
         return list(range(count))
 
 
 def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
-    """The training and the held-out images, the same on every rank, without communication.
+    """Load the training and the validation images.
+
+    Every rank gets the same images, without communication.
 
     Raises:
-        ConfigError: a value out of range, a missing library, a folder without images in classes, an empty split.
+        ConfigError: if a value is out of range, a library is missing, the folder does not hold
+            images in classes, or a split is empty.
     """
-    if not 0 < config.heldout_fraction < 1:
+    if not 0 < config.validation_fraction < 1:
         raise ConfigError(
-            f"data.heldout_fraction ({config.heldout_fraction}) must be more than 0 and less than 1, as there are "
-            "training and held-out images: write 0.05 to hold out a twentieth"
+            f"data.validation_fraction ({config.validation_fraction}) must be more than 0 and less than 1, because "
+            "some images are used for training and some for validation. For a twentieth of them, write 0.05."
         )
     collection = _collected(config)
-    held = np.array([is_heldout(name, config.heldout_fraction) for name in collection.names])
-    train, heldout = np.flatnonzero(~held), np.flatnonzero(held)
-    for which, numbers in (("training", train), ("held-out", heldout)):
+    held = np.array([in_validation(name, config.validation_fraction) for name in collection.names])
+    train, validation = np.flatnonzero(~held), np.flatnonzero(held)
+    for which, numbers in (("training", train), ("validation", validation)):
         if not len(numbers):
             raise ConfigError(
-                f"{collection.facts['source']}: none of its {len(held)} images is a {which} one with "
-                f"data.heldout_fraction={config.heldout_fraction}. Give another fraction, or more images"
+                f"None of the {len(held)} images of {collection.facts['source']} is in the {which} split with "
+                f"data.validation_fraction={config.validation_fraction}. Give another fraction, or more images."
             )
     scale = _channel_statistics(collection.pictures, train)
-    return ImageDataset(collection, train, scale, config.augment), ImageDataset(collection, heldout, scale, False)
+    return ImageDataset(collection, train, scale, config.augment), ImageDataset(collection, validation, scale, False)
 
 
-def frequency_loss(train: ImageDataset, heldout: ImageDataset, samples: Sequence[int] | None = None) -> float:
-    """What a model must beat: nats per image on the labels of `heldout`, told by the frequency of each class alone.
+def frequency_loss(train: ImageDataset, validation: ImageDataset, samples: Sequence[int] | None = None) -> float:
+    """Compute the validation loss of a prediction from class frequencies alone, in nats per image.
 
-    The probability of a class is (its count among the labels of `train` + 1) / (all of them + number of classes). With
-    `samples`, over the labels of these only. The same number on every rank.
+    A useful model has a lower loss. The probability of a class is (its count among the labels of
+    `train` + 1) / (number of labels of `train` + number of classes). The result is the same on
+    every rank.
+
+    Args:
+        train: images whose labels are counted.
+        validation: images whose labels are predicted.
+        samples: sample numbers of `validation` to which the loss is restricted; None: all.
     """
     counts = np.bincount(train._labels, minlength=train.num_classes)
     logp = np.log(counts + 1) - np.log(counts.sum() + train.num_classes)
-    labels = heldout._labels if samples is None else heldout._labels[np.asarray(samples)]
+    labels = validation._labels if samples is None else validation._labels[np.asarray(samples)]
     return float(-logp[labels].mean())
 
 
@@ -166,20 +183,23 @@ def _collected(config: ImagesConfig) -> Collection:
         if config.path is not None or config.size_px is not None:
             raise ConfigError(
                 f"data.path={config.path}, data.size_px={config.size_px}: the digits come with scikit-learn and have "
-                "their own size. Leave both null, or write data=images for images of your own"
+                "their own size. Leave both null, or write data=images to use your own images."
             )
         return digits()
     if config.path is None or config.size_px is None or config.size_px < 1:
         raise ConfigError(
-            f"data.path={config.path}, data.size_px={config.size_px}: images of your own need a folder with one "
-            "sub-folder for each class, and the size they are brought to. Write data=images data.path=FOLDER "
+            f"data.path={config.path}, data.size_px={config.size_px}: your own images need a folder with one "
+            "sub-folder per class, and the size to which they are resized. Write data=images data.path=FOLDER "
             "data.size_px=64"
         )
     return folder(config.path, config.size_px)
 
 
 def _channel_statistics(pictures: Pictures, train: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C, 1, 1] of training images: of all, or of 512 spread evenly over a folder's."""
+    """Return mean and standard deviation of the training images, [C, 1, 1] each.
+
+    They are computed over all images in memory, or over 512 spread evenly over a folder's.
+    """
     if not pictures.in_memory and len(train) > _STATISTICS_IMAGES:
         train = train[np.linspace(0, len(train) - 1, _STATISTICS_IMAGES).astype(np.int64)]
     sums = torch.zeros(2, pictures.shape[0], dtype=torch.float64)
@@ -187,13 +207,13 @@ def _channel_statistics(pictures: Pictures, train: npt.NDArray[np.int64]) -> tup
         images = pictures.read(train[begin : begin + 64]).double()
         sums += torch.stack([images.mean((2, 3)).sum(0), images.square().mean((2, 3)).sum(0)])
     mean, square = sums / len(train)
-    # A channel of one colour stays as it is: half a step of 8 bits is no deviation.
+    # At least half a step of 8 bits, so that a channel of one color is not divided by 0.
     std = (square - mean.square()).clamp(min=(0.5 / 255) ** 2).sqrt()
     return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
 
 
 def _varied(images: Tensor, mirrored: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image [B, C, H, W] in a frame of black, and mirror half of them where that keeps the class."""
+    """Shift each image [B, C, H, W] in a frame of black, and mirror half of them if `mirrored`."""
     height, width = images.shape[2:]
     reach = max(1, height // 8)
     framed = F.pad(images, (reach,) * 4)

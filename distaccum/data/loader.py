@@ -1,4 +1,4 @@
-"""Reads a plan's micros from a data set, ahead of the computation."""
+"""Reads a plan's micro-batches from a data set, ahead of the computation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from distaccum.core.plan import Micro, Plan, Window
+from distaccum.core.plan import MicroBatch, Plan, Window
 from distaccum.core.rng import random_key
 from distaccum.core.window import MicroBatches
 from distaccum.data.base import Dataset
@@ -23,45 +23,48 @@ from distaccum.launch.processes import tie_to_parent
 
 
 class Loader:
-    """The micros of one rank, window after window, from any position of the plan.
+    """Yields the micro-batches of one rank, window by window, from any position of the plan.
 
-    Reading runs ahead by about one window (the plan's largest) and no more, in worker processes; nothing here depends
-    on the rank but which micros it reads.
+    Worker processes read ahead by about one window (the plan's largest) and no more. The rank
+    determines only which micro-batches are read.
     """
 
     def __init__(
         self, dataset: Dataset, plan: Plan, rank: int, world_size: int, *, workers: int = 0, pin_memory: bool = False
     ) -> None:
-        """Keep the arguments; `windows` opens the stream.
+        """Store the arguments; `windows` starts reading.
 
         Args:
             dataset: training samples.
-            plan: which of them make which window.
+            plan: decides which samples make which window.
             rank: this rank.
-            world_size: ranks that share the windows.
-            workers: processes that read ahead; 0 reads when asked.
+            world_size: number of ranks that share the windows.
+            workers: number of processes that read ahead; 0: this process reads when a micro-batch
+                is needed.
             pin_memory: whether to read into pinned memory (for a GPU).
         """
         self._dataset = dataset
-        self.plan = plan  # followed from the next call of `windows` on
+        self.plan = plan  # may be replaced; the next call of `windows` uses it
         self._rank = rank
         self._world_size = world_size
         self._workers = workers
         self._pin_memory = pin_memory
         self._open: Generator[Any, None, None] | None = None
-        self.waited_s = 0.0  # seconds that the computation waited for data so far
+        self.waited_s = 0.0  # seconds that the computation has waited for data
 
     def windows(self, step: int, start: int, last_step: int) -> Iterator[tuple[Window, MicroBatches]]:
-        """The windows `step` to `last_step - 1` with this rank's micros, each knowing the one after it.
+        """Yield the windows `step` to `last_step - 1` with this rank's micro-batches.
+
+        The micro-batches of each window have those of the next window in `upcoming`.
 
         Args:
-            step: the first window's number.
-            start: its position in the plan's stream of samples.
+            step: number of the first window.
+            start: position of the first window in the plan's stream of samples.
             last_step: where to stop: the number of steps of the whole training.
         """
         self.close()
         self._open = stream = self._stream(step, start, last_step - step)
-        next(stream)  # opened here and not in the first window, whose memory is measured
+        next(stream)  # started here, not in the first window, whose memory is measured
         previous: tuple[Window, MicroBatches] | None = None
         for window in islice(self.plan.windows(step, start), last_step - step):
             current = (window, self._micro_batches(window, stream))
@@ -73,33 +76,36 @@ class Loader:
             yield previous
 
     def close(self) -> None:
-        """End the processes that read ahead. A training that stops early calls it, or they end with the process."""
+        """End the processes that read ahead.
+
+        Call this after a training that stops early; otherwise they end with this process.
+        """
         if self._open is not None:
             self._open.close()
             self._open = None
 
     def _micro_batches(self, window: Window, stream: Iterator[Any]) -> MicroBatches:
-        micros = window.deal(self._rank, self._world_size)
-        counted = [self._dataset.counted(self.plan.samples(micro)) for micro in micros]
-        known = all(weight is not None for weight in counted)
-        content = islice(stream, len(micros))
+        micro_batches = window.of_rank(self._rank, self._world_size)
+        counted = [self._dataset.num_targets(self.plan.samples(micro_batch)) for micro_batch in micro_batches]
+        known = all(denominator is not None for denominator in counted)
+        content = islice(stream, len(micro_batches))
         return MicroBatches(
-            content if known else list(content),  # where weights depend on the content, it is read ahead on the host
-            len(micros),
+            content if known else list(content),  # denominators depend on the content, so it is read first
+            len(micro_batches),
             step=window.step,
-            weights=counted if known else None,
+            denominators=counted if known else None,
         )
 
     def _stream(self, step: int, start: int, num_windows: int) -> Generator[Any, None, None]:
-        # How far to read ahead is fixed once, so where windows grow it is for the largest of them.
+        # A DataLoader cannot change how far it reads ahead, so this is for the largest window.
         largest = min(self.plan.largest_batch, self.plan.num_samples)
-        per_window = -(-largest // (self.plan.largest_micro * self._world_size))
+        per_window = -(-largest // (self.plan.largest_micro_batch * self._world_size))
         loader: DataLoader[Any] = DataLoader(
-            _MicroSource(self._dataset, self.plan),
+            _MicroBatchSource(self._dataset, self.plan),
             sampler=_Order(self.plan, step, start, num_windows, self._rank, self._world_size),
-            batch_size=None,  # an item of the source is a whole micro
+            batch_size=None,  # an item of the source is a whole micro-batch
             num_workers=self._workers,
-            # Whoever started the ranks: forked workers are there at once, and leave no named semaphores behind.
+            # Fork, however the ranks were started: it is fast and leaves no named semaphores.
             multiprocessing_context="fork" if self._workers else None,
             worker_init_fn=_ended_by_its_rank_only if self._workers else None,
             prefetch_factor=-(-per_window // self._workers) + 1 if self._workers else None,
@@ -109,17 +115,18 @@ class Loader:
         yield None
         while True:
             began = time.perf_counter()
-            micro = next(stream, None)
+            micro_batch = next(stream, None)
             self.waited_s += time.perf_counter() - began
-            if micro is None:
+            if micro_batch is None:
                 return
-            yield micro
+            yield micro_batch
 
 
 def _ended_by_its_rank_only(_: int) -> None:
-    """In a worker: launchers signal all processes of a rank, which needs its workers until it has saved.
+    """Make a worker process end only when its rank ends it or is gone.
 
-    A worker holds copies of the rank's connections, so that it must not outlive a rank that was killed.
+    Launchers signal all processes of a rank, but the rank needs its workers until it has saved. A
+    worker holds copies of the rank's connections, so it must not outlive a rank that was killed.
     """
     tie_to_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -135,8 +142,8 @@ def _wait_for_its_rank(rank: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Order(Sampler[Micro]):
-    """The micros of one rank in the order in which they are computed."""
+class _Order(Sampler[MicroBatch]):
+    """Iterates over the micro-batches of one rank in the order in which they are computed."""
 
     plan: Plan
     step: int
@@ -145,18 +152,18 @@ class _Order(Sampler[Micro]):
     rank: int
     world_size: int
 
-    def __iter__(self) -> Iterator[Micro]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for window in islice(self.plan.windows(self.step, self.start), self.num_windows):
-            yield from window.deal(self.rank, self.world_size)
+            yield from window.of_rank(self.rank, self.world_size)
 
 
 @dataclass(frozen=True)
-class _MicroSource(TorchDataset[Any]):
-    """A data set whose index is a micro and whose item is the micro-batch."""
+class _MicroBatchSource(TorchDataset[Any]):
+    """Adapts a data set to DataLoader: an index is a planned micro-batch, the item its content."""
 
     dataset: Dataset
     plan: Plan
 
-    def __getitem__(self, micro: Micro) -> Any:
-        generator = torch.Generator().manual_seed(random_key(self.plan.seed, micro.step, micro.number))
-        return self.dataset.batch(self.plan.samples(micro), generator)
+    def __getitem__(self, micro_batch: MicroBatch) -> Any:
+        generator = torch.Generator().manual_seed(random_key(self.plan.seed, micro_batch.step, micro_batch.number))
+        return self.dataset.batch(self.plan.samples(micro_batch), generator)

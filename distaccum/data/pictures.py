@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, or a folder with a sub-folder for each class."""
+"""Finds and reads images: scikit-learn's digits, or a folder with one sub-folder per class."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 class Pictures(Protocol):
-    """Numbered images without labels, all of one shape."""
+    """Describes numbered images without labels, all of one shape."""
 
     shape: tuple[int, int, int]  # C, H, W
-    mirrored: bool  # whether an image and its mirror image are of one class
-    in_memory: bool  # whether reading costs nothing
+    mirrored: bool  # whether an image and its mirror image have the same class
+    in_memory: bool  # whether reading takes almost no time
 
     def read(self, numbers: npt.NDArray[np.int64]) -> Tensor:
-        """[B, C, H, W] float32 in [0, 1]. Raises ConfigError for a file that cannot be read as an image."""
+        """Read images as float32 [B, C, H, W] with values in [0, 1].
+
+        Args:
+            numbers: [B], numbers of the images.
+
+        Raises:
+            ConfigError: if a file cannot be read as an image.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Collection:
-    """All images of a source."""
+    """Holds all images of a source, with their names and labels."""
 
     pictures: Pictures
-    names: Sequence[str]  # one for each image, the same on every machine
+    names: Sequence[str]  # one per image, the same on every machine
     labels: npt.NDArray[np.int64]  # [N]
     class_names: tuple[str, ...]  # in the order of the labels
     facts: dict[str, str | int | float]  # source, files, skipped_files, bytes, digest
@@ -55,15 +62,18 @@ class _Digits:
 
 
 def digits() -> Collection:
-    """1,797 gray images of 8x8 that are part of scikit-learn.
+    """Load the 1,797 gray images of 8x8 pixels that are part of scikit-learn.
 
     Raises:
-        ConfigError: where it is not installed.
+        ConfigError: if scikit-learn is not installed.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError(f"data=digits comes with scikit-learn ({error}): pip install distaccum[images]") from error
+        raise ConfigError(
+            f"data=digits needs scikit-learn, which cannot be imported ({error}). Install it with: "
+            f"pip install distaccum[images]"
+        ) from error
     found = load_digits()
     pixels, labels = found.images.astype(np.uint8), found.target.astype(np.int64)
     facts: dict[str, str | int | float] = {
@@ -92,18 +102,30 @@ class _Folder:
 
 
 def folder(path: str, size_px: int) -> Collection:
-    """The images of a folder, found by the endings of their names. Contents are read when they are needed.
+    """Find the images of a folder by the endings of their names.
+
+    An image is read only when it is needed.
+
+    Args:
+        path: a folder with one sub-folder per class.
+        size_px: height and width to which images are resized.
 
     Raises:
-        ConfigError: for a folder without classes, images outside of them, or a missing Pillow.
+        ConfigError: if there is no such folder, it has no classes or images outside of them, or
+            Pillow is missing.
     """
     try:
         import PIL  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"data=images reads files by Pillow ({error}): pip install distaccum[images]") from error
+        raise ConfigError(
+            f"data=images needs Pillow, which cannot be imported ({error}). Install it with: "
+            f"pip install distaccum[images]"
+        ) from error
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
-        raise ConfigError(f"data.path ({path}) is not a folder (looked for {root})")
+        raise ConfigError(
+            f"data.path ({path}) is not a folder (looked for {root}). Give a folder with one sub-folder per class."
+        )
     files = find_files(root, "", frozenset())
     images = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     class_names = _classes(root, images)
@@ -124,33 +146,40 @@ def folder(path: str, size_px: int) -> Collection:
 
 
 def _classes(root: Path, images: list[SourceFile]) -> tuple[str, ...]:
-    """The names of the sub-folders that have images, in order: all that are not hidden."""
+    """Return the sorted names of all sub-folders that are not hidden; each must have images."""
     outside = [file.name for file in images if "/" not in file.name]
     if outside:
-        raise ConfigError(f"{root}: {outside[0]} lies in no class. Move images into one sub-folder for each class")
+        raise ConfigError(f"{root}: the image {outside[0]} is in no class. Move images into one sub-folder per class.")
     found = {file.name.split("/")[0] for file in images}
     folders = {path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     if folders - found:
         raise ConfigError(
-            f"{root}: no image in the folder {min(folders - found)}. A sub-folder is a class: remove it, or give it "
-            f"images ({', '.join(SUFFIXES)}; folders that are links are not followed)"
+            f"{root}: there is no image in the folder {min(folders - found)}. Every sub-folder is a class: remove it, "
+            f"or put images into it ({', '.join(SUFFIXES)}; symbolic links to folders are not followed)."
         )
     if len(found) < 2:
-        raise ConfigError(f"{root}: {len(found)} sub-folders with images; give one for each class, at least two")
+        raise ConfigError(
+            f"{root} has {len(found)} sub-folders with images. Make one sub-folder per class, and at least two classes."
+        )
     return tuple(sorted(found))
 
 
 def _pixels(path: Path, size_px: int) -> npt.NDArray[np.uint8]:
-    """One image [size_px, size_px, 3], its shorter side brought to size_px, the middle of the longer side."""
+    """Read one image as [size_px, size_px, 3].
+
+    Its shorter side is resized to size_px, and its longer side is cropped to the middle.
+    """
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise ConfigError(f"{path}: pixels of mode {image.mode} have more than 8 bits. Convert it to 8 bits")
+                raise ConfigError(
+                    f"{path} has pixels of mode {image.mode}, with more than 8 bits. Convert the image to 8 bits."
+                )
             fitted = ImageOps.fit(image.convert("RGB"), (size_px, size_px), Image.Resampling.BILINEAR)
             return np.asarray(fitted)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} cannot be read as an image: {error}. Repair it, or take it out") from error
+        raise ConfigError(f"{path} cannot be read as an image: {error}. Repair the file, or remove it.") from error

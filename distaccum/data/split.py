@@ -1,4 +1,4 @@
-"""One loaded batch, cut into micro-batches."""
+"""Cuts one loaded batch into micro-batches."""
 
 from __future__ import annotations
 
@@ -12,67 +12,78 @@ from torch.nn.utils.rnn import PackedSequence
 from distaccum.data.containers import Parts, parts, rebuilt
 from distaccum.errors import ConfigError
 
-_AS_IT_IS = (bool, int, float, complex, str, bytes, type(None))  # in every micro-batch
+_NOT_CUT = (bool, int, float, complex, str, bytes, type(None))  # the same in every micro-batch
 
 
-def split(batch: Any, num_micros: int) -> list[Any]:
-    """Cut one loaded batch into micro-batches, along the first dimension of its tensors.
+def split(batch: Any, gradient_accumulation_steps: int) -> list[Any]:
+    """Cut one loaded batch into micro-batches along the first dimension of its tensors.
 
-    The micro-batches are views of the batch, in its order, and of its classes. Sizes differ by one sample at most; none
-    is empty. Lists without any tensor that are as long as the batch (file names, texts) are cut with it; numbers,
-    strings and None are the same in every micro-batch.
+    The micro-batches are views of the batch, in its order, and keep its classes. Their sizes differ
+    by at most one sample, and none is empty. A list without tensors that is as long as the batch
+    (file names, texts) is cut with it. Numbers, strings and None are the same in every micro-batch.
 
     Args:
-        batch: a tensor, or mappings, tuples, named tuples and lists of tensors, nested as you like.
-        num_micros: how many micro-batches to make.
+        batch: a tensor, or nested mappings, tuples, named tuples and lists of tensors.
+        gradient_accumulation_steps: number of micro-batches to make.
 
     Returns:
-        A list for `Accumulator.step`: `num_micros` micro-batches, or one a sample where the batch has fewer samples.
+        A list for `Accumulator.step` of `gradient_accumulation_steps` micro-batches, or of one
+        micro-batch per sample if the batch has fewer samples.
 
     Raises:
-        ConfigError: for tensors of different first dimensions or without one, a batch without tensors, or something in
-            it that cannot be cut.
+        ConfigError: if tensors have different first dimensions or none, the batch has no tensors,
+            or something in it cannot be cut.
     """
-    if isinstance(num_micros, bool) or not isinstance(num_micros, int) or num_micros < 1:
-        raise ConfigError(f"num_micros is {num_micros!r}; a batch is cut into a whole number of parts, at least 1.")
+    if (
+        isinstance(gradient_accumulation_steps, bool)
+        or not isinstance(gradient_accumulation_steps, int)
+        or gradient_accumulation_steps < 1
+    ):
+        raise ConfigError(
+            f"gradient_accumulation_steps is {gradient_accumulation_steps!r}. It must be an integer, at least 1: the "
+            "number of micro-batches into which the batch is cut."
+        )
     sizes: dict[int, str] = {}
     for path, tensor in _tensors(batch, ""):
         if tensor.ndim == 0:
             raise ConfigError(
                 f"split() cuts along the first dimension, and the tensor{path} of the batch has none (it is a single "
-                "number). Take it out of the batch, or give it one value a sample: tensor.expand(num_samples)."
+                "number). Remove it from the batch, or give it one value per sample: tensor.expand(num_samples)."
             )
         sizes.setdefault(len(tensor), path)
     if not sizes:
         raise ConfigError(
-            f"split() got a {type(batch).__name__} without any tensor, so that the number of samples is not known. "
+            f"split() got a {type(batch).__name__} without any tensor, so the number of samples is unknown. "
             "Cut it by slicing, and pass the list of parts to Accumulator.step."
         )
     if len(sizes) > 1:
         found = ", ".join(f"{size} (tensor{path})" for size, path in sizes.items())
         raise ConfigError(
-            f"split() cuts along the first dimension, which must be the samples in every tensor of the batch; it is "
-            f"{found}. Move the samples first (tensor.transpose(0, 1)), or cut the batch by slicing and pass the list "
-            "of parts to Accumulator.step."
+            "split() cuts along the first dimension, which must be the number of samples in every tensor of the batch, "
+            f"but it is {found}. Move the samples to the first dimension (tensor.transpose(0, 1)), or cut the batch by "
+            "slicing and pass the list of parts to Accumulator.step."
         )
     (num_samples,) = sizes
-    count = min(num_micros, num_samples)
+    count = min(gradient_accumulation_steps, num_samples)
     bounds = [-(-i * num_samples // count) for i in range(count + 1)] if count else []
     return [_part(batch, slice(first, end), num_samples) for first, end in pairwise(bounds)]
 
 
 def _tensors(value: Any, path: str, *, strict: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield each tensor and how to come to it; unless strict, what cannot be entered is passed over."""
+    """Yield each tensor with its path in the batch, such as `['x'][0]`.
+
+    If `strict`, raise ConfigError for a value that cannot be entered; otherwise pass over it.
+    """
     if isinstance(value, Tensor):
         yield path, value
     elif (old := _opened(value)) is not None:
         for key, entry in old.items.items():
             yield from _tensors(entry, f"{path}[{key!r}]", strict=strict)
-        for name, entry in old.attributes.items():  # a class may keep there what is no part of the batch
+        for name, entry in old.attributes.items():  # a class may have attributes that are not part of the batch
             yield from _tensors(entry, f"{path}.{name}", strict=False)
-    elif strict and not isinstance(value, _AS_IT_IS):
+    elif strict and not isinstance(value, _NOT_CUT):
         raise ConfigError(
-            f"split() cuts tensors in mappings, tuples and lists, and batch{path} is a {type(value).__name__}. "
+            f"split() cuts tensors in mappings, tuples and lists, but batch{path} is a {type(value).__name__}. "
             "Cut the batch yourself, and pass the list of parts to Accumulator.step."
         )
 
@@ -86,8 +97,9 @@ def _part(value: Any, samples: slice, num_samples: int, path: str = "") -> Any:
     if isinstance(value, list | tuple) and value and next(_tensors(value, path, strict=False), None) is None:
         if len(value) != num_samples:
             raise ConfigError(
-                f"split() cannot tell what batch{path} is: a {type(value).__name__} of {len(value)} without tensors, "
-                f"in a batch of {num_samples} samples. Take it out of the batch, or give it one entry a sample."
+                f"split() does not know what batch{path} is: a {type(value).__name__} of {len(value)} entries without "
+                f"tensors, in a batch of {num_samples} samples. Remove it from the batch, or give it one entry per "
+                f"sample."
             )
         return type(value)(value[samples])
     items = {key: _part(entry, samples, num_samples, f"{path}[{key!r}]") for key, entry in old.items.items()}

@@ -1,4 +1,4 @@
-"""Real text as tokens: packed sequences, or padded ragged ones, read from a memory map."""
+"""Reads text as token sequences, packed or padded, from a memory map."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COUNT_TOKENS = 1 << 22
 
 
 class Layout(Enum):
-    """How documents become samples, see `TextDataset`."""
+    """Names how documents become samples, see `TextDataset`."""
 
     packed = "packed"
     ragged = "ragged"
@@ -31,19 +31,25 @@ class Layout(Enum):
 
 @dataclass
 class TextConfig:
-    """What text and how it is cut; defaults are in conf/data/text.yaml.
+    """Configures which text is read and how it is cut into samples.
+
+    Defaults are in conf/data/text.yaml.
 
     Attributes:
-        name: "text": which kind of data this is.
-        source: the standard library's source of this Python, the plays of scripts/get_shakespeare.py, or `path`.
-        path: with source=path a file or folder: all of its files that are not hidden and not binary (no zero byte in
-            the first 8,000); any encoding where tokens are bytes, else UTF-8. With source=shakespeare the folder that
-            the script filled, if it was given `--to`. Otherwise null.
-        seq_len: T, predicted tokens per sample; the most of them when ragged.
-        layout: packed or ragged.
-        heldout_fraction: the part that is held out, more than 0 and less than 1, approximately: whole files are.
-        cache_dir: where tokens are stored, or null for the user's cache folder.
-        tokenizer: bytes, gpt2, or the path of a tokenizer.json, see `distaccum.data.tokens.make_encoder`.
+        name: "text", the kind of data.
+        source: `stdlib` (source code of this Python's standard library), `shakespeare` (downloaded
+            by scripts/get_shakespeare.py) or `path`.
+        path: with source=path, a file or a folder, of which all files are read that are not hidden
+            and not binary (no zero byte in the first 8,000). They may have any encoding if tokens
+            are bytes, and must be UTF-8 otherwise. With source=shakespeare, the folder that the
+            script was given as `--to`. Otherwise null.
+        seq_len: T, predicted tokens per sample; the largest number of them if ragged.
+        layout: `packed` or `ragged`.
+        validation_fraction: part of the text that is used for validation, more than 0 and less than
+            1. It is approximate, because whole files are used.
+        cache_dir: folder in which tokens are stored; null: the user's cache folder.
+        tokenizer: bytes, gpt2, or the path of a tokenizer.json, see
+            `distaccum.data.tokens.make_encoder`.
     """
 
     name: str
@@ -51,39 +57,43 @@ class TextConfig:
     path: str | None
     seq_len: int
     layout: Layout
-    heldout_fraction: float
+    validation_fraction: float
     cache_dir: str | None
     tokenizer: str
 
 
 class TextDataset:
-    """One split of a corpus. Implements `distaccum.data.base.Dataset`; made by `load_text`.
+    """Holds one split of a corpus, and implements `distaccum.data.base.Dataset`.
 
-    Tokens are those of the corpus's vocabulary (bytes are 0..255) and, after every file, its end (after bytes 256).
+    `load_text` builds it. Tokens are those of the corpus's vocabulary (for bytes, 0 to 255). The
+    vocabulary's end token (for bytes, 256) follows every file.
 
-    * `packed`: the documents follow one another in one stream; sample i is its tokens i*T to (i+1)*T, and predicts all
-      of these but the first. The last tokens of the stream that do not fill a sample (fewer than T) are not used.
-    * `ragged`: each document stands alone. Its tokens but the first are predicted, in pieces of T and a last one that
-      is shorter; each piece is a sample, and each predicted token is in exactly one.
+    * `packed`: the documents form one stream. Sample i consists of its tokens i*T to (i+1)*T, and
+      predicts all of these but the first. The last tokens of the stream that do not fill a sample
+      (fewer than T) are not used.
+    * `ragged`: documents are not joined. All tokens of a document but the first are predicted, in
+      pieces of T and a last one that is shorter. Each piece is a sample, and each predicted token
+      is in exactly one sample.
 
     Attributes:
-        vocab_size: tokens are in [0, vocab_size); of bytes 257.
+        vocab_size: tokens are in [0, vocab_size); 257 for bytes.
         seq_len: T.
-        tokens_per_sample: T when packed, None when ragged.
-        facts: for a start block: source, files, skipped_files, bytes, digest, tokenizer, bytes_per_token (of the whole
-            corpus), split, layout, and samples and tokens (predicted in one epoch) of this split.
+        tokens_per_sample: T if packed, None if ragged.
+        facts: metadata for the start of a run: source, files, skipped_files, bytes, digest,
+            tokenizer, bytes_per_token (of the whole corpus), split, layout, and samples and tokens
+            (predicted in one epoch) of this split.
 
-    The tokens are a read-only memory map, shared by all processes of a machine. It is opened at the first use, and
-    again in a process that unpickles the data set: what is pickled is less than a kilobyte.
+    The tokens are a read-only memory map that all processes of a machine share. It is opened at the
+    first use, and again in a process that unpickles the data set. Its pickle is below a kilobyte.
     """
 
-    def __init__(self, corpus: Corpus, source: str, heldout: bool, seq_len: int, layout: Layout):
+    def __init__(self, corpus: Corpus, source: str, validation: bool, seq_len: int, layout: Layout):
         self.vocab_size = corpus.vocabulary.size
         self.seq_len = seq_len
         self.tokens_per_sample = seq_len if layout is Layout.packed else None
         self._corpus = corpus
-        self._heldout = heldout
-        # Each document has a token at least, and its first is not predicted.
+        self._validation = validation
+        # Each document has at least one token, and its first token is not predicted.
         predicted = len(self) * seq_len if layout is Layout.packed else len(self._tokens) - (len(self._bounds) - 1)
         self.facts: dict[str, str | int | float] = {
             "source": source,
@@ -92,7 +102,7 @@ class TextDataset:
             "bytes": corpus.bytes,
             "digest": corpus.digest[:12],
             "tokenizer": f"{corpus.vocabulary.name} {corpus.vocabulary.digest[:12]}".rstrip(),
-            "bytes_per_token": corpus.bytes / (corpus.train_tokens + corpus.heldout_tokens),
+            "bytes_per_token": corpus.bytes / (corpus.train_tokens + corpus.validation_tokens),
             "split": corpus.split,
             "layout": layout.value,
             "samples": len(self),
@@ -100,25 +110,29 @@ class TextDataset:
         }
 
     def __len__(self) -> int:
-        """The number of samples in one epoch, the same on every rank."""
+        """Return the number of samples in one epoch, which is the same on every rank."""
         if self.tokens_per_sample is None:
             return int(self._first_samples[-1])
         return (len(self._tokens) - 1) // self.seq_len
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Read the samples.
+        """Read the samples of one micro-batch.
 
         Args:
             indices: B sample numbers in [0, len), at least one, in the order of the rows.
-            generator: not used, nothing here is random.
+            generator: not used, because nothing is random here.
 
         Returns:
-            `input_ids` and `labels`, int64 [B, T] on the CPU; `labels[b, t]` is the token after `input_ids[b, t]`.
-            Ragged: T is the longest sample among these; where a shorter one has ended the label is -100, the input 0.
+            `input_ids` and `labels`, int64 [B, T] on the CPU. `labels[b, t]` is the token after
+            `input_ids[b, t]`. If ragged, T is the length of the longest of these samples, and
+            shorter ones are padded with label -100 and input 0.
+
+        Raises:
+            IndexError: if there are no indices, or one of them is out of range.
         """
         starts, lengths = self._spans(indices)
         width = int(lengths.max())
-        # Places after the end of a sample read its last token: they exist, and are masked below.
+        # Places after the end of a sample read its last token, which exists, and are masked below.
         places = np.minimum(np.arange(width + 1), lengths[:, None])
         block = self._tokens[starts[:, None] + places].astype(np.int64)
         padded = np.arange(width) >= lengths[:, None]
@@ -126,21 +140,29 @@ class TextDataset:
         labels = np.where(padded, IGNORED_LABEL, block[:, 1:])
         return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
 
-    def counted(self, indices: Sequence[int]) -> int:
-        """The number of labels other than -100 in `batch(indices)`, exact, from the index alone. No text is read."""
+    def num_targets(self, indices: Sequence[int]) -> int:
+        """Return the exact number of labels in `batch(indices)` that are not -100.
+
+        It is computed from the positions of the documents; no text is read.
+        """
         return int(self._spans(indices)[1].sum())
 
-    def longest(self, count: int) -> list[int]:
-        """The numbers of this many samples with most predicted tokens, at most `len`, longest first."""
+    def longest_samples(self, count: int) -> list[int]:
+        """Return the numbers of the samples with most predicted tokens, longest first.
+
+        Args:
+            count: how many samples, at most `len`.
+        """
         if self.tokens_per_sample is not None:
             return list(range(count))
         lengths = self._spans(range(len(self)))[1]
         return [int(sample) for sample in np.argsort(-lengths, kind="stable")[:count]]
 
     def bytes_of(self, indices: Sequence[int]) -> int:
-        """The bytes of text that the `counted(indices)` predicted tokens stand for; the end of a file stands for none.
+        """Return how many bytes of text the predicted tokens of these samples represent.
 
-        bits per byte = nats per token * counted(indices) / bytes_of(indices) / ln 2, whatever the tokenizer.
+        The end token of a file represents none. Bits per byte, whatever the tokenizer, are nats per
+        token * num_targets(indices) / bytes_of(indices) / ln 2.
         """
         starts, lengths = self._spans(indices)
         stored = self._lengths
@@ -161,21 +183,23 @@ class TextDataset:
         return self._map(self._corpus.tokens_file, self._corpus.vocabulary.dtype)
 
     @cached_property
-    def _lengths(self) -> npt.NDArray[np.unsignedinteger[Any]] | None:  # the same, in bytes of text; None: one each
+    def _lengths(self) -> npt.NDArray[np.unsignedinteger[Any]] | None:  # bytes of text per token; None: one
         file = self._corpus.lengths_file
         return None if file is None else self._map(file, np.dtype("<u4"))
 
     def _map(self, file: Path, dtype: np.dtype[Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
         corpus = self._corpus
-        begin, length = (corpus.train_tokens, corpus.heldout_tokens) if self._heldout else (0, corpus.train_tokens)
-        # asarray drops the memmap class, whose slices and sums are slower; the pages stay those of the file.
+        begin, length = (
+            (corpus.train_tokens, corpus.validation_tokens) if self._validation else (0, corpus.train_tokens)
+        )
+        # asarray drops the memmap class, whose slices and sums are slower, and copies nothing.
         return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=dtype.itemsize * begin, shape=(length,)))
 
     @cached_property
     def _bounds(self) -> npt.NDArray[np.int64]:  # [documents + 1], in tokens of this split
         corpus = self._corpus
         begin, length = (
-            (corpus.train_documents, corpus.heldout_documents) if self._heldout else (0, corpus.train_documents)
+            (corpus.train_documents, corpus.validation_documents) if self._validation else (0, corpus.train_documents)
         )
         bounds: npt.NDArray[np.int64] = np.fromfile(
             Path(corpus.folder, DOCUMENTS_FILE), dtype="<i8", count=length + 1, offset=8 * begin
@@ -184,7 +208,7 @@ class TextDataset:
         return bounds
 
     @cached_property
-    def _first_samples(self) -> npt.NDArray[np.int64]:  # [documents + 1]: the number of each document's first piece
+    def _first_samples(self) -> npt.NDArray[np.int64]:  # [documents + 1], first sample of each document
         first_samples = np.zeros(len(self._bounds), dtype=np.int64)
         first_samples[1:] = np.cumsum(
             -((1 - np.diff(self._bounds)) // self.seq_len)
@@ -192,10 +216,10 @@ class TextDataset:
         return first_samples
 
     def _spans(self, indices: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The first token and the number of predicted tokens of each sample, [B] each."""
+        """Return the first token and the number of predicted tokens of each sample, [B] each."""
         samples = np.asarray(indices, dtype=np.int64)
         if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= len(self):
-            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is read; got {indices}")
+            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is needed; got {indices}")
         if self.tokens_per_sample is not None:
             return samples * self.seq_len, np.full_like(samples, self.seq_len)
         document = np.searchsorted(self._first_samples, samples, side="right") - 1
@@ -204,41 +228,51 @@ class TextDataset:
 
 
 def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
-    """The training and the held-out text, the same on every rank, without communication. The first call stores tokens.
+    """Load the training and the validation text.
+
+    Every rank gets the same text, without communication. The first call stores the tokens.
 
     Raises:
-        ConfigError: a value out of range, text that is missing or too short, a tokenizer that is missing or does not
-            read it, a cache folder that cannot be used.
+        ConfigError: if a value is out of range, the text is missing or too short, the tokenizer is
+            missing or cannot read the text, or the cache folder cannot be used.
     """
     if config.seq_len < 1:
-        raise ConfigError(f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample: 1 or more")
-    if not 0 < config.heldout_fraction < 1:
         raise ConfigError(
-            f"data.heldout_fraction ({config.heldout_fraction}) must be more than 0 and less than 1, as there is a "
-            f"training and a held-out text: write 0.05 to hold out a twentieth"
+            f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample; it must be 1 or more."
+        )
+    if not 0 < config.validation_fraction < 1:
+        raise ConfigError(
+            f"data.validation_fraction ({config.validation_fraction}) must be more than 0 and less than 1, because "
+            f"part of the text is used for training and part for validation. For a twentieth of it, write 0.05."
         )
     label, root, files = find(config.source, config.path, config.cache_dir)
     encoder = make_encoder(config.tokenizer)
-    corpus = open_corpus(root, files, config.heldout_fraction, cache_root(config.cache_dir), encoder)
-    train, heldout = (TextDataset(corpus, label, held, config.seq_len, config.layout) for held in (False, True))
+    corpus = open_corpus(root, files, config.validation_fraction, cache_root(config.cache_dir), encoder)
+    train, validation = (TextDataset(corpus, label, held, config.seq_len, config.layout) for held in (False, True))
     for dataset, which, tokens in (
         (train, "training", corpus.train_tokens),
-        (heldout, "held-out", corpus.heldout_tokens),
+        (validation, "validation", corpus.validation_tokens),
     ):
         if not len(dataset):
             raise ConfigError(
-                f"the {which} text of {root} has {tokens} tokens, and one sample of data.seq_len={config.seq_len} "
-                f"takes {config.seq_len + 1}: give a shorter data.seq_len, more text, or another "
-                f"data.heldout_fraction than {config.heldout_fraction} (split: {corpus.split})"
+                f"The {which} text of {root} has {tokens} tokens, but one sample of data.seq_len={config.seq_len} "
+                f"takes {config.seq_len + 1}. Give a shorter data.seq_len, more text, or a data.validation_fraction "
+                f"other than {config.validation_fraction} (split: {corpus.split})."
             )
-    return train, heldout
+    return train, validation
 
 
-def unigram_loss(train: TextDataset, heldout: TextDataset, samples: Sequence[int] | None = None) -> float:
-    """What a model must beat: nats per token on the labels of `heldout`, told by the frequency of each token alone.
+def unigram_loss(train: TextDataset, validation: TextDataset, samples: Sequence[int] | None = None) -> float:
+    """Compute the validation loss of a prediction from token frequencies alone, in nats per token.
 
-    The probability of a token is (its count among the tokens of `train` + 1) / (all of them + vocab_size). Reads both
-    texts once, without communication; the same number on every rank. With `samples`, over the labels of these only.
+    A useful model has a lower loss. The probability of a token is (its count in `train` + 1) /
+    (number of tokens in `train` + vocab_size). Both texts are read once, without communication, and
+    the result is the same on every rank.
+
+    Args:
+        train: text whose tokens are counted.
+        validation: text whose labels are predicted.
+        samples: sample numbers of `validation` to which the loss is restricted; None: all.
     """
 
     def count(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
@@ -247,18 +281,19 @@ def unigram_loss(train: TextDataset, heldout: TextDataset, samples: Sequence[int
     counts = count(train._tokens)
     logp = np.log(counts + 1) - np.log(counts.sum() + train.vocab_size)
     if samples is not None:
-        chosen = heldout.batch(samples, torch.Generator())["labels"].numpy()
+        chosen = validation.batch(samples, torch.Generator())["labels"].numpy()
         labels = count(chosen[chosen != IGNORED_LABEL])
-    elif heldout.tokens_per_sample is None:
+    elif validation.tokens_per_sample is None:
         # All but the first token of each document.
-        labels = count(heldout._tokens) - count(heldout._tokens[heldout._bounds[:-1]])
+        labels = count(validation._tokens) - count(validation._tokens[validation._bounds[:-1]])
     else:
-        labels = count(heldout._tokens[1 : len(heldout) * heldout.seq_len + 1])
+        labels = count(validation._tokens[1 : len(validation) * validation.seq_len + 1])
     return float(-(labels * logp).sum() / labels.sum())
 
 
 def _count(tokens: npt.NDArray[np.integer[Any]], vocab_size: int) -> npt.NDArray[np.int64]:
+    """Count how often each token id occurs, [vocab_size]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for begin in range(0, len(tokens), _COUNT_TOKENS):  # bincount makes int64 of what it is given
+    for begin in range(0, len(tokens), _COUNT_TOKENS):  # bincount converts its input to int64
         counts += np.bincount(tokens[begin : begin + _COUNT_TOKENS], minlength=vocab_size)
     return counts

@@ -1,1 +1,1 @@
-"""Gradients after autograd: accumulation in float32, norm and clipping."""
+"""Handles gradients after autograd: dtype of sums, norm, clipping and loss scale."""

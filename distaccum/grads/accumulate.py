@@ -1,4 +1,4 @@
-"""Sums of gradients in another dtype than the one in which autograd delivers them, on a rank and between ranks."""
+"""Sums gradients over micro-batches and ranks in another dtype than autograd does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from distaccum.core.loss import wide
 
-BUCKET_BYTES = 25 * 2**20  # of one all-reduce, like DDP's own buckets
+BUCKET_BYTES = 25 * 2**20  # size of one all-reduce, like DDP's own buckets
 
 
 class SumDtype(Enum):
-    """In which dtype gradients are summed."""
+    """Names the dtypes in which gradients can be summed."""
 
     fp64 = "fp64"
     fp32 = "fp32"
@@ -25,36 +25,43 @@ class SumDtype(Enum):
 
     @property
     def torch(self) -> torch.dtype:
-        """As torch calls it."""
+        """Return the torch dtype of this name."""
         names = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         return names[self.value]
 
 
 @dataclass(frozen=True)
 class GradientDtypes:
-    """In which dtype gradients are summed; None: float32, or the parameter's own where that is wider."""
+    """Holds the dtypes in which gradients are summed.
 
-    accumulate: torch.dtype | None = None  # over the micros of one rank
-    reduce: torch.dtype | None = None  # over ranks, and so what travels
+    None means float32, or the parameter's own dtype if that is wider.
+    """
+
+    accumulate: torch.dtype | None = None  # over the micro-batches of one rank
+    reduce: torch.dtype | None = None  # over ranks, which is also the dtype that is sent
 
     def accumulated(self, parameter: Tensor) -> torch.dtype:
-        """Of one parameter's sum over micros."""
+        """Return the dtype of one parameter's gradient sum over micro-batches."""
         return self.accumulate or wide(parameter.dtype)
 
     def reduced(self, parameter: Tensor) -> torch.dtype:
-        """Of one parameter's sum over ranks."""
+        """Return the dtype of one parameter's gradient sum over ranks."""
         return self.reduce or wide(parameter.dtype)
 
     def are_own(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Whether both are the dtype of every trained parameter, so that autograd's own accumulation will do."""
+        """Return whether both dtypes are those of every trained parameter.
+
+        Then autograd's own accumulation is sufficient.
+        """
         trained = [p for p in parameters if p.requires_grad]
         return all(p.dtype is self.accumulated(p) and p.dtype is self.reduced(p) for p in trained)
 
 
 class GradientSums:
-    """Sums each parameter's gradient over a window in a dtype of our choice and hands it back once, rounded once.
+    """Sums each parameter's gradient over a window in a chosen dtype.
 
-    A bf16 sum stalls: adding 1 to 256 gives 256 again, so that of 512 equal micro-batches half are lost.
+    The sum is rounded to the parameter's dtype only once, when it is delivered. A sum in bfloat16
+    would stall: 256 + 1 is 256 again, so half of 512 equal micro-batches would be lost.
     """
 
     def __init__(
@@ -65,13 +72,14 @@ class GradientSums:
         *,
         reduce_each: bool = False,
     ) -> None:
-        """Serve the parameters that are trained.
+        """Start with empty sums for all trained parameters.
 
         Args:
-            parameters: of the model.
-            dtypes: of the sums.
-            group: the ranks over which to reduce, where nothing else does.
-            reduce_each: whether to reduce each micro's gradient and not the window's.
+            parameters: the model's parameters; frozen ones are left out.
+            dtypes: the dtypes of the sums.
+            group: the ranks over which to reduce; None if something else reduces, or nothing does.
+            reduce_each: True: reduce the gradient of each micro-batch. False: reduce the sum of the
+                window.
         """
         self.parameters = [p for p in parameters if p.requires_grad]
         self._dtypes = dtypes
@@ -81,7 +89,7 @@ class GradientSums:
 
     @torch.no_grad()
     def absorb(self) -> None:
-        """Add the gradients of one backward and clear them."""
+        """Add the gradients of one backward to the sums and clear them."""
         fresh = {i: p.grad.to(self._dtypes.accumulated(p)) for i, p in enumerate(self.parameters) if p.grad is not None}
         for parameter in self.parameters:
             parameter.grad = None
@@ -94,29 +102,32 @@ class GradientSums:
 
     @torch.no_grad()
     def deliver(self) -> None:
-        """Put the sums into `.grad` in the parameters' dtype, reduced over ranks where that is ours to do."""
+        """Write the sums into `.grad` in the parameters' dtype and start with empty sums.
+
+        If there is a group, they are the sums over all its ranks.
+        """
         sums = self._sums if self._reduce_each else self._reduced(self._sums)
         for index, total in sums.items():
             self.parameters[index].grad = total.to(self.parameters[index].dtype)
         self._sums = {}
 
     def clear(self) -> None:
-        """Forget the sums of an unfinished window."""
+        """Discard the sums of an unfinished window."""
         self._sums = {}
 
     def messages(self) -> list[int]:
-        """The bytes of each all-reduce of one reduction."""
+        """Return the size in bytes of each all-reduce of one reduction."""
         if self._group is None:
             return []
         sizes = [p.numel() * self._dtypes.reduced(p).itemsize for p in self.parameters]
         return [sum(sizes[index] for index in bucket) for bucket in _buckets(sizes)]
 
     def _reduced(self, sums: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Sums over ranks, a few large all-reduces in flight together."""
+        """Sum over ranks by a few large all-reduces that run at the same time."""
         if self._group is None:
             return sums
         narrowed = [
-            # Ranks may have used different parameters; all must send the same ones.
+            # Ranks may have used different parameters, but all must send the same ones.
             sums[i].to(self._dtypes.reduced(p)) if i in sums else torch.zeros_like(p, dtype=self._dtypes.reduced(p))
             for i, p in enumerate(self.parameters)
         ]
@@ -134,7 +145,10 @@ class GradientSums:
 
 
 def _buckets(sizes: list[int]) -> list[list[int]]:
-    """Numbers of consecutive messages in groups of about `BUCKET_BYTES`, the last ones first as in a backward."""
+    """Group consecutive indices into buckets of about `BUCKET_BYTES`.
+
+    The last indices come first, as in a backward.
+    """
     groups: list[list[int]] = []
     filled = BUCKET_BYTES
     for index in reversed(range(len(sizes))):

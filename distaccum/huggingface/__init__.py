@@ -1,5 +1,5 @@
-"""Hugging Face models: objectives for heads whose output carries a mean loss, and for causal language models."""
+"""Defines objectives for Hugging Face models that return a mean loss, and for causal LMs."""
 
 from .causal_lm import HuggingFaceCausalLM as HuggingFaceCausalLM
-from .counting import DenominatorName as DenominatorName
+from .counting import MeanOver as MeanOver
 from .objective import HuggingFace as HuggingFace

@@ -1,4 +1,7 @@
-"""Models of transformers, built from a configuration. Nothing is fetched, and nothing is loaded that could run code."""
+"""Builds models of transformers from a configuration.
+
+Nothing is downloaded, and nothing is loaded that could run code.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import nn
 
 from distaccum.errors import ConfigError
 
-# What `model.head` says, and the Auto class that knows the architectures with such a head.
+# The values of `model.head`, and the Auto class of the architectures with such a head.
 HEADS = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
@@ -27,14 +30,15 @@ HEADS = {
 
 @dataclass
 class HFConfig:
-    """A model of transformers. conf/model owns the values, therefore nothing has a default here.
+    """Configures a model of transformers; conf/model has the values, so nothing has a default here.
 
     Attributes:
-        name: "hf", by which the composition root finds this class.
-        config: a configuration class of transformers (GPT2Config), or a local folder with a config.json.
-        head: what the model is for, one of `HEADS`; the command line trains causal_lm.
-        weights: a local folder with *.safetensors to begin from; None: drawn at random.
-        options: fields of the configuration class, in place of its own (or the folder's) values.
+        name: "hf", by which the application finds this class.
+        config: a configuration class of transformers (GPT2Config), or a local folder with a
+            config.json.
+        head: the task of the model, one of `HEADS`; the command line trains causal_lm.
+        weights: a local folder with *.safetensors to start from; None: random weights.
+        options: fields of the configuration class that replace its own (or the folder's) values.
     """
 
     name: str
@@ -45,24 +49,26 @@ class HFConfig:
 
 
 def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> nn.Module:
-    """The model in float32 on the CPU, in training mode, without a cache for generation.
+    """Build the model in float32 on the CPU, in training mode, without a cache for generation.
 
-    Random weights are drawn from torch's global CPU generator, which the caller seeds: equal on every rank. Dropout is
-    the configuration's; set it by options.
+    Random weights are drawn from torch's global CPU generator, which the caller seeds, so they are
+    equal on every rank. Dropout is the configuration's; use `options` to change it.
 
     Args:
         config: what to build.
-        vocab_size: token ids of the data. The model has as many if neither a folder nor the options say otherwise.
+        vocab_size: token ids of the data. The model has as many, unless a folder or the options set
+            another number.
         seq_len: tokens in the longest sample of the data.
 
     Raises:
-        ConfigError: where transformers is missing, for unknown names, and for a model that the data do not fit in.
+        ConfigError: if transformers is not installed, a name is unknown, or the data does not fit
+            into the model.
     """
     hf_config = configuration(config, vocab_size, seq_len)
     auto = getattr(_transformers(), HEADS[config.head])
     folder = None if config.weights is None else _folder(config.weights, "model.weights", "*.safetensors")
     try:
-        if folder is None or torch.get_default_device().type == "meta":  # which holds no values to be loaded
+        if folder is None or torch.get_default_device().type == "meta":  # on meta no values can be loaded
             model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
         else:
             model = auto.from_pretrained(
@@ -82,7 +88,11 @@ def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | Non
 
 
 def allow_float64(model: nn.Module) -> nn.Module:
-    """Experts one after the other, in place: transformers' grouped matrix product knows no float64. Others stay."""
+    """Make the experts of a model run one after another, which supports float64.
+
+    transformers' grouped matrix product does not. The model is changed in place and returned.
+    Models without experts are not changed.
+    """
     set_experts = getattr(model, "set_experts_implementation", None)
     if set_experts is not None:
         set_experts("eager")
@@ -90,7 +100,10 @@ def allow_float64(model: nn.Module) -> nn.Module:
 
 
 def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> Any:
-    """The transformers configuration that `build_hf` builds: same arguments, same errors, no weights."""
+    """Return the transformers configuration of the model that `build_hf` builds.
+
+    Arguments and errors are those of `build_hf`. No weights are made.
+    """
     transformers = _transformers()
     if config.head not in HEADS:
         raise ConfigError(f"model.head={config.head} is unknown.{_near(config.head, HEADS)}")
@@ -102,7 +115,7 @@ def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int 
 def _configuration(transformers: Any, config: HFConfig, vocab_size: int | None) -> Any:
     if not config.config:
         raise ConfigError(
-            "model.config is null: give a configuration class (GPT2Config), or a folder with config.json."
+            "model.config is null. Give a configuration class (GPT2Config), or a folder with config.json."
         )
     _refuse_kernels("model.options", config.options)
     if "/" in config.config or Path(config.config).is_dir():
@@ -127,7 +140,8 @@ def _configuration(transformers: Any, config: HFConfig, vocab_size: int | None) 
         options = dict(config.options)
         if vocab_size is not None:
             options.setdefault("vocab_size", vocab_size)
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):  # a class's own belong to its own vocabulary
+        # The class's defaults belong to its own vocabulary.
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
             options.setdefault(token, None)
         hf_config = kind(**options)
     hf_config.use_cache = False
@@ -135,7 +149,11 @@ def _configuration(transformers: Any, config: HFConfig, vocab_size: int | None) 
 
 
 def _check_options(hf_config: Any, options: dict[str, Any]) -> None:
-    """The configuration classes take any keyword, and would train with their defaults after a misspelt one."""
+    """Refuse options that are not fields of the configuration.
+
+    Configuration classes accept any keyword, and would train with their defaults after a misspelled
+    one.
+    """
     known = {*hf_config.to_dict(), *type(hf_config).attribute_map}
     for name in options:
         if name not in known:
@@ -145,12 +163,15 @@ def _check_options(hf_config: Any, options: dict[str, Any]) -> None:
 
 
 def _refuse_kernels(where: str, node: Any) -> None:
-    """An implementation of the form owner/name would be code from a hub, whatever trust_remote_code says."""
+    """Refuse an implementation of the form owner/name.
+
+    It would run code from a hub, whatever trust_remote_code says.
+    """
     for name, value in node.items() if isinstance(node, dict) else ():
         if name.endswith("_implementation") and "/" in str(value):
             raise ConfigError(
-                f"{where} has {name}={value!r}, which stands for code on a hub. Use one that transformers brings "
-                "itself, such as sdpa or eager."
+                f"{where} has {name}={value!r}, which means code on a hub. Use an implementation that is part of "
+                "transformers, such as sdpa or eager."
             )
         _refuse_kernels(where, value)
 
@@ -160,14 +181,14 @@ def _check_data(hf_config: Any, vocab_size: int | None, seq_len: int | None) -> 
     token_ids = getattr(text, "vocab_size", None)
     if vocab_size is not None and token_ids is not None and token_ids < vocab_size:
         raise ConfigError(
-            f"The model has {token_ids} token ids, and the data {vocab_size}. Leave model.options.vocab_size out, or "
-            f"give at least {vocab_size}; a folder's model needs data of its own tokenizer."
+            f"The model has {token_ids} token ids, but the data has {vocab_size}. Leave model.options.vocab_size out, "
+            f"or set it to at least {vocab_size}. A model from a folder needs data encoded with its own tokenizer."
         )
     positions = getattr(text, "max_position_embeddings", None)
     if seq_len is not None and positions is not None and 0 < positions < seq_len:
         raise ConfigError(
-            f"The model has {positions} positions, and samples have {seq_len} tokens. Use data.seq_len={positions}, or "
-            f"model.options.max_position_embeddings={seq_len} for a model that begins at random."
+            f"The model has {positions} positions, but samples have {seq_len} tokens. Use data.seq_len={positions}, or "
+            f"model.options.max_position_embeddings={seq_len} for a model with random weights."
         )
 
 
@@ -176,8 +197,8 @@ def _folder(path: str, key: str, pattern: str) -> Path:
     if not folder.is_dir() or not any(folder.glob(pattern)):
         missing = f"there is no {pattern} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
         raise ConfigError(
-            f"{key}={path}: {missing}. Models come from local folders with config.json and *.safetensors, as "
-            "save_pretrained() writes them; names of a hub and pickled weights are not read."
+            f"{key}={path}: {missing}. Models are read from local folders with config.json and *.safetensors, as "
+            "save_pretrained() writes them. Model names of a hub and pickled weights are not read."
         )
     return folder
 
@@ -191,5 +212,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ConfigError("model=hf needs transformers: pip install distaccum[hf].") from error
+        raise ConfigError(
+            "model=hf needs transformers, which cannot be imported. Install it with: pip install distaccum[hf]"
+        ) from error
     return transformers

@@ -1,7 +1,8 @@
-"""What a head averages over, measured on the model at hand: no list of classes is consulted.
+"""Measures on a model what its head averages over, without a list of classes.
 
-If a head returns the mean over D(X) counted things of whatever samples X it is given, then for every batch
-L(batch) D(batch) = sum over its samples of L(sample) D(sample). Where samples differ in D, the right D alone fits.
+Let L(X) be the mean that a head returns for the samples X, and D(X) the number of things that it
+averages over. Then L(batch) D(batch) = sum over its samples of L(sample) D(sample) for every batch.
+If the samples differ in D, only the right D satisfies this.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from distaccum._torch import is_out_of_memory
 from distaccum.errors import ConfigError
 from distaccum.huggingface.counting import (
     IGNORED,
-    DenominatorName,
-    check_micro,
+    MeanOver,
+    check_micro_batch,
     countable,
     counted,
     is_question_answering,
@@ -27,153 +28,174 @@ from distaccum.huggingface.counting import (
 )
 from distaccum.huggingface.heads import config_of, configured_aux_coef, mean_and_aux
 
-MOST_SAMPLES = 8  # of the micro-batch; each is one forward
-# Samples computed together and alone differ by roundings. A wrong denominator differs by (its share of a sample - the
-# true share) x (how much losses of samples differ) / loss, which is 1e-3 and more even before training.
+MOST_SAMPLES = 8  # of the micro-batch; each one takes a forward
+# Samples that are computed together and alone differ by rounding. A wrong denominator differs by
+# (its share of a sample - the true share) x (how much losses of samples differ) / loss, which is
+# 1e-3 and more even before training.
 TOLERANCE_EPS = 256
-FEWEST_LABELS = 4  # of a single row, so that it and a copy with every second one ignored have other means
-_PER_SAMPLE = {DenominatorName.samples, DenominatorName.numbers}  # the same thing where a sample has one label
+# A single row needs this many labels, so that its mean differs from that of a copy with every
+# second label ignored.
+FEWEST_LABELS = 4
+_PER_SAMPLE = {MeanOver.samples, MeanOver.numbers}  # equal if each sample has one label
 
 
 class Head(NamedTuple):
-    """Holds what was measured of a head: the arguments of `HuggingFace`."""
+    """Holds what was measured of a head: the arguments of `HuggingFace`.
 
-    denominator: DenominatorName
+    Attributes:
+        denominator: what the head averages over.
+        aux_coef: the factor of the auxiliary loss in `.loss`.
+        reason: what was measured, for display.
+    """
+
+    denominator: MeanOver
     aux_coef: float
     reason: str
 
 
-def probe(model: nn.Module, micro: Mapping[str, Any]) -> Head:
-    """Measure the denominator of a head's mean, and check how much of an auxiliary loss is in it.
+def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> Head:
+    """Measure what a head's mean is taken over, and the factor of an auxiliary loss in it.
 
-    Runs the micro-batch and each of its first 8 samples alone, without dropout and gradients, and keeps the candidates
-    that explain the numbers. Where labels count equally in all samples, so that several do, most labels of one sample
-    are ignored in a copy. That is done on the CPU, or where the micro-batch holds ignored labels itself: a head that
-    does not know -100 raises, and on a GPU such an error is the end of the process.
+    The first 8 samples of the micro-batch are run together and one by one, without dropout and
+    gradients. The candidates that explain the results are kept. If several are kept because all
+    samples have equally many labels, a copy is run in which most labels of one sample are ignored.
+    A head that does not know the label -100 then raises an error, which on a GPU ends the process.
+    Therefore the copy is run only on the CPU, or if the micro-batch itself contains ignored labels.
 
-    Call it on the plain model, in float32 or wider, before wrapping. On a wrapped model (DDP, FSDP2) all ranks must
-    call it alike, with the same micro-batch: its forwards communicate. Modes and weights stay as they are.
+    Call this on the plain model, in float32 or wider, before wrapping. On a wrapped model (DDP,
+    FSDP2) all ranks must call it with the same micro-batch, because its forwards communicate.
+    Training modes and parameters are not changed.
 
     Args:
-        model: returns its mean loss as `.loss` when called as `model(**micro)`.
-        micro: model inputs, on the model's device; tensors of B rows are cut by samples. One row with labels for its
-            positions is compared with a copy in which every second of its labels is ignored.
+        model: returns its mean loss as `.loss` when called as `model(**micro_batch)`.
+        micro_batch: model inputs, on the model's device; tensors of B rows are cut by samples. A
+            single row with labels for its positions is compared with a copy in which every second
+            label is ignored.
 
     Returns:
-        The denominator, the factor, and a reason that says what was measured and which of several equivalent
-        candidates was taken.
+        The denominator, the factor, and a reason that says what was measured and which of several
+        equivalent candidates was chosen.
 
     Raises:
-        ConfigError: where nothing explains the numbers, or candidates that differ do; it shows the numbers.
+        ConfigError: if no candidate explains the results, or several that differ do. The message
+            shows the numbers.
     """
-    answering = isinstance(micro, Mapping) and is_question_answering(micro)
-    check_micro(DenominatorName.samples if answering else DenominatorName.numbers, micro)
-    size = len(micro[label_names(micro)[0]])
-    micro = _rows(micro, slice(0, MOST_SAMPLES)) if size > 1 else _two_rows(micro)
-    labels: Tensor | None = None if answering else micro["labels"]
-    candidates = [name for name in DenominatorName if countable(name, labels)]
+    answering = isinstance(micro_batch, Mapping) and is_question_answering(micro_batch)
+    check_micro_batch(MeanOver.samples if answering else MeanOver.numbers, micro_batch)
+    size = len(micro_batch[label_names(micro_batch)[0]])
+    micro_batch = _rows(micro_batch, slice(0, MOST_SAMPLES)) if size > 1 else _two_rows(micro_batch)
+    labels: Tensor | None = None if answering else micro_batch["labels"]
+    candidates = [name for name in MeanOver if countable(name, labels)]
     with _measuring(model):
         try:
-            aux_coef = _aux_coef(model, micro)
-            kept = _explaining(model, micro, aux_coef, candidates)
+            aux_coef = _aux_coef(model, micro_batch)
+            kept = _explaining(model, micro_batch, aux_coef, candidates)
         except (IndexError, RuntimeError) as error:
             if size > 1 or is_out_of_memory(error):
                 raise
             raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
-            return Head(_preferred(kept, labels), aux_coef, f"measured: {_named(kept)}, nothing else, fits the samples")
+            return Head(_preferred(kept, labels), aux_coef, f"measured: the samples fit only {_named(kept)}")
         _refuse_unsafe(labels, kept)
         try:
-            left = _explaining(model, {**micro, "labels": _mostly_ignored(labels)}, aux_coef, kept)
+            left = _explaining(model, {**micro_batch, "labels": _mostly_ignored(labels)}, aux_coef, kept)
         except (IndexError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            # Every label counts for such a head. What is left fits this data alike, in another unit at most.
+            # For such a head every label counts, so the candidates differ at most in their unit.
             reason = (
-                f"{_named(kept)} fit the samples alike, and the head takes no label -100 ({error}); a label that it "
-                "ignores by another number would be counted"
+                f"{_named(kept)} fit the samples equally well, and the head accepts no label -100 ({error}); labels "
+                "that it ignores under another number would be counted"
             )
             return Head(_preferred(kept, labels), aux_coef, reason)
     if len(left) > 1 and not (labels.numel() == len(labels) and set(left) == _PER_SAMPLE):
         raise ConfigError(
             f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples have almost the same "
-            "loss (as with a model that has just been initialised), or one length, or the model computes in too few "
-            "digits. Give HuggingFace(denominator=...), 'shifted_tokens' for a causal language model, or call it with "
-            "other samples or on a float32 model."
+            "loss (as with a model that has just been initialized) or the same length, or the precision of the model "
+            "is too low. Write HuggingFace(mean_over=...), with 'shifted_tokens' for a causal language model, or call "
+            "find with other samples or on a float32 model."
         )
-    reason = f"measured with ignored labels: {_named(left)}, nothing else, fits the samples"
+    reason = f"measured with ignored labels: the samples fit only {_named(left)}"
     return Head(_preferred(left, labels), aux_coef, reason)
 
 
 def _explaining(
-    model: nn.Module, micro: Mapping[str, Any], aux_coef: float, candidates: list[DenominatorName]
-) -> list[DenominatorName]:
-    """The candidates for which the whole is the sum of its samples.
+    model: nn.Module, micro_batch: Mapping[str, Any], aux_coef: float, candidates: list[MeanOver]
+) -> list[MeanOver]:
+    """Return the denominators with which the loss sums of single samples add up to the batch's.
 
     Raises:
         ConfigError: if there are none.
     """
-    size = len(micro[label_names(micro)[0]])
-    parts = [_rows(micro, slice(i, i + 1)) for i in range(size)]
-    whole, eps = _token_mean(model, micro, aux_coef)
+    size = len(micro_batch[label_names(micro_batch)[0]])
+    parts = [_rows(micro_batch, slice(i, i + 1)) for i in range(size)]
+    whole, eps = _token_mean(model, micro_batch, aux_coef)
     means = [_token_mean(model, part, aux_coef)[0] for part in parts]
     shown, kept = [], []
     for name in candidates:
         counts = [int(counted(name, part)) for part in parts]
-        left = whole * int(counted(name, micro))
+        left = whole * int(counted(name, micro_batch))
         right = sum(mean * count for mean, count in zip(means, counts, strict=True) if count)
         if abs(left - right) <= TOLERANCE_EPS * eps * abs(left):
             kept.append(name)
         shown.append(f"{name.value}: {left:.8g} together, {right:.8g} alone (counts {counts})")
     if not kept:
         raise ConfigError(
-            "HuggingFace.find: no denominator makes the head's mean of all samples, times what it counts in them, the "
-            f"sum of that of each sample alone. {'; '.join(shown)}. Give HuggingFace(denominator=...) if you know it, "
-            "or write an Objective(loss_sum, weight) over .logits."
+            "HuggingFace.find: no denominator fits. With the right one, the head's mean over all samples times its "
+            "denominator is the sum of the same products of each sample alone. Measured: "
+            f"{'; '.join(shown)}. Write HuggingFace(mean_over=...) if you know what the head averages over, or an "
+            "Objective(loss_sum, denominator) over .logits."
         )
     return kept
 
 
-def _token_mean(model: nn.Module, micro: Mapping[str, Any], aux_coef: float) -> tuple[float, float]:
-    """The head's mean without an auxiliary loss, and the relative rounding of the numbers behind it."""
-    output = model(**micro)
+def _token_mean(model: nn.Module, micro_batch: Mapping[str, Any], aux_coef: float) -> tuple[float, float]:
+    """Return the head's mean without an auxiliary loss, and its relative rounding error."""
+    output = model(**micro_batch)
     mean, aux = mean_and_aux(output)
     floats = [v.dtype for v in (*model.parameters(), *_tensors(output)) if v.is_floating_point()]
     return float(mean) - aux_coef * float(aux or 0.0), max(torch.finfo(dtype).eps for dtype in floats)
 
 
-def _aux_coef(model: nn.Module, micro: Mapping[str, Any]) -> float:
-    """The factor of the auxiliary loss in `.loss`: the configuration's, if leaving it out shows the same."""
-    loss, aux = mean_and_aux(model(**micro))
+def _aux_coef(model: nn.Module, micro_batch: Mapping[str, Any]) -> float:
+    """Return the factor of the auxiliary loss in `.loss`, or 0 if there is none.
+
+    The configuration names the factor, and a forward without the auxiliary loss confirms it.
+    """
+    loss, aux = mean_and_aux(model(**micro_batch))
     if aux is None:
         return 0.0
-    without, rest = mean_and_aux(model(**{**micro, "output_router_logits": False}))
+    without, rest = mean_and_aux(model(**{**micro_batch, "output_router_logits": False}))
     coef = configured_aux_coef(config_of(model))
     difference = float(loss) - float(without)
     rounding = TOLERANCE_EPS * torch.finfo(loss.dtype).eps * abs(float(loss))
     if rest is not None or coef is None or abs(difference - coef * float(aux)) > rounding:
         raise ConfigError(
-            f"HuggingFace.find: the model returns an .aux_loss of {float(aux):.6g}, its configuration the factor "
-            f"{coef}, and .loss changes by {difference:.6g} with output_router_logits=False. Give "
-            "HuggingFace(denominator=..., aux_coef=...) if you know it, or write an Objective with two terms."
+            f"HuggingFace.find: the model returns an .aux_loss of {float(aux):.6g}, and its configuration has the "
+            f"factor {coef}, but .loss changes by {difference:.6g} with output_router_logits=False. Write "
+            "HuggingFace(mean_over=..., aux_coef=...) if you know the factor, or an Objective with two terms."
         )
     return coef
 
 
-def _refuse_unsafe(labels: Tensor, kept: list[DenominatorName]) -> None:
+def _refuse_unsafe(labels: Tensor, kept: list[MeanOver]) -> None:
     if labels.device.type != "cpu" and not bool((labels == IGNORED).any()):
         raise ConfigError(
-            f"HuggingFace.find: {_named(kept)} fit this micro-batch alike. To tell them apart, labels are ignored in "
-            f"a copy, but not on {labels.device.type}, where a head that does not know -100 ends the process. Call it "
-            "while the model is on the CPU, pass a micro-batch with labels of -100, or give denominator=..."
+            f"HuggingFace.find: {_named(kept)} fit this micro-batch equally well. To tell them apart, labels are "
+            f"ignored in a copy. This is not done on {labels.device.type}, where a head that does not know the label "
+            "-100 would end the process. Call find while the model is on the CPU, pass a micro-batch with labels of "
+            "-100, or write HuggingFace(mean_over=...)."
         )
 
 
-def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
-    """The one row of a micro-batch, and a copy of it with every second label ignored, so that other losses count."""
-    if is_question_answering(micro):
+def _two_rows(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the one row of a micro-batch and a copy of it with every second label ignored.
+
+    The two rows have different means, because different labels count.
+    """
+    if is_question_answering(micro_batch):
         raise ConfigError(_several_rows("the positions of one sample say nothing about a mean"))
-    labels: Tensor = micro["labels"]
+    labels: Tensor = micro_batch["labels"]
     places = (labels != IGNORED).flatten().nonzero().flatten()
     if len(labels) != 1 or labels.is_floating_point() or labels.ndim < 2 or len(places) < FEWEST_LABELS:
         raise ConfigError(
@@ -184,13 +206,13 @@ def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
     if labels.device.type != "cpu" and len(places) == labels.numel():
         raise ConfigError(
             _several_rows(
-                f"on {labels.device.type} a head that does not know the label -100 would crash the process, so no "
-                "labels are masked there; run find on the CPU"
+                f"on {labels.device.type} a head that does not know the label -100 would end the process, so no "
+                "labels are ignored there; call find on the CPU"
             )
         )
     two = {
         name: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
-        for name, value in micro.items()
+        for name, value in micro_batch.items()
     }
     two["labels"][1].view(-1)[places[1::2]] = IGNORED
     return two
@@ -198,31 +220,34 @@ def _two_rows(micro: Mapping[str, Any]) -> dict[str, Any]:
 
 def _several_rows(reason: str) -> str:
     return (
-        f"HuggingFace.find needs at least two samples to compare, and this micro-batch has one: {reason}. Pass several "
-        "rows, HuggingFace.find(model, collate([row1, row2])), or write HuggingFace(denominator=...) if you know what "
+        f"HuggingFace.find needs at least two samples to compare, but this micro-batch has one: {reason}. Pass several "
+        "rows, HuggingFace.find(model, collate([row1, row2])), or write HuggingFace(mean_over=...) if you know what "
         "the head averages over."
     )
 
 
 def _mostly_ignored(labels: Tensor) -> Tensor:
-    """A copy in which all labels count but those of the first sample, which keeps two, or none where it has one."""
+    """Return a copy of the labels in which most labels of the first sample are ignored.
+
+    The first sample keeps two labels, or none if it has at most two. All other labels count.
+    """
     labels = labels.masked_fill(labels == IGNORED, 0).contiguous()
     row = labels[0].view(-1)
     row[2 if row.numel() > 2 else 0 :] = IGNORED
     return labels
 
 
-def _preferred(names: list[DenominatorName], labels: Tensor | None) -> DenominatorName:
-    """Of equivalent candidates the one that is what torch's reductions count."""
-    order = [DenominatorName.samples] if labels is None or labels.ndim == 1 else []
-    return next(name for name in (*order, DenominatorName.numbers, *names) if name in names)
+def _preferred(names: list[MeanOver], labels: Tensor | None) -> MeanOver:
+    """Choose, among equivalent candidates, the one that torch's own reductions count."""
+    order = [MeanOver.samples] if labels is None or labels.ndim == 1 else []
+    return next(name for name in (*order, MeanOver.numbers, *names) if name in names)
 
 
-def _rows(micro: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    size = len(micro[label_names(micro)[0]])
+def _rows(micro_batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    size = len(micro_batch[label_names(micro_batch)[0]])
     return {
         name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in micro.items()
+        for name, value in micro_batch.items()
     }
 
 
@@ -231,13 +256,16 @@ def _tensors(output: Any) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _named(names: list[DenominatorName]) -> str:
+def _named(names: list[MeanOver]) -> str:
     return " and ".join(name.value for name in names)
 
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; what FSDP2 gathered is given back."""
+    """Switch to evaluation mode without gradients, and restore the training modes afterwards.
+
+    Parameters that FSDP2 gathered are freed again.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

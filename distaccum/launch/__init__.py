@@ -1,8 +1,8 @@
-"""How a job is started: Hydra once for each job, the same configuration on every rank, nothing left behind.
+"""Starts jobs, with one run of Hydra and one configuration per job, and leaves no process behind.
 
-It knows nothing of training. Reading order: start, hydra_once, overrides, run_lock, sweep, ranks, own_ranks,
-meeting, board, work, watch, signals, restarts, job_child, failure; for SLURM settings, slurm_names, slurm_script,
-slurm_submit.
+This package knows nothing of training. Reading order: start, hydra_once, overrides, run_lock,
+sweep, ranks, own_ranks, meeting, board, work, watch, signals, restarts, job_child, failure. For
+SLURM: settings, slurm_names, slurm_script, slurm_submit.
 """
 
 from .job import Job as Job

@@ -1,7 +1,8 @@
-"""How an error is shown, and how a rank leaves. A rank that failed meets nobody: no collective, no process group.
+"""Shows errors and ends the process of a rank.
 
-Exit codes: 0; 2 for what the user can put right in what was written (a letter, no traceback); 1 for all else;
-128 + signal.
+After a failure a rank must not enter another collective, so it exits without destroying the process
+group. Exit codes: 0; 2 for a mistake in what the user wrote (an error message without a traceback);
+1 for everything else; 128 + signal.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from ..errors import ConfigError, DistaccumError
 from . import overrides
 
-# What gloo, NCCL and the store say when the other end of a connection has gone. Texts, for want of error types.
+# Parts of what gloo, NCCL and the store say when the other end of a connection is gone. They have
+# no error types of their own.
 _LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -41,7 +43,7 @@ _LOST = (
     "sendbytes failed",
 )
 
-# What gloo, NCCL and the store say when another rank has not come in time.
+# Parts of what gloo, NCCL and the store say when another rank is late.
 _TIMED_OUT = (
     "timed out waiting",
     "timed out connecting",
@@ -50,7 +52,7 @@ _TIMED_OUT = (
     "collective operation timeout",
 )
 
-# What Hydra leaves unsaid: by what it says, what to write instead.
+# What to write instead, which Hydra does not say, by a part of Hydra's message.
 _ADVICE = {
     "does not support sweep type": "interval(a,b) needs hydra/sweeper=optuna. Without it: key=1,2,3, key=range(1,4) "
     "or key=choice(a,b).",
@@ -65,88 +67,101 @@ def say(text: str) -> None:
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether the error is about what the user wrote."""
+    """Return whether the error is a mistake in what the user wrote."""
     return isinstance(error, ConfigError | HydraException | OmegaConfBaseException)
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether the error's text says all there is to say: the user's mistakes, a divergence, a broken forecast."""
+    """Return whether the text of the error explains it completely, without a traceback.
+
+    These are the user's mistakes, errors of this package (a divergence, a wrong forecast) and a
+    full disk.
+    """
     return is_users(error) or isinstance(error, DistaccumError) or is_full_disk(error)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a disk, or what the user may take of it, is full, or is for reading only."""
+    """Return whether the disk or the user's quota is full, or the file system is read-only."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def report(error: BaseException, prefix: str = "") -> int:
-    """Show the error, foreseen ones as a letter and all others with their traceback; the exit code for it."""
+    """Show the error and return the exit code for it.
+
+    Foreseen errors are shown as one message, all others with their traceback.
+
+    Args:
+        error: The error to show.
+        prefix: Printed before each line of a traceback.
+    """
     if is_foreseen(error):
-        say(f"error: {letter(error)}")
+        say(f"error: {message_of(error)}")
         return exit_code(error)
     text = "".join(traceback.format_exception(error)).rstrip("\n")
     say("\n".join(prefix + line for line in text.split("\n")))
     return 1
 
 
-def letter(error: BaseException) -> str:
-    """The text of a foreseen error.
+def message_of(error: BaseException) -> str:
+    """Return the text of a foreseen error.
 
-    Left out: Hydra's search path, and its advice to append a key (unknown keys are refused anyway).
+    Hydra's search path is left out, and so is its advice to append a key (unknown keys are refused
+    anyway).
     """
     texts = [str(error)]
     if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in texts[0]:
         texts.append(str(error.__cause__))
     lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
     noise = ("To append to your config use", "object_type=", "reference_type=")
-    lines += [advice for said, advice in _ADVICE.items() if said in texts[0]]
+    lines += [advice for part, advice in _ADVICE.items() if part in texts[0]]
     lines += [text for text in [overrides.advice(error)] if text is not None]
     return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether the error says no more than that another rank is gone."""
+    """Return whether the error says only that another rank is gone."""
     if isinstance(error, dist.DistNetworkError | ConnectionError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _LOST)
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether a collective, or the meeting of ranks before the first one, has waited too long for another rank."""
+    """Return whether a collective, or the connection of ranks at the start, timed out."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in _TIMED_OUT)
 
 
 def first_line(error: BaseException) -> str:
-    """What a table shows of an error."""
-    return one_line(letter(error) if is_foreseen(error) else f"{type(error).__name__}: {error}")
+    """Return the one line that a table shows for an error."""
+    return one_line(message_of(error) if is_foreseen(error) else f"{type(error).__name__}: {error}")
 
 
 def one_line(text: str) -> str:
-    """The first line of a text that is not empty."""
+    """Return the first line of a text that is not empty, cut to 300 characters."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
 
 
 def shorten(error: BaseException) -> str:
-    """One line of an error."""
+    """Return the type of an error and the first line of its text, cut to 160 characters."""
     first_line = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {first_line[:160]}"
 
 
 def fail(error: BaseException, rank: int, first: tuple[int, int], text: str | None) -> NoReturn:
-    """Leave after `error` on this rank. Call it where the error is being handled.
+    """End this process after `error`. Call it while the error is being handled.
 
     Args:
-        error: what the task raised.
-        rank: this rank.
-        first: rank and exit code of whoever failed first. Only that rank shows its error and writes torchelastic's
-            error file. The others give the launcher time to see the first one's exit, and say one line if they live.
-        text: what says all there is to say, in place of the traceback; None to show the error itself.
+        error: What the task raised.
+        rank: The rank of this process.
+        first: Rank and exit code of the rank that failed first. Only that rank shows its error and
+            writes torchelastic's error file. The other ranks wait, so that the
+            launcher sees its exit first, and print one line if they are still alive by then.
+        text: The complete message to show in place of a traceback. None shows the error itself.
     """
     if first[0] != rank:
         time.sleep(2.0)
         if not is_users(error):
-            say(f"[rank {rank}] leaves, because rank {first[0]} failed first ({shorten(error)})")
+            say(f"[rank {rank}] exits because rank {first[0]} failed first ({shorten(error)})")
         leave(first[1])
     if isinstance(error, SystemExit | KeyboardInterrupt):
         leave(exit_code(error))
@@ -156,14 +171,14 @@ def fail(error: BaseException, rank: int, first: tuple[int, int], text: str | No
         leave(1)
     code = report(error, f"[rank {rank}] ")
     if is_foreseen(error):
-        write_error_file(letter(error), "see the error message above")
+        write_error_file(message_of(error), "see the error message above")
     else:
         get_error_handler().record_exception(error)
     leave(code)
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code that an error stands for."""
+    """Return the exit code for an error."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, KeyboardInterrupt):
@@ -172,16 +187,21 @@ def exit_code(error: BaseException) -> int:
 
 
 def write_error_file(message: str, shown: str) -> None:
-    """Tell torchrun, if it asked, what happened; `shown` is what stands in the summary that it prints."""
+    """Write torchrun's error file, if torchrun asked for one.
+
+    Args:
+        message: The text of the error.
+        shown: The text for the summary that torchrun prints.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         extra = {"py_callstack": shown, "timestamp": str(int(time.time()))}
-        with contextlib.suppress(OSError), open(path, "w") as file:  # of a full disk; the error itself is shown
+        with contextlib.suppress(OSError), open(path, "w") as file:  # a full disk
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def read_error_file(path: Path) -> str | None:
-    """What a rank that failed wrote to torchelastic's error file; None when there is none."""
+    """Return what a failed rank wrote to torchelastic's error file; None without such a file."""
     try:
         return error_message(json.loads(path.read_text())["message"])
     except (OSError, ValueError, KeyError):
@@ -189,21 +209,21 @@ def read_error_file(path: Path) -> str | None:
 
 
 def error_message(found: Any) -> str:
-    """The text of a message of torchelastic, which is a text or a dict that holds one."""
+    """Return the text of a message of torchelastic, which is a text or a dict with a text."""
     return str(found["message"] if isinstance(found, dict) else found)
 
 
 def leave(code: int) -> NoReturn:
-    """End this process now, flushed, without the interpreter's own end.
+    """Flush the output and end this process now, without the interpreter's own shutdown.
 
-    There, communication hooks in Python over gloo can abort a rank that has done its work, and a rank that failed
-    would wait for threads which wait for other ranks.
+    During that shutdown, communication hooks written in Python can abort a rank over gloo that has
+    finished its work, and a rank that failed would wait for threads that wait for other ranks.
     """
     for child in multiprocessing.active_children():
-        if child.daemon:  # as the interpreter would: the workers of data loaders
-            child.kill()  # at once: nothing in them is to be saved
+        if child.daemon:  # data loader workers; the interpreter would end them too
+            child.kill()  # at once: they have nothing to save
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe: nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe has no reader
             stream.flush()
     os._exit(code)

@@ -1,6 +1,7 @@
-"""Hydra, run once for a job or a sweep, on one rank. Nothing else in the package composes a configuration.
+"""Runs Hydra once per job or sweep, on one rank. No other module composes a configuration.
 
-In a sweep a failure is not raised to Hydra, which would start no further job: it is noted, and the sweeper gets None.
+In a sweep a failure is not raised to Hydra, which would then start no further job. It is recorded,
+and the sweeper gets None.
 """
 
 import contextlib
@@ -28,7 +29,10 @@ _MULTIRUN = {"-m", "--multirun"}
 
 
 class JobFailedError(Exception):
-    """A job of a sweep has failed and has shown why, and the user has limited how many may."""
+    """Ends a sweep in which a job failed, if the user has limited how many may fail.
+
+    The job has already shown its own error.
+    """
 
 
 def run(
@@ -38,23 +42,24 @@ def run(
     objective: str,
     summarise: Summarise | None,
 ) -> int:
-    """Let Hydra do what the command line asks for: one job, a sweep, or showing help or a configuration.
+    """Let Hydra do what the command line asks: run one job or a sweep, or show help or a config.
 
     Args:
         argv: Hydra's arguments, without the program's name.
-        config_dir: the folder of `config.yaml`.
-        on_job: called for each job; says how it ended. What it raises is shown here.
-        objective: the name of the number in a job's result that the sweeper gets.
-        summarise: called once at the end of a sweep of which a job was started.
+        config_dir: The folder of `config.yaml`.
+        on_job: Called for each job; returns how it ended. What it raises is shown here.
+        objective: The name of the number in a job's result that the sweeper gets.
+        summarise: Called once at the end of a sweep in which a job was started.
 
     Returns:
-        the exit code. One job: 0, or that of the job. A sweep: 0; 1 when any job failed, also when it was refused;
-        128 + signal. Either: 2 when nothing was started, as Hydra could not compose or had no job. Never raises.
+        The exit code. For one job: 0 or that of the job. For a sweep: 0; 1 when any job failed or
+        was refused; 128 + signal. For both: 2 when nothing was started, because Hydra could not
+        compose or had no job. It never raises.
     """
     if any(word.startswith("hydra/launcher=") and word != "hydra/launcher=basic" for word in argv):
         say(
-            "error: hydra/launcher starts jobs elsewhere, so that nothing would be known of how they end, and none of "
-            "them would get several ranks. Use launch=slurm, or leave it out: jobs then run one after the other."
+            "error: hydra/launcher is refused. It starts jobs elsewhere, so this process would not learn how they end, "
+            "and no job could have several ranks. Use launch=slurm, or leave it out to run jobs one after the other."
         )
         return 2
     outcomes = Outcomes(objective)
@@ -73,14 +78,20 @@ def run(
 
 
 def composed_with(overrides: list[str]) -> dict[str, Any]:
-    """While a job is handled: what the same files give for other overrides, as plain containers."""
+    """Compose the same files with other overrides and return plain containers.
+
+    Call it while a job is handled.
+    """
     config = hydra.compose(HydraConfig.get().job.config_name, overrides)
     plain: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True, enum_to_str=True)
     return dict(plain)
 
 
 def flags() -> list[str]:
-    """While a job is handled: the flags that another start of the program needs in order to compose the same."""
+    """Return the flags that another start of the program needs to compose the same configuration.
+
+    Call it while a job is handled.
+    """
     settings = HydraConfig.get()
     found: list[str] = []
     for source in settings.runtime.config_sources:
@@ -92,10 +103,10 @@ def flags() -> list[str]:
 
 
 def keep_composed(order: Order) -> None:
-    """While a job is handled: write what was composed into RUN/.hydra.
+    """Write the composed configuration into RUN/.hydra. Call it while a job is handled.
 
-    Hydra itself would do so before anybody can say whether this start may work in that folder; so the configuration
-    has `hydra.output_subdir: null`.
+    Hydra itself would write it before it is known whether this start may use that folder. So the
+    configuration has `hydra.output_subdir: null`.
     """
     folder = Path(order.run_dir) / ".hydra"
     composed = {
@@ -112,7 +123,10 @@ def keep_composed(order: Order) -> None:
 
 
 def sweeper_needs_results() -> bool:
-    """While a job is handled: whether the sweeper chooses jobs by the results of those before."""
+    """Return whether the sweeper chooses jobs by the results of earlier ones.
+
+    Call it while a job is handled.
+    """
     return not str(HydraConfig.get().sweeper["_target_"]).startswith("hydra._internal.core_plugins.")
 
 
@@ -140,16 +154,16 @@ def _run_hydra(
         except Exception as error:
             code = report(error)
         if code:
-            raise SystemExit(code)  # passes through Hydra without a word
+            raise SystemExit(code)  # passes through Hydra silently
         return None
 
     with _arguments(argv), _plain_errors() as wants_traceback:
         try:
             hydra.main(config_path=str(config_dir.absolute()), config_name="config", version_base="1.3")(hydra_task)()
         except JobFailedError:
-            say("error: the sweep ends, because more jobs failed than hydra.sweeper.max_failure_rate allows")
+            say("error: the sweep was stopped: more jobs failed than hydra.sweeper.max_failure_rate allows")
             return 1
-        except SignalException as error:  # torch's handler, outside of a job
+        except SignalException as error:  # from torch's handler, outside a job
             return 128 + int(error.sigval)
         except SystemExit as error:
             code = exit_code(error)
@@ -163,10 +177,10 @@ def _run_hydra(
             return report(error if error.filename is None else cannot_write(Path(error.filename).absolute(), error))
         except Exception as error:
             if outcomes.jobs and all(job.result.get(outcomes.objective) is None for job in outcomes.jobs):
-                say(f"error: no job has a {outcomes.objective} for the sweeper to choose by ({first_line(error)})")
+                say(f"error: no job gave the sweeper a finite {outcomes.objective} ({first_line(error)})")
             elif outcomes.jobs and "`Study.stop` is supposed to be invoked" in str(error):
-                # Optuna's sweeper cannot end a grid whose last job has no number; all jobs are done.
-                say("the last job of the grid failed, so that Optuna wrote no optimization_results.yaml")
+                # Optuna's sweeper fails if the last job of a grid has no number. All jobs are done.
+                say("the last job of the grid failed, so Optuna wrote no optimization_results.yaml")
             elif wants_traceback:
                 traceback.print_exc()
             elif isinstance(error, ValueError) and not began and not is_users(error):
@@ -181,7 +195,7 @@ def _run_hydra(
 def _refuse_empty_sweep(argv: list[str]) -> int:
     if not _MULTIRUN & set(argv) or {"-h", "--help", "--hydra-help"} & set(argv):
         return 0
-    say("error: the sweep has no jobs: one of its keys has no value, as range(3,1) has none.")
+    say("error: the sweep has no jobs: one of its keys has no values, as in range(3,1). Give each key a value.")
     return 2
 
 
@@ -189,7 +203,7 @@ def _job_of_sweep(settings: Any, do: Callable[[], Ended], outcomes: Outcomes) ->
     overrides = list(settings.overrides.task)
     folder = Path(settings.sweep.dir).absolute()
     outcomes.run(int(settings.job.num), overrides, folder, Path(settings.runtime.output_dir).absolute(), do)
-    # The limit of Optuna's sweeper is 0 unless given, and would end a sweep at its first failure.
+    # Optuna's limit is 0 by default and would end a sweep at its first failure.
     limited = any(override.startswith("hydra.sweeper.max_failure_rate=") for override in settings.overrides.hydra)
     if limited and outcomes.jobs[-1].status == "failed":
         raise JobFailedError("a job has failed")
@@ -207,12 +221,15 @@ def _order(config: DictConfig) -> Order:
         number=int(settings.job.num) if in_sweep else 0,
         sweep=Path(settings.sweep.dir).absolute().name if in_sweep else None,
     )
-    return Order.from_json(order.to_json())  # the same containers whichever way the job is started
+    return Order.from_json(order.to_json())  # the same containers however the job is started
 
 
 @contextmanager
 def _arguments(argv: list[str]) -> Iterator[None]:
-    """Hydra reads `sys.argv` and nothing else, and fails where overrides stand on both sides of a flag."""
+    """Set `sys.argv`, from which alone Hydra takes its arguments, with `--multirun` in front.
+
+    Hydra fails if overrides are on both sides of a flag.
+    """
     before = sys.argv
     sys.argv = [before[0], *sorted(argv, key=lambda word: word not in _MULTIRUN)]
     try:
@@ -223,8 +240,8 @@ def _arguments(argv: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _plain_errors() -> Iterator[bool]:
-    """Let Hydra hand its errors to us in place of printing them; whether the user asked for its tracebacks."""
-    # For each job that gives no number it says that the number must be "float-castable".
+    """Make Hydra raise its errors, not print them; yield whether its tracebacks are wanted."""
+    # The sweeper would log for each job without a number that the number must be "float-castable".
     sweeper = logging.getLogger("hydra_plugins.hydra_optuna_sweeper")
     level = sweeper.level
     sweeper.setLevel(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""What one job is: the values that pass between the rank that runs Hydra and the ranks that work."""
+"""Defines a job: the values that pass between the rank that runs Hydra and the ranks that work."""
 
 import json
 from collections.abc import Callable
@@ -11,22 +11,24 @@ from torch.distributed.distributed_c10d import Store
 
 @dataclass(frozen=True)
 class Job:
-    """What a task gets on each rank. All but the five numbers of the rank is identical on every rank.
+    """Holds what a task gets on each rank.
 
-    `config` holds plain containers, resolved. Its keys are text, because it has travelled as JSON.
+    The fields up to `sweep` are identical on every rank; the others describe the rank. `config`
+    holds plain, resolved containers. Its keys are texts, because it is sent as JSON.
     """
 
     config: dict[str, Any]
-    run_dir: Path  # absolute; made once, by Hydra
+    run_dir: Path  # absolute; Hydra makes it once
     overrides: list[str]  # what the user wrote for this job
-    number: int  # 0, or the number within a sweep
-    sweep: str | None  # the name of the sweep, which is that of its folder; None for a single run
+    number: int  # the job's number within a sweep; 0 for a single run
+    sweep: str | None  # the sweep's name, which is its folder's; None for a single run
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    gpu_index: int  # this rank's GPU, among those that it sees
-    store: Store | None  # None for one rank; otherwise for `dist.init_process_group(store=...)`, empty for each job
+    gpu_index: int  # this rank's GPU among those that it sees
+    # For `dist.init_process_group(store=...)`, empty at the start of each job; None for one rank.
+    store: Store | None
 
 
 Task = Callable[[Job], None]
@@ -35,15 +37,15 @@ Check = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended."""
+    """Describes how a job ended."""
 
-    code: int  # the exit code of its first rank that failed, or 0
-    error: str | None  # what that rank said
+    code: int  # exit code of the first rank that failed, or 0
+    error: str | None  # the error that this rank reported
 
 
 @dataclass(frozen=True)
 class Order:
-    """A job without the facts of a rank: what rank 0 composed and publishes."""
+    """Describes a job without the values of a rank: what rank 0 composed and publishes."""
 
     config: dict[str, Any]
     run_dir: str
@@ -52,10 +54,14 @@ class Order:
     sweep: str | None
 
     def to_json(self) -> str:
-        """The order as text. TypeError for values that are not plain."""
+        """Return the order as JSON text.
+
+        Raises:
+            TypeError: The configuration holds values that JSON cannot express.
+        """
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "Order":
-        """The inverse of `to_json`."""
+        """Return the order that `to_json` wrote."""
         return Order(**json.loads(text))

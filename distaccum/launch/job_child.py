@@ -1,4 +1,7 @@
-"""One rank of a sweep under torchrun: each job in a process of its own, so that a job that fails ends nothing else."""
+"""Runs one rank of a sweep under torchrun, with a process of its own for each job.
+
+A job that fails therefore ends only its own processes.
+"""
 
 import multiprocessing
 import os
@@ -13,23 +16,28 @@ from .board import Board
 from .failure import leave, read_error_file, say
 from .job import Ended, Order, Task
 from .processes import tie_to_parent
-from .ranks import Place, recognise
+from .ranks import Place, detect_launcher
 from .signals import signals_forwarded
 from .work import run_on_rank
 
 _POLL_S = 0.1
-_PEER_FAILED_GRACE_S = 3.0  # what waits for a rank that is gone has nothing to save
+_PEER_FAILED_GRACE_S = 3.0  # a process that waits for a lost rank has nothing to save
 
 
 def run_in_child(order: Order, place: Place, board: Board, task: Task) -> Ended:
-    """Run the task on this rank in a new process; every rank calls this. How the job ended, the same on every rank.
+    """Run the task on this rank in a new process and return how the job ended.
 
-    Returns when all ranks are done with the job. When the process of one rank fails, those of the others are ended.
-    PeerFailedError when another rank leaves the sweep.
+    Every rank calls this. It returns the same result on every rank, once all ranks are done with
+    the job. When the process of one rank fails, those of the others are ended.
 
-    Signals to this process go to the job's, which may save and end; then they are SystemExit with 128 + signal, on
-    which the sweep ends. torchrun kills its ranks, and with them their jobs, 30 s after it got SIGTERM or SIGINT: what
-    may need longer to reach the end of its window should get the signal itself (srun, launch.nproc_per_node).
+    Signals to this process are forwarded to the job's process, which may save and exit. torchrun
+    kills its ranks, and with them their jobs, 30 s after it gets SIGTERM or SIGINT. For a job that
+    may need longer to reach the end of its window, use srun or launch.nproc_per_node, where signals
+    do not pass through torchrun.
+
+    Raises:
+        PeerFailedError: Another rank is leaving the sweep.
+        SystemExit: A signal was forwarded; 128 + signal. The sweep ends.
     """
     job = board.job_name()
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
@@ -59,8 +67,9 @@ def _child(order: Order, job: str, parent: int, task: Task, error_file: str) -> 
     tie_to_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    os.environ["TORCHELASTIC_ERROR_FILE"] = error_file  # torchrun's own is for an error that ends the whole sweep
-    place = recognise(os.environ)
+    # torchrun's own error file is for an error that ends the whole sweep.
+    os.environ["TORCHELASTIC_ERROR_FILE"] = error_file
+    place = detect_launcher(os.environ)
     board = Board(place, job)
     run_on_rank(place.job(order, board.job_store()), board, task)
     leave(0)
@@ -68,7 +77,7 @@ def _child(order: Order, job: str, parent: int, task: Task, error_file: str) -> 
 
 def _how_it_ended(code: int, rank: int, error_file: Path) -> Ended:
     if code < 0:
-        text = f"was ended by {signal.Signals(-code).name} (by hand, or for lack of memory)"
+        text = f"was ended by {signal.Signals(-code).name} (possibly manually, or by the system for lack of memory)"
         say(f"[rank {rank}] {text}")
         return Ended(1, f"rank {rank} {text}")
     return Ended(code, read_error_file(error_file) or f"exit code {code}")
@@ -84,7 +93,10 @@ def _end(child: BaseProcess) -> None:
 
 @contextmanager
 def _sigint_held_back() -> Iterator[None]:
-    """A process started in here keeps SIGINT until it asks for it: a traceback while it imports helps nobody."""
+    """Start processes with SIGINT blocked until they unblock it themselves.
+
+    Otherwise an interrupted import would print a useless traceback.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

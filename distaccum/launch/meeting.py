@@ -1,4 +1,4 @@
-"""The meeting of the ranks at their start: the store of rank 0, for how long it is looked for, and who is missing."""
+"""Connects the ranks at their start: hosts or finds rank 0's store, and names missing ranks."""
 
 import os
 import socket
@@ -13,17 +13,20 @@ from torch.distributed.distributed_c10d import Store
 from ..errors import DistaccumError
 
 LIMIT_KEY = "train.timeout_s"
-_LIMIT_S = 600.0  # where nothing is composed yet, and the command line does not say
+_LIMIT_S = 600.0  # before anything is composed, if the command line does not set it
 _PAUSE_S = 0.2
 _LONGEST_TRY_S = 5.0
 
 
 class MissingRankError(DistaccumError, RuntimeError):
-    """A rank has not come to the start in time. Whoever waited for it says so."""
+    """Reports that a rank did not connect in time. Raised on the ranks that waited for it."""
 
 
 def limit_s(config: Mapping[str, Any]) -> float:
-    """How long ranks wait for each other at the start: as long as later in a collective."""
+    """Return how many seconds ranks wait for each other at the start.
+
+    Collectives later have the same limit (`train.timeout_s`).
+    """
     found: Any = config
     for part in LIMIT_KEY.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
@@ -31,7 +34,10 @@ def limit_s(config: Mapping[str, Any]) -> float:
 
 
 def asked_limit_s(argv: list[str]) -> float:
-    """The same limit for a rank that has nothing but its command line, as rank 0 alone composes."""
+    """Return the time limit of the start in seconds, as the command line gives it.
+
+    For ranks that know only their command line, because rank 0 alone composes the configuration.
+    """
     for word in reversed(argv):
         key, _, value = word.lstrip("+").partition("=")
         if key == LIMIT_KEY:
@@ -43,13 +49,15 @@ def asked_limit_s(argv: list[str]) -> float:
 
 
 def host_store(limit_s: float) -> Store:
-    """Rank 0, where no launcher holds a store: make it at MASTER_ADDR and MASTER_PORT. Waits for nobody.
+    """Create the store at MASTER_ADDR and MASTER_PORT, without waiting for other ranks.
+
+    For rank 0 of a start in which no launcher holds a store.
 
     Args:
-        limit_s: how long to try to reach it by that address.
+        limit_s: Seconds to try to reach the store at that address.
 
     Raises:
-        MissingRankError: the port is taken, or the address is not of this machine.
+        MissingRankError: The port is taken, or the address does not belong to this machine.
     """
     host, port = _address()
     try:
@@ -64,10 +72,11 @@ def host_store(limit_s: float) -> Store:
 
 
 def find_store(rank: int, world_size: int, limit_s: float) -> Store:
-    """Wait for the store that rank 0 holds, with a reason where it does not come, and connect to it.
+    """Wait for the store that rank 0 hosts and connect to it.
 
     Raises:
-        MissingRankError: nobody has answered there for `limit_s` seconds.
+        MissingRankError: Nothing answered at the address for `limit_s` seconds; the message says
+            why.
     """
     host, port = _address()
     end = time.monotonic() + limit_s
@@ -85,21 +94,21 @@ def find_store(rank: int, world_size: int, limit_s: float) -> Store:
 
 
 def open_store(limit_s: float) -> Store:
-    """Connect to a store that is there."""
+    """Connect to a store that already exists."""
     host, port = _address()
     return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=max(limit_s, 30.0)))
 
 
 def not_come(missing: Collection[int], world_size: int, limit_s: float) -> MissingRankError:
-    """Make the error that rank 0 raises when ranks are missing."""
+    """Return the error that rank 0 raises when ranks are missing."""
     host, port = _address()
     here = [rank for rank in range(world_size) if rank not in missing]
     return MissingRankError(
         f"After {limit_s:g} s ({LIMIT_KEY}) only {len(here)} of {world_size} ranks have connected ({_numbers(here)}); "
-        f"missing: {_numbers(missing)}. Look at their own output: they may have failed, or not have been started, as "
-        f"WORLD_SIZE={world_size} means {world_size} processes with RANK 0 to {world_size - 1}, each once. Otherwise "
-        f"they do not reach MASTER_ADDR={host} MASTER_PORT={port}: check that theirs are the same, that their machines "
-        "know this one by that address, and that no firewall closes the port. If they need longer to start, raise "
+        f"missing: {_numbers(missing)}. Check the output of the missing ranks first: they may have failed or never "
+        f"started. WORLD_SIZE={world_size} means {world_size} processes with RANK 0 to {world_size - 1}, each once. "
+        f"Then check that they use the same MASTER_ADDR={host} and MASTER_PORT={port}, that their machines can resolve "
+        "the address, and that no firewall blocks the port. If they need longer to start, raise "
         f"{LIMIT_KEY}."
     )
 
@@ -114,12 +123,12 @@ def _address() -> tuple[str, int]:
 
 
 def _why_not(host: str, port: int, left_s: float) -> str | None:
-    """Why nobody can be reached there; None where somebody can."""
-    # Not left to the store, which prints a stack of C++ frames each time, and not the reason.
+    """Return why nothing can be reached at the address, or None if it can."""
+    # The store would print a stack of C++ frames at each attempt, and not the reason.
     try:
         socket.create_connection((host, port), timeout=min(left_s, _LONGEST_TRY_S)).close()
     except socket.gaierror as error:
-        return f"this machine knows no host of that name ({error.strerror})"
+        return f"this machine cannot resolve that host name ({error.strerror})"
     except ConnectionRefusedError:
         return "nothing listens there (connection refused)"
     except OSError as error:

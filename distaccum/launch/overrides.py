@@ -1,4 +1,4 @@
-"""An override as text, quoted for Hydra's grammar and for a shell, each of which has quotes of its own."""
+"""Writes overrides as text, quoted for Hydra's grammar and for a shell, whose rules differ."""
 
 import re
 import shlex
@@ -8,20 +8,20 @@ from hydra.errors import HydraException, OverrideParseException
 
 
 def override(key: str, text: str) -> str:
-    """Write `key=text` so that Hydra reads exactly this text; without quotes where none are needed."""
+    """Return `key=text` such that Hydra reads exactly this text, quoted only where needed."""
     plain = f"{key}={text}"
     return plain if _reads_as(plain, text) else _quoted(key, text)
 
 
 def _quoted(key: str, text: str) -> str:
     quote = "'" if "'" in text else '"'
-    # Hydra takes a backslash as it is, unless it stands before a quote or before another backslash that does.
+    # Hydra keeps a backslash, unless it precedes a quote or another backslash that does.
     inside = re.sub(rf"(\\*)({quote}|$)", lambda found: 2 * found[1] + (f"\\{quote}" if found[2] else ""), text)
     return f"{key}={quote}{inside}{quote}"
 
 
 def shell_word(text: str) -> str:
-    """Quote an override for a shell, in quotes that differ from Hydra's inside where that is possible."""
+    """Quote an override for a shell, if possible with other quotes than Hydra's inside it."""
     if re.fullmatch(r"[\w@%+=:,./-]+", text):
         return text
     if "'" not in text:
@@ -30,22 +30,23 @@ def shell_word(text: str) -> str:
 
 
 def to_paste(key: str, text: str) -> str:
-    """Write an override for people who copy it into a shell."""
+    """Return an override that people can paste into a shell."""
     return shell_word(override(key, text))
 
 
 def advice(error: BaseException) -> str | None:
-    """Say which override could not be read and how its value is written as text; None for any other error."""
+    """Return how to write an override that Hydra could not read; None for any other error."""
     if not isinstance(error, OverrideParseException):
         return None
     key, is_there, value = error.override.partition("=")
-    told = f"This override cannot be read: {error.override}"
+    message = f"This override cannot be read: {error.override}"
     quoted = _quoted(key, value)
     if not is_there:
-        return f"{told}\nAn override is key=value; where the value has spaces, quote it for the shell: 'key=one two'."
+        return f"{message}\nAn override has the form key=value. Quote a value with spaces for the shell: 'key=one two'."
     if not _reads_as(quoted, value):
-        return told
-    return f"{told}\nIf its value is this very text, write {shell_word(quoted)} (the outer quotes are for the shell)."
+        return message
+    to_write = f"{shell_word(quoted)} (the outer quotes are for the shell)"
+    return f"{message}\nIf its value is exactly this text, write {to_write}."
 
 
 def _reads_as(text: str, value: str) -> bool:

@@ -1,4 +1,4 @@
-"""Ranks that we start ourselves on this machine: one elastic launch for each job."""
+"""Starts the ranks of a job on this machine, with one elastic launch for each job."""
 
 import atexit
 import logging
@@ -19,20 +19,24 @@ from .board import Board
 from .failure import error_message, leave, say
 from .job import Ended, Order, Task
 from .processes import tie_to_parent
-from .ranks import recognise
+from .ranks import detect_launcher
 from .signals import signals_forwarded
 from .watch import clear_stacks
 from .work import run_on_rank
 
 
 def start(order: Order, num_ranks: int, task: Task) -> Ended:
-    """Start `num_ranks` processes, run `task` on each, wait for all; how it ended. `task` must be picklable.
+    """Start `num_ranks` processes that run `task`, wait for all, and return how the job ended.
 
-    A rank that fails has shown its error itself. After a failure that is not the user's mistake, all are started again
-    in the same run folder, `launch.max_restarts` times.
+    `task` must be picklable. A rank that fails shows its error itself. After a failure that is not
+    the user's mistake, all ranks are started again in the same run folder, up to
+    `launch.max_restarts` times.
 
-    A signal to this process goes to the ranks, which may take the time they need. Ranks that end by it make it
-    SystemExit with 128 + signal; ranks that save and end with 0 have done their job. A sweep ends either way.
+    A signal to this process is forwarded to the ranks, which may take the time they need. Ranks
+    that save and exit with 0 have done their job. A sweep ends in either case.
+
+    Raises:
+        SystemExit: The ranks ended by a signal, or a sweep got one; 128 + signal.
     """
     restarts = (order.config.get("launch") or {}).get("max_restarts") or 0
     with signals_forwarded() as came, _surroundings(num_ranks):
@@ -48,30 +52,30 @@ def start(order: Order, num_ranks: int, task: Task) -> Ended:
 
 
 def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> Ended:
-    word = uuid.uuid4().hex
+    start_id = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
         launch = elastic_launch(
             ElasticConfig(
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=num_ranks,
-                run_id=word,
+                run_id=start_id,
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
-                max_restarts=0,  # torch's would also repeat what the user must put right
+                max_restarts=0,  # torch would also repeat what the user must correct
                 monitor_interval=0.1,
                 start_method="spawn",
-                signals_to_handle="SIGHUP,SIGQUIT",  # it kills the ranks 30 s after a signal
+                signals_to_handle="SIGHUP,SIGQUIT",  # 30 s after one, torch kills the ranks
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             ),
             _rank,
         )
         try:
-            launch(order, word, os.getpid(), task)
+            launch(order, start_id, os.getpid(), task)
         except SignalException as error:
             raise SystemExit(128 + int(error.sigval)) from None
-        except BrokenPipeError:  # a rank was ended while it was being started
+        except BrokenPipeError:  # a rank ended while it was being started
             if came:
                 raise SystemExit(128 + came[0]) from None
             raise
@@ -80,32 +84,34 @@ def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> En
             if -failure.exitcode in came:
                 raise SystemExit(128 - failure.exitcode) from None
             if failure.exitcode < 0:
-                text = f"was ended by {failure.signal_name()} (by hand, or for lack of memory)"
+                text = f"was ended by {failure.signal_name()} (possibly manually, or by the system for lack of memory)"
                 say(f"[rank {rank}] {text}")
                 return Ended(1, f"rank {rank} {text}")
-            told = os.path.exists(failure.error_file)  # if not, torch's message is advice for its own users
-            return Ended(failure.exitcode, error_message(failure.message) if told else f"exit code {failure.exitcode}")
+            # Without an error file, torch's message is only advice for users of torchrun.
+            has_error = os.path.exists(failure.error_file)
+            text = error_message(failure.message) if has_error else f"exit code {failure.exitcode}"
+            return Ended(failure.exitcode, text)
     return Ended(0, None)
 
 
-def _rank(order: Order, word: str, parent: int, task: Task) -> None:
-    """What each process does."""
+def _rank(order: Order, start_id: str, parent: int, task: Task) -> None:
+    """Run one rank in its own process."""
     tie_to_parent(parent)
-    place = recognise(os.environ)
-    board = Board(place, word)
+    place = detect_launcher(os.environ)
+    board = Board(place, start_id)
     run_on_rank(place.job(order, board.job_store()), board, task)
-    atexit.register(leave, 0)  # after torch has told the parent that this rank is done
+    atexit.register(leave, 0)  # after torch has reported to the parent that this rank is done
 
 
 @contextmanager
 def _surroundings(num_ranks: int) -> Iterator[None]:
-    """What torch's launcher needs or changes in this process, put back afterwards."""
+    """Prepare this process for torch's launcher and undo all changes afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGQUIT)}
     threads_given = "OMP_NUM_THREADS" in os.environ
     if not threads_given:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # the ranks show their errors; torch would log each of them again
+    logging.disable(logging.CRITICAL)  # the ranks show their errors; torch would log each again
     try:
         yield
     finally:

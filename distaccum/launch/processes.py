@@ -1,4 +1,4 @@
-"""How a process that we start depends on the one that started it."""
+"""Ties a process that we start to the process that started it."""
 
 import ctypes
 import os
@@ -7,11 +7,11 @@ import sys
 
 
 def tie_to_parent(parent: int | None = None) -> None:
-    """Let the kernel end this process when its parent dies, so that a killed one leaves no orphan. Linux only.
+    """Let the kernel end this process when its parent dies, so that none is orphaned. Linux only.
 
     Args:
-        parent: the parent's process id where it is known; if the parent has died already, this process leaves at
-            once. Where it is not known, what it has to do with the parent soon shows the same.
+        parent: The parent's process id. If the parent has already died, this process exits at once.
+            None, for an unknown id, skips that check; the next exchange with the parent fails then.
     """
     if sys.platform != "linux":
         return

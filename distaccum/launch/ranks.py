@@ -1,4 +1,4 @@
-"""Which rank this process is, who started it, and how many ranks a configuration asks for."""
+"""Determines this process's rank, who started it, and how many ranks a configuration asks for."""
 
 import re
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ from .slurm_names import hosts, port, tasks_per_node
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the processes of its start."""
+    """Describes the rank of this process within its start."""
 
     started_by: str  # "alone" | "torchrun" | "srun" | "environment"
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    store_at: tuple[str, int] | None = None  # host and port of rank 0, where the environment does not tell torch
-    gpus_are_bound: bool = False  # each rank may see its own GPU only
+    store_at: tuple[str, int] | None = None  # host, port of rank 0 if not in torch's variables
+    gpus_are_bound: bool = False  # whether each rank may see only its own GPU
 
     def job(self, order: Order, store: Store | None) -> Job:
-        """The job of `order` as this rank sees it. `order.run_dir` must be absolute."""
+        """Return the job of `order` as this rank sees it. `order.run_dir` must be absolute."""
         return Job(
             config=order.config,
             run_dir=Path(order.run_dir),
@@ -44,11 +44,11 @@ class Place:
         )
 
     def sees_one_gpu(self) -> bool:
-        """Whether the GPU of this rank is the only one that it sees, whatever its neighbours have."""
+        """Return whether this rank sees only its own GPU, whatever other ranks see."""
         return self.gpus_are_bound and torch.cuda.device_count() == 1
 
     def rendezvous(self) -> dict[str, str]:
-        """The variables from which torch learns where the ranks meet, where nobody else has set them."""
+        """Return the variables by which torch connects the ranks, if the environment lacks them."""
         if self.store_at is None:
             return {}
         host, port = self.store_at
@@ -56,15 +56,16 @@ class Place:
         return {"MASTER_ADDR": host, **{name: str(number) for name, number in numbers.items()}}
 
 
-def recognise(environment: Mapping[str, str]) -> Place:
-    """Who started this process, from the environment alone. The only place that knows the kinds of launchers.
+def detect_launcher(environment: Mapping[str, str]) -> Place:
+    """Determine from the environment alone who started this process and which rank it is.
 
-    torchrun (and torch's elastic launch in general) names itself, also inside a task of srun. A task of srun, one of
-    several, is a rank; the first host of the step hosts the store. RANK and WORLD_SIZE without such names were set by
-    hand, with MASTER_ADDR and MASTER_PORT beside them, and rank 0 hosts the store.
+    No other function knows the kinds of launchers. torchrun (and torch's elastic launch in general)
+    identifies itself, also inside a task of srun. A task of srun is a rank if its step has several
+    tasks; then the first host of the step hosts the store. RANK and WORLD_SIZE without these signs
+    were set manually, together with MASTER_ADDR and MASTER_PORT, and rank 0 hosts the store.
 
     Raises:
-        ConfigError: for a variable that is missing, empty, no number, or contradicts another one.
+        ConfigError: A variable is missing, is empty, is not a number, or contradicts another one.
     """
     if "TORCHELASTIC_RUN_ID" not in environment and _is_one_of_several_tasks(environment):
         return _task(environment)
@@ -86,7 +87,7 @@ def recognise(environment: Mapping[str, str]) -> Place:
     return Place(started_by, rank, world_size, local_rank, local_world_size)
 
 
-_BY_HAND = (
+_NEEDED = (
     "Without torchrun, each process needs RANK (0, 1, ...), WORLD_SIZE (the number of processes), MASTER_ADDR (the "
     "host of rank 0) and MASTER_PORT (a free port there). For a single process, unset all four: env -u RANK -u "
     "WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT ..."
@@ -95,31 +96,31 @@ _RELATED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int | None = None, at_least: int = 0) -> int:
-    """Read a whole number from the environment.
+    """Read a whole number from an environment variable.
 
     Raises:
-        ConfigError: it is missing and has no default, is empty, or is something else.
+        ConfigError: The variable is missing and has no default, is empty, or holds something else.
     """
     text = environment.get(name)
     if text is None and default is not None:
         return default
     if text is None:
         related = ", ".join(other for other in _RELATED if other in environment)
-        raise ConfigError(f"{name} is not set, although related variables ({related}) are. {_BY_HAND}")
+        raise ConfigError(f"{name} is not set, although related variables ({related}) are. {_NEEDED}")
     if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < at_least:
         raise ConfigError(
-            f"The environment has {name}={text!r}; it must be a whole number from {at_least} on. {_BY_HAND}"
+            f"The environment has {name}={text!r}; it must be a whole number, {at_least} or more. {_NEEDED}"
         )
     return int(text)
 
 
 def _below(environment: Mapping[str, str], name: str, total_name: str, total: int, default: int | None = None) -> int:
-    """A rank, which must be less than the number of ranks."""
+    """Read a rank, which must be less than the number of ranks."""
     rank = whole_number(environment, name, default)
     if rank >= total:
         raise ConfigError(
             f"The environment has {name}={rank} and {total_name}={total}: ranks are numbered from 0 to "
-            f"{total_name} - 1, which is {total - 1}. {_BY_HAND}"
+            f"{total_name} - 1, which is {total - 1}. {_NEEDED}"
         )
     return rank
 
@@ -127,20 +128,20 @@ def _below(environment: Mapping[str, str], name: str, total_name: str, total: in
 def _check_meeting_point(environment: Mapping[str, str]) -> None:
     if not environment.get("MASTER_ADDR", "").strip():
         given = "is empty" if "MASTER_ADDR" in environment else "is missing"
-        raise ConfigError(f"MASTER_ADDR {given} in the environment. {_BY_HAND}")
+        raise ConfigError(f"MASTER_ADDR {given} in the environment. {_NEEDED}")
     if whole_number(environment, "MASTER_PORT", at_least=1) >= 1 << 16:
-        raise ConfigError(f"MASTER_PORT={environment['MASTER_PORT']} is no port; those end at 65535. {_BY_HAND}")
+        raise ConfigError(f"MASTER_PORT={environment['MASTER_PORT']} is not a port: ports end at 65535. {_NEEDED}")
 
 
 def _is_one_of_several_tasks(environment: Mapping[str, str]) -> bool:
-    # The shell of a batch job has a SLURM_PROCID as well, but is in no step.
+    # The shell of a batch job also has SLURM_PROCID, but it is not in a step.
     has_step = "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment
     return has_step and whole_number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _task(environment: Mapping[str, str]) -> Place:
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-    # SLURM_LAUNCH_NODE_IPADDR would be the host on which srun was written.
+    # SLURM_LAUNCH_NODE_IPADDR would be the host on which srun was called.
     host = hosts(environment["SLURM_STEP_NODELIST"])[0]
     bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
     return Place(
@@ -155,20 +156,24 @@ def _task(environment: Mapping[str, str]) -> Place:
 
 
 def warn_without_srun(environment: Mapping[str, str], count: int) -> None:
-    """Say so where SLURM has given room for more ranks than the `count` that this start makes of it."""
-    place = recognise(environment)
+    """Warn if SLURM has allocated more tasks than the `count` ranks of this start."""
+    place = detect_launcher(environment)
     tasks = whole_number(environment, "SLURM_NTASKS", 1) if "SLURM_JOB_ID" in environment else 1
     if place.started_by == "alone" and tasks > count:
         say(
-            f"warning: the allocation has {tasks} tasks, started without srun: this is {count} rank"
-            f"{'s' if count > 1 else ''} on one machine. Write srun python -m distaccum ..."
+            f"warning: the allocation has {tasks} tasks, but this start without srun has {count} rank"
+            f"{'s' if count > 1 else ''} on one machine. To use all tasks: srun python -m distaccum ..."
         )
 
 
 def ranks_here(config: dict[str, Any], place: Place) -> int:
-    """How many ranks this machine runs for this configuration. ConfigError when that cannot be.
+    """Return how many ranks this machine runs for this configuration.
 
-    A pure function of its arguments but for the number of GPUs.
+    The result depends only on the arguments and on the number of GPUs.
+
+    Raises:
+        ConfigError: The launcher or the number of GPUs does not allow what the configuration asks
+            for.
     """
     given = (config.get("launch") or {}).get("nproc_per_node")
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
@@ -185,7 +190,7 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
         gpus = torch.cuda.device_count()
         if count > gpus and not place.sees_one_gpu():
             raise ConfigError(
-                f"{count} ranks on this machine, but it has {gpus} GPU{'s' if gpus != 1 else ''}: each rank needs "
-                f"its own. Start {gpus} or fewer per machine, or write device=cpu."
+                f"There would be {count} ranks on this machine, but it has {gpus} GPU{'s' if gpus != 1 else ''}: each "
+                f"rank needs its own. Start {gpus} or fewer per machine, or write device=cpu."
             )
     return count

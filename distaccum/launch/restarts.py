@@ -1,4 +1,7 @@
-"""Restarts by torchrun (`--max-restarts`, or nodes that come and go): a later start continues in the same folder."""
+"""Continues in the same run folder when torchrun restarts the ranks.
+
+torchrun restarts them with `--max-restarts`, and when nodes come or go.
+"""
 
 from pathlib import Path
 
@@ -11,14 +14,20 @@ _FOLDER = "folder"
 
 
 class Restarts:
-    """What rank 0 keeps in the store of torchelastic's agent, which outlives a start."""
+    """Keeps the run folder in the store of torchelastic's agent, which outlives a start.
+
+    For rank 0.
+    """
 
     def __init__(self, board: Board) -> None:
         self._board = board
         self._number = board.count_start()
 
     def begin(self, argv: list[str]) -> list[str]:
-        """Hydra's arguments for this start: with the folder of the earlier one, unless the user has given one."""
+        """Return Hydra's arguments for this start, with the folder of an earlier start added.
+
+        They are returned unchanged if there was no earlier start or if the user has given a folder.
+        """
         remembered = self._board.recall(_FOLDER)
         if remembered is None:
             return argv
@@ -29,7 +38,7 @@ class Restarts:
         return [*argv, override(key, folder)]
 
     def remember(self, order: Order) -> None:
-        """Keep the folder of this job, or of its sweep."""
+        """Keep the folder of this job, or of its sweep, for later starts."""
         if order.sweep is None:
             key, folder = "run_dir", order.run_dir
         else:

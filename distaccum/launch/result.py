@@ -1,4 +1,7 @@
-"""A job's result: one small file in its run folder, so that it reaches whoever started the job, however that was."""
+"""Writes and reads a job's result, one small file in its run folder.
+
+A file reaches whoever started the job, however it was started.
+"""
 
 import json
 import math
@@ -7,15 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 FILE_NAME = "result.json"
-_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers; metrics.jsonl writes them in the same way
+_NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers; they are written as texts
 
 
 def write_result(run_dir: Path, values: Mapping[str, float | int | str | None]) -> None:
-    """Write `run_dir/result.json`, whole or not at all; an earlier one is replaced. Call it on rank 0, at the end.
+    """Write `run_dir/result.json` and replace an earlier one. Call it on rank 0, at the end.
+
+    The file is written completely or not at all.
 
     Args:
-        run_dir: an existing folder.
-        values: Python numbers (no tensors), texts or None. A sweep returns one of them to its sweeper.
+        run_dir: An existing folder.
+        values: Python numbers (no tensors), texts or None. A sweep passes one of them to its
+            sweeper.
     """
     plain = {name: str(value) if _is_not_finite(value) else value for name, value in values.items()}
     draft = run_dir / f"{FILE_NAME}.draft"
@@ -24,7 +30,10 @@ def write_result(run_dir: Path, values: Mapping[str, float | int | str | None]) 
 
 
 def read_result(run_dir: Path) -> dict[str, float | int | str | None] | None:
-    """What `write_result` wrote, numbers that are not finite included; None when nothing was written."""
+    """Return what `write_result` wrote, or None if nothing was written.
+
+    Numbers that are not finite are returned as numbers again.
+    """
     try:
         plain = json.loads((run_dir / FILE_NAME).read_text())
     except FileNotFoundError:
@@ -33,7 +42,7 @@ def read_result(run_dir: Path) -> dict[str, float | int | str | None] | None:
 
 
 def remove_result(run_dir: Path) -> None:
-    """Forget what an earlier job has left in the same folder."""
+    """Remove the result that an earlier job left in the same folder."""
     (run_dir / FILE_NAME).unlink(missing_ok=True)
 
 

@@ -1,4 +1,7 @@
-"""One live start in a run folder: a lock of the kernel on RUN/lock, which ends with the process, however that ends."""
+"""Allows only one start at a time to use a run folder, by a kernel lock on RUN/lock.
+
+The lock ends with the process, however the process ends.
+"""
 
 import contextlib
 import errno
@@ -14,20 +17,22 @@ from ..errors import ConfigError
 from .failure import say
 
 FILE_NAME = "lock"
-_PATIENCE_S = 2.0  # a killed process gives back its memory before its locks
+_PATIENCE_S = 2.0  # a killed process releases its memory before its locks
 _HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Hold a run folder for as long as a start works in it. On the rank that runs Hydra, before anything is changed.
+    """Hold the lock of a run folder while a start works in it.
 
-    The lock is POSIX's (`fcntl.lockf`): processes that are forked from this one do not keep it when this one is killed,
-    and NFS passes it on to other machines. It would be lost if this process opened and closed the file once more.
+    Call it on the rank that runs Hydra, before anything is changed. It is a POSIX lock
+    (`fcntl.lockf`): processes forked from this one do not keep it when this one is killed, and NFS
+    passes it on to other machines. It would be lost if this process opened and closed the file a
+    second time.
 
     Raises:
-        ConfigError: another run uses the folder, or it cannot be written to.
+        ConfigError: Another run uses the folder, or the folder cannot be written to.
     """
     path = run_dir / FILE_NAME
     try:
@@ -47,7 +52,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
-    """Make the error for a folder that cannot be written to."""
+    """Return the error for a folder that cannot be written to."""
     return ConfigError(
         f"Cannot write to the run folder {folder} ({error.strerror}). Free some space, fix its permissions, or choose "
         "another: run_dir=FOLDER (for a sweep hydra.sweep.dir=FOLDER). By default it is created under the current "
@@ -64,8 +69,8 @@ def _lock(descriptor: int, run_dir: Path) -> None:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 say(
-                    f"warning: the file system of {run_dir} has no locks ({error.strerror}): nothing will notice a "
-                    "second start in the same run folder, so see to it that there is none"
+                    f"warning: the file system of {run_dir} has no locks ({error.strerror}). A second start in the "
+                    "same run folder would not be noticed, so make sure that there is none."
                 )
                 return
             if error.errno not in _HELD:
@@ -76,7 +81,7 @@ def _lock(descriptor: int, run_dir: Path) -> None:
 
 
 def _refusal(run_dir: Path, holder: bytes) -> ConfigError:
-    name = holder.decode(errors="replace").strip() or "a process that has left no name"
+    name = holder.decode(errors="replace").strip() or "a process that left no name"
     return ConfigError(
         f"{run_dir} is in use by another run ({name}). Two runs would overwrite each other's files, so nothing was "
         "changed. Wait for it or stop it, then start again to resume from its checkpoint; or choose another run_dir."

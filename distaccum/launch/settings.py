@@ -1,4 +1,4 @@
-"""The `launch` group of the configuration: on this machine, or by SLURM."""
+"""Defines the `launch` group of the configuration: ranks on this machine, or a job of SLURM."""
 
 import re
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import Any
 
 from ..errors import ConfigError
 
-_EARLY_S = 60  # SLURM may send the signal before the end so much too early
+_EARLY_S = 60  # SLURM may send the signal before the end up to this many seconds too early
 
 
 class Launcher(Enum):
-    """What starts the ranks of a SLURM job: one task of srun for each, or one torchrun on each node."""
+    """Names what starts a SLURM job's ranks: one srun task per rank, or one torchrun per node."""
 
     srun = "srun"
     torchrun = "torchrun"
@@ -19,7 +19,7 @@ class Launcher(Enum):
 
 @dataclass
 class LocalLaunch:
-    """Ranks of this machine, or ranks that torchrun or srun have started."""
+    """Describes ranks that this machine starts, or that torchrun or srun have started."""
 
     name: str
     nproc_per_node: int | None
@@ -27,20 +27,20 @@ class LocalLaunch:
 
     @property
     def world_size(self) -> int | None:
-        """The number of ranks, where the configuration says it."""
+        """Return the number of ranks, or None if the configuration leaves it open."""
         return self.nproc_per_node
 
 
 @dataclass
 class SlurmLaunch:
-    """A batch job. What is null is left to the cluster."""
+    """Describes a batch job. A value that is null is left to the cluster."""
 
     name: str
     nodes: int
     gpus_per_node: int | None
     tasks_per_node: int | None
     cpus_per_task: int | None
-    time: Any  # text: a number would be read as text without a word, and be minutes
+    time: Any  # a text; declared as str, a number would silently become a text and mean minutes
     partition: str | None
     account: str | None
     qos: str | None
@@ -66,38 +66,45 @@ class SlurmLaunch:
                 "each rank needs a GPU of its own. Leave launch.tasks_per_node out."
             )
         if self.signal_s < 0:
-            raise ConfigError(f"launch.signal_s ({self.signal_s}) must be 0 (no signal) or more seconds.")
+            raise ConfigError(f"launch.signal_s ({self.signal_s}) must be 0 (no signal) or a number of seconds.")
         for line in self.extra:
             if not line.startswith("-"):
-                raise ConfigError(f"launch.extra holds {line!r}; write arguments of sbatch, as in ['--exclusive'].")
+                raise ConfigError(
+                    f"launch.extra contains {line!r}, but arguments of sbatch begin with '-'. Write them as in "
+                    "['--exclusive']."
+                )
         limit_s = None if self.time is None else seconds_of(self.time)
         if limit_s is not None and self.signal_s and limit_s <= self.signal_s + _EARLY_S:
             raise ConfigError(
-                f"launch.signal_s ({self.signal_s}) leaves nothing of launch.time ({self.time}), as SLURM may signal "
-                f"{_EARLY_S} s too early. Ask for more time, or for the signal later."
+                f"launch.signal_s ({self.signal_s}) leaves nothing of launch.time ({self.time}), because SLURM may "
+                f"send the signal {_EARLY_S} s too early. Set a longer launch.time or a smaller launch.signal_s."
             )
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks on each node: as asked for, else one for each GPU, else one."""
+        """Return the ranks per node: as asked for, else one per GPU, else one."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
     def world_size(self) -> int:
-        """Ranks on all nodes."""
+        """Return the number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
 
 def seconds_of(time: Any) -> int | None:
-    """The seconds of a time limit in SLURM's notation; None for no limit. ConfigError for anything else."""
+    """Return the seconds of a time limit in SLURM's notation, or None for no limit.
+
+    Raises:
+        ConfigError: The value is not a time limit in this notation.
+    """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time) if isinstance(time, str) else None
     if isinstance(time, str) and time.upper() in ("UNLIMITED", "INFINITE"):
         return None
     if found is None or time.isdigit():
         raise ConfigError(
-            f"launch.time ({time!r}) is no time limit. Write hours:minutes:seconds or days-hours:minutes, in a YAML "
-            "file with quotes: '1:30:00'. A bare number is refused: SLURM takes it for minutes, and YAML reads "
-            "1:30:00 without quotes as 5400."
+            f"launch.time ({time!r}) is not a time limit. Write hours:minutes:seconds or days-hours:minutes, with "
+            "quotes in a YAML file: '1:30:00'. A bare number is refused, because SLURM reads it as minutes and YAML "
+            "reads an unquoted 1:30:00 as 5400."
         )
     days, *parts = found.groups()
     numbers = [int(part) for part in parts if part is not None]

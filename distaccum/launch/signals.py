@@ -1,4 +1,7 @@
-"""Signals to a process that has started others: they are for those, which know what to do with them."""
+"""Forwards signals from a process to the processes that it has started.
+
+The started processes know how to react to them.
+"""
 
 import contextlib
 import multiprocessing
@@ -14,14 +17,16 @@ _AGAIN_S = 0.1
 
 @contextlib.contextmanager
 def signals_forwarded() -> Iterator[list[int]]:
-    """Meanwhile signals go to all processes that `multiprocessing` has started from here, which may take their time.
+    """Forward signals to all processes that `multiprocessing` has started from here.
 
-    A training saves and ends with exit code 0; what has no handler is ended by the signal. Before there is such a
-    process a signal waits for it, as an exception in the middle of its start would leave it half made. After an earlier
-    signal has ended them all, a further one has nothing to do.
+    Inside the context, the processes may take the time they need: a training saves and exits with
+    code 0, and a process without a handler is ended by the signal. A signal that comes before such
+    a process exists is held back until one does, because an exception while a process is being
+    started would leave it half made. After an earlier signal has ended all processes, a later one
+    has no effect.
 
     Yields:
-        The signals that came, in their order.
+        The signals received so far, in their order.
     """
     came: list[int] = []
 
@@ -46,4 +51,5 @@ def signals_forwarded() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             ends = handler in (signal.SIG_DFL, signal.default_int_handler)
-            signal.signal(number, signal.SIG_IGN if came and ends else handler)  # the process ends well already
+            # After a signal came, the process is already ending cleanly.
+            signal.signal(number, signal.SIG_IGN if came and ends else handler)

@@ -1,23 +1,23 @@
-"""What SLURM writes into the environment of a task: lists of hosts, tasks per node. And a port from a job's id."""
+"""Parses SLURM's host lists and task counts, and derives a port from a job's id."""
 
 import itertools
 import re
 
-_LOWEST_PORT, _NUM_PORTS = 10000, 20000  # below 32768, where the kernel's own choices begin
+_LOWEST_PORT, _NUM_PORTS = 10000, 20000  # below 32768: the kernel chooses from there on
 
 
 def hosts(nodelist: str) -> list[str]:
-    """The hosts of a list such as "n[01-03,7],gpu-[a,b][1-2]-ib,login", in its order."""
+    """Return the hosts of a list such as "n[01-03,7],gpu-[a,b][1-2]-ib,login", in its order."""
     found = []
     for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
-        parts = re.split(r"\[([^\]]*)\]", group)  # text and the insides of brackets in turn
+        parts = re.split(r"\[([^\]]*)\]", group)  # text and bracket contents in turn
         choices = [_members(part) if index % 2 else [part] for index, part in enumerate(parts)]
         found += ["".join(chosen) for chosen in itertools.product(*choices)]
     return found
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """The number of tasks on each node of a list such as "2(x2),1"."""
+    """Return the number of tasks on each node from a list such as "2(x2),1"."""
     found = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
@@ -26,16 +26,16 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def port(job_id: int, step_id: int) -> int:
-    """Where rank 0 listens.
+    """Return the port on which rank 0 listens.
 
-    Jobs that run at the same time on a host have ids close to each other, and so different ports; the elements of an
-    array have ids of their own. Steps of one job are far apart from each other.
+    Jobs that run on a host at the same time have ids close to each other and so different ports;
+    the elements of an array have their own ids. The ports of the steps of one job are far apart.
     """
     return _LOWEST_PORT + (job_id + 1009 * step_id) % _NUM_PORTS
 
 
 def _members(inside: str) -> list[str]:
-    """What stands for one bracket: "01-03,7" is 01, 02, 03, 7."""
+    """Expand the content of one bracket: "01-03,7" becomes 01, 02, 03, 7."""
     found = []
     for part in inside.split(","):
         first, dash, last = part.partition("-")

@@ -1,4 +1,7 @@
-"""`launch=slurm`: a job, or all jobs of a sweep as one array, handed to sbatch. Nothing is trained in this process."""
+"""Submits a job, or all jobs of a sweep as one array, with sbatch (`launch=slurm`).
+
+Nothing is trained in this process.
+"""
 
 import re
 import shutil
@@ -24,20 +27,20 @@ _OUR_OWN = re.compile(r"[+~]*(launch|run_dir)([.=@]|$)")  # overrides that the s
 
 @dataclass(frozen=True)
 class Program:
-    """What a batch job starts: `python -m distaccum COMMAND overrides`."""
+    """Describes what a batch job starts: `python -m distaccum COMMAND overrides`."""
 
     command: str
-    sweep_key: str  # the key that gets the name of the sweep, where the user has given it no value
+    sweep_key: str  # gets the sweep's name, unless the user has given it a value
 
 
 class Submission:
-    """The jobs of this start that SLURM is to run.
+    """Collects the jobs of this start that SLURM is to run, and submits them.
 
     Args:
-        program: what they run.
-        check: refuses a configuration.
-        place: this process.
-        environment: of this process.
+        program: What the jobs run.
+        check: Raises ConfigError for a configuration that is not valid.
+        place: The rank of this process.
+        environment: The environment variables of this process.
     """
 
     def __init__(self, program: Program, check: Check, place: Place, environment: Mapping[str, str]) -> None:
@@ -48,21 +51,26 @@ class Submission:
         self._in_sweep = False
 
     def wants(self, order: Order) -> bool:
-        """Whether this order is for SLURM. ConfigError where a sweep mixes it with other orders."""
+        """Return whether SLURM is to run this order.
+
+        Raises:
+            ConfigError: A sweep mixes jobs for SLURM with other jobs.
+        """
         is_ours = (order.config.get("launch") or {}).get("name") == "slurm"
         if self._elements and not is_ours:
-            raise ConfigError(
-                "a sweep is either launch=slurm as a whole or not at all; leave launch out of what is swept."
-            )
+            raise ConfigError("either all jobs of a sweep have launch=slurm or none has. Do not sweep over launch.")
         return is_ours
 
     def add(self, order: Order) -> Ended:
-        """Take a job whose configuration has been checked. One job is submitted at once, a sweep's at its end."""
+        """Add a job whose configuration has been checked, and return how it ended here.
+
+        A single job is submitted at once; the jobs of a sweep are submitted by `submit_sweep`.
+        """
         self._refuse_place()
         if order.sweep is not None and sweeper_needs_results():
             say(
-                "error: launch=slurm submits all jobs of a sweep at once, and this sweeper chooses each by the results "
-                "of those before. Leave hydra/sweeper out and write the values: key=0.1,0.2,0.3. Or run the whole "
+                "error: launch=slurm submits all jobs of a sweep at once, but this sweeper chooses each by the results "
+                "of those before it. Leave hydra/sweeper out and list the values: key=0.1,0.2,0.3. Or run the whole "
                 "sweep inside one allocation: salloc ..., then train --multirun hydra/sweeper=... launch=local."
             )
             raise SystemExit(2)
@@ -73,19 +81,25 @@ class Submission:
         return Ended(0, None) if self._in_sweep else Ended(self._submit(None), None)
 
     def submit_sweep(self, sweep: Sweep) -> None:
-        """Hand the jobs of a sweep to SLURM as one array. ConfigError, and no job at all, when one was refused."""
+        """Submit the jobs of a sweep to SLURM as one array.
+
+        Raises:
+            ConfigError: A job was refused, is not for SLURM, or asks for other resources than the
+                others. No job is submitted then.
+            SystemExit: The exit code of sbatch, if that failed.
+        """
         refused = sum(job.status != "done" for job in sweep.jobs)
         if refused:
             raise ConfigError(
-                f"nothing was submitted, since {refused} of {len(sweep.jobs)} jobs cannot run (see above)."
+                f"nothing was submitted, because {refused} of {len(sweep.jobs)} jobs cannot run (see above)."
             )
         if len(self._elements) < len(sweep.jobs):
             raise ConfigError("nothing was submitted: not all jobs of the sweep have launch=slurm.")
         differing = sorted(key for key in self._settings[0] if len({str(each[key]) for each in self._settings}) > 1)
         if differing:
             raise ConfigError(
-                f"nothing was submitted: the jobs differ in {', '.join(f'launch.{key}' for key in differing)}, and one "
-                "array asks for the same for all. Start a sweep for each."
+                f"nothing was submitted: the jobs differ in {', '.join(f'launch.{key}' for key in differing)}, but all "
+                "jobs of an array get the same resources. Start one sweep for each value."
             )
         code = self._submit(sweep.folder)
         if code:
@@ -93,7 +107,7 @@ class Submission:
 
     @property
     def has_sweep(self) -> bool:
-        """Whether jobs of a sweep are waiting."""
+        """Return whether jobs of a sweep are waiting to be submitted."""
         return self._in_sweep
 
     def _refuse_place(self) -> None:
@@ -101,16 +115,19 @@ class Submission:
         if job is not None:
             raise ConfigError(
                 f"launch=slurm inside SLURM job {job} would submit another job. Use launch=local here, as in "
-                "srun python -m distaccum train ..., or submit from a shell outside of it."
+                "srun python -m distaccum train ..., or submit from a shell outside the job."
             )
         if self._place.started_by != "alone":
             raise ConfigError(
-                f"launch=slurm submits a job, and {self._place.started_by} has started ranks already. Leave one of "
-                "them out; inside the job launch.launcher=torchrun starts torchrun on each node."
+                f"launch=slurm submits a job, but {self._place.started_by} has already started ranks. Use only one "
+                "of them. launch.launcher=torchrun starts torchrun on each node inside the job."
             )
 
     def _arguments(self, order: Order) -> tuple[str, ...]:
-        """What the user wrote, without what is said by the script, and checked once more as it will be read there."""
+        """Return the user's overrides without those that the script sets.
+
+        They are checked once more, as the job will read them.
+        """
         overrides = [given for given in order.overrides if not _OUR_OWN.match(given)]
         if order.sweep is not None and _value(order.config, self._program.sweep_key) is None:
             overrides.append(override(self._program.sweep_key, order.sweep))
@@ -118,8 +135,8 @@ class Submission:
             self._check(composed_with([*overrides, "launch=local"]))
         except ConfigError as error:
             raise ConfigError(
-                f"Inside the job, where launch=local takes the place of launch=slurm: {error} What an experiment says "
-                "about launch belongs into a file of conf/launch/ with name: slurm."
+                f"Inside the job, where launch=local replaces launch=slurm: {error} Move what an experiment sets in "
+                "launch into a file of conf/launch/ with name: slurm."
             ) from None
         return (*flags(), *overrides)
 
@@ -135,8 +152,8 @@ class Submission:
             return 0
         if shutil.which("sbatch") is None:
             raise ConfigError(
-                "launch=slurm needs sbatch, and there is none on PATH: this is no machine of a SLURM cluster, or its "
-                f"module is not loaded. The script is {script}; launch.dry_run=true shows it."
+                "launch=slurm needs sbatch, which is not on PATH: this machine is not part of a SLURM cluster, or the "
+                f"cluster's module is not loaded. The script is {script}; launch.dry_run=true shows it."
             )
         done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
         if done.stderr:
@@ -148,11 +165,11 @@ class Submission:
 
 
 def _refuse_folder(run_dir: str) -> None:
-    # sbatch reads a log's name line by line, and a backslash in it as a mark of its own.
+    # sbatch reads a log's name line by line and gives a backslash in it a special meaning.
     if "\\" in run_dir or "\n" in run_dir:
         raise ConfigError(
-            f"launch=slurm cannot name the run folder {run_dir!r} to sbatch: it has a backslash or a line break. Give "
-            "another run_dir, or start from another folder."
+            f"launch=slurm cannot pass the run folder {run_dir!r} to sbatch: it contains a backslash or a line break. "
+            "Set another run_dir, or start from another folder."
         )
 
 

@@ -1,10 +1,12 @@
-"""`launch`: one entry for the three ways of starting (one process, our own ranks, ranks that others started).
+"""Starts jobs in one of three ways: in this process, on our own ranks, or on ranks of a launcher.
 
-Whatever the way, Hydra runs once, and every rank gets what it composed. With launch=slurm nothing is started here.
+In each case Hydra runs once and every rank gets what it composed. With launch=slurm nothing is
+started here.
 """
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +18,7 @@ from .job import Check, Ended, Order, Task
 from .job_child import run_in_child
 from .meeting import MissingRankError, asked_limit_s
 from .processes import tie_to_parent
-from .ranks import Place, ranks_here, recognise, warn_without_srun
+from .ranks import Place, detect_launcher, ranks_here, warn_without_srun
 from .restarts import Restarts
 from .run_lock import held
 from .slurm_submit import Program, Submission
@@ -31,41 +33,54 @@ def launch(
     config_dir: Path,
     check: Check,
     task: Task,
-    objective: str = "heldout_loss",
+    check_words: Callable[[Sequence[str]], None] | None = None,
+    objective: str = "validation_loss",
     summarise: Summarise | None = None,
     program: Program | None = None,
     keeps_folder: bool = True,
 ) -> int:
-    """Run what the command line asks for; the exit code with which the process must end.
+    """Run what the command line asks for; return the exit code with which the process must end.
 
-    In a sweep (`--multirun`) each job has processes of its own, so that a job that fails, whatever its way, neither
-    ends nor disturbs the others. A single run under torchrun, or of one rank, works in the processes that are there.
+    In a sweep (`--multirun`) each job has its own processes, so that a job that fails in any way
+    neither ends nor disturbs the others. A single run under torchrun, or of one rank, works in the
+    existing processes.
 
     Args:
         argv: Hydra's arguments: overrides, `--multirun`, `--cfg job`, `--help` ...
-        config_dir: the folder of `config.yaml`.
-        check: gets each composed configuration before any rank works on it, once, and raises ConfigError.
-        task: the work. A function of a module, so that it can be sent to new processes. Runs on every rank.
-        objective: the name of the number in a job's result (see `write_result`) that the sweeper gets. A job that
-            failed, or whose number is not finite, gives it nothing: Optuna marks that trial as failed.
-        summarise: called once, on rank 0, at the end of a sweep of which a job was started, also after a signal.
-        program: what a batch job starts for a configuration with launch=slurm; None to run it here all the same.
-        keeps_folder: whether the work leaves something in its run folder. Then no other start may be at work there.
+        config_dir: The folder of `config.yaml`.
+        check: Called once with each composed configuration before any rank works on it; raises
+            ConfigError.
+        task: The work, which runs on every rank. It must be a function of a module, so that it can
+            be sent to new processes.
+        check_words: Called with the words of the command line before Hydra reads them; raises
+            ConfigError. Rank 0 only.
+        objective: The name of the number in a job's result (see `write_result`) that the sweeper
+            gets. It gets None for a job that failed or whose number is not finite: Optuna marks
+            that trial as failed.
+        summarise: Called once, on rank 0, at the end of a sweep in which a job was started, also
+            after a signal.
+        program: What a batch job starts for a configuration with launch=slurm. None runs such a
+            configuration here.
+        keeps_folder: Whether the work leaves files in its run folder. Then no other start may work
+            in that folder at the same time.
 
     Returns:
-        0; for one job 2 when the configuration was refused (a letter on rank 0) and 1 for other errors; for a sweep 1
-        when any of its jobs failed or was refused, and 2 when Hydra could not compose it; 128 + signal. A process that
-        is one of several ranks does not return: it ends here, past the interpreter's own end (see `failure.leave`).
-        torchrun itself knows 1 only, and prints a summary of its own.
+        The exit code: 0 without an error, and 128 + signal after a signal. For one job: 2 when the
+        configuration was refused (an error message on rank 0) and 1 for other errors. For a sweep:
+        1 when any of its jobs failed or was refused, and 2 when Hydra could not compose it.
+
+        A process that is one of several ranks does not return: it exits here, without the
+        interpreter's own shutdown (see `failure.leave`). torchrun itself exits with 1 after any
+        failure, and prints its own summary.
     """
     try:
-        place = recognise(os.environ)
+        place = detect_launcher(os.environ)
     except ConfigError as error:
         return report(error)
     if place.started_by == "torchrun":
         tie_to_parent()
     os.environ.update(place.rendezvous())
-    # One rank under torchrun has a board as well: at a restart there may be more or fewer.
+    # A single rank under torchrun has a board too: a restart may have more or fewer ranks.
     try:
         has_board = place.world_size > 1 or agent_holds_store()
         board = Board(place, limit_s=asked_limit_s(argv)) if has_board else None
@@ -101,19 +116,25 @@ def launch(
         elif summarise is not None:
             summarise(sweep)
 
-    code = hydra_once.run(argv, config_dir, on_job, objective, at_end)
+    try:
+        if check_words is not None:
+            check_words(argv)
+    except ConfigError as error:
+        code = report(error)
+    else:
+        code = hydra_once.run(argv, config_dir, on_job, objective, at_end)
     if board is None:
         return code
     if code:
         write_error_file(f"exit code {code}", "see the error message above")
-    if code > 128:  # the others may be at work on a job, and not look for orders
+    if code > 128:  # the others may be working on a job, not waiting for orders
         board.claim(code, patience_s=0.0)
     board.end(code)
     return leave(code)
 
 
 def _run(order: Order, task: Task, place: Place, board: Board | None) -> Ended:
-    """Rank 0: one job on all its ranks."""
+    """Run one job on all its ranks. For rank 0."""
     count = ranks_here(order.config, place)
     if board is not None:
         clear_stacks(Path(order.run_dir))
@@ -132,7 +153,7 @@ def _run(order: Order, task: Task, place: Place, board: Board | None) -> Ended:
 
 
 def _follow(place: Place, board: Board, task: Task) -> NoReturn:
-    """The other ranks: do what rank 0 publishes until it says that it was the last."""
+    """Work on the orders of rank 0 until it publishes the last one. For the other ranks."""
     try:
         while not isinstance(received := board.receive(), int):
             order, store = received
@@ -142,14 +163,14 @@ def _follow(place: Place, board: Board, task: Task) -> NoReturn:
             with signals_raise():
                 run_in_child(order, place, board, task)
         if received:
-            time.sleep(0.5)  # let the launcher see rank 0's exit first: it names the first one
+            time.sleep(0.5)  # the launcher names the first rank that exits; let it be rank 0
         code = received
     except PeerFailedError as error:
         code = error.code
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        say(f"[rank {place.rank}] leaves, because the store of the job is gone ({shorten(error)})")
+        say(f"[rank {place.rank}] exits because the store of the job is gone ({shorten(error)})")
         leave(1)
     except (KeyboardInterrupt, SystemExit) as error:
         code = exit_code(error)

@@ -1,4 +1,4 @@
-"""What became of the jobs of a sweep, noted on the rank that runs Hydra."""
+"""Records what became of the jobs of a sweep, on the rank that runs Hydra."""
 
 import contextlib
 import math
@@ -17,20 +17,20 @@ from .signals import FORWARDED
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """What became of one job of a sweep."""
+    """Describes what became of one job of a sweep."""
 
     number: int
-    overrides: tuple[str, ...]  # "key=value", what was swept and what was the same for all jobs
+    overrides: tuple[str, ...]  # "key=value": what was swept, and what all jobs have in common
     run_dir: Path
     status: Literal["done", "failed", "interrupted"]
     exit_code: int
-    error: str | None  # one line: the first error of the first rank that failed
-    result: dict[str, float | int | str | None]  # what the job gave to `write_result`; empty when it gave nothing
+    error: str | None  # one line: the error of the first rank that failed
+    result: dict[str, float | int | str | None]  # from `write_result`; empty without a result
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that has ended. Jobs that were not started are not in it."""
+    """Describes a sweep that has ended. Jobs that were not started are not in it."""
 
     folder: Path  # absolute
     jobs: tuple[JobOutcome, ...]
@@ -40,10 +40,10 @@ Summarise = Callable[[Sweep], None]
 
 
 class Outcomes:
-    """Runs the jobs of a sweep, one after the other, and notes what became of each.
+    """Runs the jobs of a sweep one after the other and records what became of each.
 
     Args:
-        objective: the name of the number in a job's result that the sweeper gets.
+        objective: The name of the number in a job's result that the sweeper gets.
     """
 
     def __init__(self, objective: str) -> None:
@@ -52,10 +52,14 @@ class Outcomes:
         self.jobs: list[JobOutcome] = []
 
     def run(self, number: int, overrides: list[str], folder: Path, run_dir: Path, do: Callable[[], Ended]) -> None:
-        """Run one job. What `do` raises is shown and noted; only what ends the whole sweep (a signal) is raised on."""
+        """Run one job and record what became of it.
+
+        What `do` raises is shown and recorded. Only what ends the whole sweep (a signal) is raised
+        again.
+        """
         self.folder = folder
         remove_result(run_dir)
-        print(f"sweep job {number}: {' '.join(overrides) or 'nothing overridden'}", flush=True)
+        print(f"sweep job {number}: {' '.join(overrides) or 'no overrides'}", flush=True)
         status: Literal["done", "failed", "interrupted"] = "interrupted"
         ended = Ended(1, None)
         try:
@@ -74,9 +78,10 @@ class Outcomes:
             )
 
     def last_objective(self) -> float | None:
-        """What the last job gives to the sweeper: None after a failure, and for what is no finite number.
+        """Return the number of the last job for the sweeper; None if it failed or is not finite.
 
-        None makes Optuna mark the trial as failed and go on; a number, however bad, would be taken for a measurement.
+        None makes Optuna mark the trial as failed and continue. A number, however bad, would count
+        as a measurement.
         """
         last = self.jobs[-1]
         value = last.result.get(self.objective)
@@ -85,7 +90,7 @@ class Outcomes:
         return float(value)
 
     def exit_code(self, code: int) -> int:
-        """The exit code of the sweep, where Hydra itself ended with `code`."""
+        """Return the exit code of the sweep if Hydra itself ended with `code`."""
         if self.jobs[-1].status == "interrupted":
             return self.jobs[-1].exit_code
         return code if code > 128 else int(code != 0 or any(job.status != "done" for job in self.jobs))
@@ -93,10 +98,10 @@ class Outcomes:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Meanwhile the first signal raises SystemExit(128 + signal) in the main thread; more are ignored.
+    """Raise SystemExit(128 + signal) in the main thread at the first signal, and ignore later ones.
 
-    More do come: a terminal signals all processes, and then torchrun its ranks once more. While a job runs, signals
-    are the job's (see `signals_forwarded`).
+    Later ones do come: a terminal signals all processes, and then torchrun signals its ranks again.
+    While a job runs, signals go to the job (see `signals_forwarded`).
     """
 
     def leave_sweep(number: int, _: FrameType | None) -> NoReturn:

@@ -1,4 +1,7 @@
-"""A thread of every rank that waits for the failure of any rank, so that each leaves its stack and nobody hangs."""
+"""Watches for the failure of any rank, in a thread of every rank.
+
+So each rank writes its stack, and none hangs.
+"""
 
 import contextlib
 import faulthandler
@@ -11,26 +14,27 @@ from pathlib import Path
 from .board import Board
 from .failure import leave, say
 
-_OWN_WAY_OUT_S = 5.0  # what the main thread gets to leave by its own error
-_LONGEST_WAY_OUT_S = 20.0  # after its stack was written; whatever still holds it, the timer of faulthandler ends it
+_OWN_WAY_OUT_S = 5.0  # time for the main thread to exit by its own error
+_LONGEST_WAY_OUT_S = 20.0  # after the stack was written; then faulthandler's timer ends the process
 
 
 def clear_stacks(run_dir: Path) -> None:
-    """Remove what an earlier start has left in the same run folder. Before any rank is at work."""
+    """Remove the stacks that an earlier start left in the run folder. Call it before ranks work."""
     shutil.rmtree(run_dir / "stacks", ignore_errors=True)
 
 
 def stack_file(run_dir: Path, rank: int) -> Path:
-    """Where a rank writes its stack when any rank fails."""
+    """Return the file to which a rank writes its stack when any rank fails."""
     return run_dir / "stacks" / f"rank-{rank}.txt"
 
 
 class Watch:
-    """Waits, in a daemon thread, for the word on the board that a rank has failed.
+    """Waits in a daemon thread until the board reports that a rank has failed.
 
-    Then this rank writes the stacks of all its threads to RUN/stacks/rank-N.txt, gets some seconds to leave by its own
-    error (gloo tells it that a connection is lost), and otherwise leaves with the exit code of the rank that failed.
-    So a rank ends also where it hangs, in Python or in a collective, whatever the backend and whoever started it.
+    Then it writes the stacks of all threads of this rank to RUN/stacks/rank-N.txt and gives this
+    rank some seconds to exit by its own error (gloo reports a lost connection). If that does not
+    happen, it exits with the exit code of the rank that failed. So a rank ends even if it hangs, in
+    Python or in a collective, whatever the backend and the launcher.
 
     The thread blocks in the store, without polling, and ends with the job.
     """
@@ -45,16 +49,22 @@ class Watch:
         self._thread.start()
 
     def end(self) -> None:
-        """The job is over on all ranks. When this returns, nothing waits on the store any more."""
+        """Wait for the end of the thread, after the job is over on all ranks.
+
+        Then nothing waits on the store any more.
+        """
         self._thread.join()
 
     def write_own(self, error: BaseException) -> None:
-        """This rank leaves after `error`: write its stack, and be gone after a while, come what may."""
+        """Write the stack of this rank, which exits after `error`.
+
+        This also starts a timer that ends the process if it does not exit in time.
+        """
         self._leaving = True
-        self._write(f"rank {self._rank} leaves after this error", error)
+        self._write(f"rank {self._rank} exits after this error", error)
 
     def _write(self, title: str, error: BaseException | None) -> None:
-        """Append to this rank's file. What prevents that (a full disk) is not the failure to be shown."""
+        """Append to this rank's file. A full disk is ignored: it is not the failure to be shown."""
         with self._lock, contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             file = self._file.open("a")  # never closed: the timer below writes to it
@@ -77,9 +87,9 @@ class Watch:
             first, why = (-1, 1), "the store of the job is gone"
         if first[0] == self._rank:
             return
-        self._write(f"rank {self._rank} when it learnt that {why}", None)
+        self._write(f"rank {self._rank} when it learned that {why}", None)
         self._board.note_stack()
         time.sleep(_OWN_WAY_OUT_S)
         if not self._leaving:
-            say(f"[rank {self._rank}] leaves, because {why}; where it was at work: {self._file}")
+            say(f"[rank {self._rank}] exits because {why}; its stack is in {self._file}")
             leave(first[1])

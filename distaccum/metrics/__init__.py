@@ -1,6 +1,6 @@
-"""What a run tells people and machines: console, `metrics.jsonl`, W&B, pictures. On rank 0 only.
+"""Reports a run on the console, in `metrics.jsonl`, in W&B and as plots.
 
-Importing it imports neither wandb nor matplotlib.
+Only rank 0 reports. Importing this package imports neither wandb nor matplotlib.
 """
 
 from distaccum.metrics.console import Console as Console

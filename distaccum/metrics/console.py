@@ -1,7 +1,7 @@
-"""What a person sees: a start block, progress, single lines, an end line. Plain text in ASCII.
+"""Writes a run's start block, progress, messages and end line to the console, in plain ASCII.
 
-On a terminal progress is one line that is drawn over and over; in a log file it is one plain line per call, because
-bars have filled batch logs with tens of megabytes.
+On a terminal, progress is one line that is redrawn in place. In a log file, each call writes one
+plain line, because progress bars have filled batch logs with tens of megabytes.
 """
 
 from __future__ import annotations
@@ -16,31 +16,43 @@ from typing import TextIO
 
 from distaccum.metrics.format import duration
 
-LOG_WIDTH = 100  # columns where there is no terminal
-MIN_WIDTH = 40  # a narrower terminal gets long lines rather than one word a line
-REDRAW_S = 0.1
+LOG_WIDTH = 100  # columns when the output is not a terminal
+MIN_WIDTH = 40  # columns; a narrower terminal gets lines that are too long, not one word per line
+REDRAW_S = 0.1  # least time between two drawings of the progress bar
 BAR_COLUMNS = 24
 
 
 class Console:
-    """Writes to one stream, on rank 0 only. Every call flushes, so that a batch log can be followed.
+    """Writes messages and progress to one text stream, on rank 0 only.
+
+    Every call flushes the stream, so that a batch log can be followed while the run writes it.
 
     Args:
-        stream: where to write; the standard output of the moment when None.
-        clock: seconds, monotonic. For tests.
+        stream: where to write; None: `sys.stdout` at the time of this call.
+        clock: returns monotonic seconds. Tests replace it.
+
+    Attributes:
+        is_terminal: whether the stream is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._clock = clock
         self.is_terminal = self._stream.isatty()
-        self._bar = ""  # the newest text of the open bar line, "" while none is open
-        self._drawn = ""  # what of it is on the screen
+        self._bar = ""  # newest text of the open progress bar, "" while none is open
+        self._drawn = ""  # the text that is on the screen
         self._drawn_at = float("-inf")
-        self._first: tuple[int, float] | None = None  # step and time of the first progress call, for the time left
+        # Step and time of the first progress call, from which the time left is estimated.
+        self._first: tuple[int, float] | None = None
 
     def start_block(self, sections: Mapping[str, Mapping[str, str]]) -> None:
-        """Draw titled sections of `name   value` lines, names in one column, long values wrapped under themselves."""
+        """Write titled sections of `name   value` lines.
+
+        Names share one column. A long value continues on the next lines, in the column of values.
+
+        Args:
+            sections: for each title, the values by name, in the order in which to show them.
+        """
         names = [name for values in sections.values() for name in values]
         indent = 2 + max((len(name) for name in names), default=0) + 2
         width = max(self._columns(), MIN_WIDTH)
@@ -56,11 +68,16 @@ class Console:
         self.line("\n".join(lines))
 
     def progress(self, step: int, total_steps: int, fields: Mapping[str, str]) -> None:
-        """Show where the run is: step of total, the fields in the order given, and the time left as of this pace.
+        """Show the current step, the fields in the given order, and an estimate of the time left.
 
-        On a terminal the one bar line is drawn again, at most 10 times a second; it stays, with its newest numbers,
-        when `step >= total_steps` or when anything else is written. Elsewhere one line per call: the caller owns the
-        interval.
+        On a terminal, the progress bar is redrawn at most 10 times per second. It stays on the
+        screen with its newest numbers when `step >= total_steps` or when anything else is written.
+        In a log file, each call writes one line, so the caller decides how often to call.
+
+        Args:
+            step: number of the newest step.
+            total_steps: number of steps of the whole run.
+            fields: texts by the name that is shown before each of them.
         """
         now = self._clock()
         self._first = self._first or (step, now)
@@ -80,12 +97,15 @@ class Console:
             self._draw(now)
 
     def line(self, text: str) -> None:
-        """Write one line (or several, if the text has newlines). An open bar stays above it, brought up to date."""
+        """Write the text and a newline.
+
+        An open progress bar is drawn with its newest numbers first and stays above the text.
+        """
         self._leave_bar()
         self._write(text + "\n")
 
     def end(self, reason: str, fields: Mapping[str, str]) -> None:
-        """Write the last line: why the run ended, and what is worth knowing then."""
+        """Write the last line: why the run ended, followed by the fields."""
         self.line("  ".join([f"end: {reason}", *(f"{name} {value}" for name, value in fields.items())]))
 
     def _time_left(self, step: int, total_steps: int, now: float) -> dict[str, str]:
@@ -96,16 +116,17 @@ class Console:
         return {"left": duration((now - first_time) / (step - first_step) * (total_steps - step))}
 
     def _draw(self, now: float) -> None:
-        # One column less: a full line wraps on some terminals, and then every redraw would start a new line.
+        # One column less: some terminals wrap a full line, and then each redraw would start a new
+        # line.
         room = self._columns() - 1
         text = self._bar[:room]
-        self._write("\r" + text.ljust(min(len(self._drawn), room)))  # spaces wipe a longer predecessor
+        self._write("\r" + text.ljust(min(len(self._drawn), room)))  # spaces erase the rest of a longer text
         self._drawn = text
         self._drawn_at = now
 
     def _leave_bar(self) -> None:
         if self._bar:
-            self._draw(self._clock())  # the newest numbers may have come too soon after the last drawing
+            self._draw(self._clock())  # REDRAW_S may have held the newest numbers back
             self._write("\n")
             self._bar = self._drawn = ""
 
@@ -113,20 +134,21 @@ class Console:
         if not self.is_terminal:
             return LOG_WIDTH
         try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns  # each time: people resize windows
+            # Asked for each time, because the window may have been resized.
+            columns = os.get_terminal_size(self._stream.fileno()).columns
         except OSError:
             columns = 0
-        return columns or 80  # a fresh pseudo-terminal says 0
+        return columns or 80  # a new pseudo-terminal reports 0
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads: no reason to end a run
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
             self._stream.write(text)
             self._stream.flush()
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:
     room = max(width, len(head) + MIN_WIDTH // 2)
-    # Long words are paths and digests: better over the edge than cut, so that they can be copied.
+    # Long words are paths and digests. They are not split, so that they can be copied.
     lines = textwrap.wrap(
         text,
         room,

@@ -1,4 +1,4 @@
-"""`curve.png`: training and held-out loss, and the learning rate, as `metrics.jsonl` tells them."""
+"""Draws `curve.png` from `metrics.jsonl`: training loss, validation loss and learning rate."""
 
 from __future__ import annotations
 
@@ -10,50 +10,52 @@ from typing import Any
 
 from distaccum.metrics.run_log import read_metrics, standing
 
-Points = list[tuple[int, float]]  # (step, value), steps ascending, values finite
+Points = list[tuple[int, float]]  # (step, value) with ascending steps and finite values
 
-TRAIN, HELDOUT, BASELINE, RATE = "#4477aa", "#cc3311", "#555555", "#228833"
-# From so many training points on, single steps are noise to the eye and a running median is drawn over them.
+TRAIN, VALIDATION, BASELINE, RATE = "#4477aa", "#cc3311", "#555555", "#228833"
+# From this number of training points on, the losses of single steps look like noise, and a running
+# median is drawn on top of them.
 MIN_POINTS_FOR_MEDIAN = 60
 
 
 def draw_curve(metrics_path: Path, out: Path, baseline: float | None = None, unit: str = "nats per token") -> bool:
-    """Draw the curves of a run into a PNG of about 1350 x 1050 pixels.
+    """Draw the losses and the learning rate of a run into a PNG of about 1350 x 1050 pixels.
 
-    Records used: kind "step" (step, loss, lr) and kind "heldout" (step, loss). Where a resumed run has gone over a step
-    again, its newer record counts; values that are null or not finite are left out.
+    The loss and the learning rate are read from records of the kind "step", and the validation loss
+    from the kind "validation". If a resumed run repeated a step, the newer record counts. Values
+    that are null or not finite are left out.
 
     Args:
-        metrics_path: a `metrics.jsonl`, also of a killed run.
-        out: the PNG to write; replaced if it is there.
-        baseline: a loss in the same unit, drawn as a dashed line.
-        unit: what the loss is measured in, for the axis.
+        metrics_path: a `metrics.jsonl`. The run may have been killed, and the file may be missing.
+        out: the PNG to write. An existing file is replaced.
+        baseline: a loss in the same unit, drawn as a dashed line; None: no line.
+        unit: the unit of the losses, for the axis label.
 
     Returns:
-        False, and nothing is written, if there is no loss to draw.
+        True if the PNG was written; False, without writing a file, if there is no loss to draw.
     """
     records = standing(read_metrics(metrics_path)) if metrics_path.exists() else []
     train = _points(records, "step", "loss")
-    heldout = _points(records, "heldout", "loss")
+    validation = _points(records, "validation", "loss")
     rates = _points(records, "step", "lr")
-    if not train and not heldout:
+    if not train and not validation:
         return False
 
-    # Figure and canvas by hand: pyplot keeps a global list of figures and may ask for a display.
+    # Not pyplot, because it keeps a global list of figures and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
     loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _draw_losses(loss_axis, train, heldout, baseline, unit)
+    _draw_losses(loss_axis, train, validation, baseline, unit)
     _draw_rates(rate_axis, rates)
     for axis in (loss_axis, rate_axis):
         axis.grid(True, color="#dddddd", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=12)
-    # Above the axes in a row of its own: inside, it would sooner or later lie on a curve.
+    # The legend is above the axes, where it cannot hide a curve.
     figure.legend(fontsize=12, loc="outside upper center", ncols=2, frameon=False)
     figure.align_ylabels()
     figure.savefig(out, dpi=150)
@@ -64,7 +66,7 @@ def _points(records: Sequence[dict[str, object]], kind: str, field: str) -> Poin
     newest: dict[int, float] = {}
     for record in records:
         step, value = record.get("step"), record.get(field)
-        if record.get("skipped"):  # it has the number of the step before it
+        if record.get("skipped"):  # a skipped window has the number of the previous step
             continue
         if record["kind"] == kind and isinstance(step, int) and isinstance(value, (int, float)):
             newest[step] = float(value)
@@ -73,11 +75,11 @@ def _points(records: Sequence[dict[str, object]], kind: str, field: str) -> Poin
 
 def _plot(axis: Any, points: Points, **style: Any) -> None:
     if len(points) == 1:
-        style.setdefault("marker", "o")  # a line through one point is invisible
+        style.setdefault("marker", "o")  # a line through a single point is invisible
     axis.plot([step for step, _ in points], [value for _, value in points], **style)
 
 
-def _draw_losses(axis: Any, train: Points, heldout: Points, baseline: float | None, unit: str) -> None:
+def _draw_losses(axis: Any, train: Points, validation: Points, baseline: float | None, unit: str) -> None:
     if len(train) < MIN_POINTS_FOR_MEDIAN:
         _plot(axis, train, color=TRAIN, linewidth=1.6, **({"label": "training loss"} if train else {}))
     else:
@@ -85,19 +87,25 @@ def _draw_losses(axis: Any, train: Points, heldout: Points, baseline: float | No
         median = _running_median(train, window)
         _plot(axis, train, color=TRAIN, linewidth=1.2, alpha=0.35, label="training loss, each step")
         _plot(axis, median, color=TRAIN, linewidth=2.2, label=f"training loss, median of {window} steps")
-    if heldout:
-        label = f"held-out loss (last {heldout[-1][1]:.3f})"
-        _plot(axis, heldout, color=HELDOUT, linewidth=1.8, marker="o", markersize=6, label=label)
+    if validation:
+        label = f"validation loss (last {validation[-1][1]:.3f})"
+        _plot(axis, validation, color=VALIDATION, linewidth=1.8, marker="o", markersize=6, label=label)
     if baseline is not None:
         axis.axhline(
-            baseline, color=BASELINE, linestyle="--", linewidth=1.6, label=f"by frequency alone ({baseline:.3f})"
+            baseline,
+            color=BASELINE,
+            linestyle="--",
+            linewidth=1.6,
+            label=f"baseline by frequency alone ({baseline:.3f})",
         )
-    marks = [value for _, value in heldout] + ([baseline] if baseline is not None else [])
+    marks = [value for _, value in validation] + ([baseline] if baseline is not None else [])
     low, high, num_above = loss_limits([value for _, value in train], marks)
     axis.set_ylim(low, high)
     axis.set_ylabel(f"loss ({unit})", fontsize=13)
     if num_above:
-        axis.set_title(f"{num_above} training losses lie above this picture", fontsize=11, loc="right", color="#555555")
+        axis.set_title(
+            f"{num_above} training losses are above the plotted range", fontsize=11, loc="right", color="#555555"
+        )
 
 
 def _draw_rates(axis: Any, rates: Points) -> None:
@@ -111,10 +119,18 @@ def _draw_rates(axis: Any, rates: Points) -> None:
 
 
 def loss_limits(train: Sequence[float], marks: Sequence[float]) -> tuple[float, float, int]:
-    """The y range, and how many training losses lie above it.
+    """Return the y range of the loss plot and the number of training losses above it.
 
-    Everything is shown but spikes that would press the rest flat: a training loss that is more than twice as far above
-    the lowest value as 98 % of the training losses and all marks (held-out losses, baseline) are.
+    The range covers all values except spikes, which would flatten the rest of the curve. A spike is
+    a training loss that is more than twice as far above the lowest value as 98 % of the training
+    losses and all marks are.
+
+    Args:
+        train: training losses.
+        marks: values that are always visible: validation losses and the baseline.
+
+    Returns:
+        The lower limit, the upper limit, and the number of training losses above the upper limit.
     """
     values = [*train, *marks]
     low = min(values)
@@ -126,11 +142,12 @@ def loss_limits(train: Sequence[float], marks: Sequence[float]) -> tuple[float, 
 
 
 def _running_median(points: Points, window: int) -> Points:
-    """The median of the `window` (odd) points around a point, near both ends of as many as lie evenly around it.
+    """Return the running median over `window` (odd) points, centered on each point.
 
-    Centred, because a mean of the last points lags behind a falling loss and would look worse than the held-out loss;
-    the median, because one spike moves a mean for a whole window. At most about 500 points: more cannot be seen, and a
-    run of a million steps would sort for minutes.
+    Near both ends the window shrinks, so that it stays centered. A mean of the last points would
+    lag behind a falling loss and look worse than the validation loss, and one spike would move a
+    mean for a whole window. At most about 500 points are returned: more cannot be seen in the plot,
+    and a run of a million steps would take minutes to sort.
     """
     values = [value for _, value in points]
     smooth = []

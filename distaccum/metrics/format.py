@@ -1,31 +1,31 @@
-"""Numbers as people read them: three significant digits and a unit."""
+"""Formats numbers for people: few digits and a unit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 
-Field = float | int | str | None  # what a record's field may be
+Field = float | int | str | None  # the value of a record's field
 
 
 def count(number: float) -> str:
-    """A count in thousands: 999 -> "999", 1234 -> "1.23K", 12345678 -> "12.3M", then G, T, P."""
+    """Format a count: 999 -> "999", 1234 -> "1.23K", 12345678 -> "12.3M", and then G, T and P."""
     return _scaled(number, 1000.0, ("", "K", "M", "G", "T", "P"))
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in powers of 1024: 512 -> "512 B", 4300000 -> "4.1 MiB"."""
+    """Format bytes in powers of 1024: 512 -> "512 B", 4300000 -> "4.1 MiB"."""
     value, unit = _reduce(num_bytes, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
     return f"{value:.0f} {unit}" if unit == "B" or not math.isfinite(value) else f"{value:.1f} {unit}"
 
 
 def rate(per_second: float) -> str:
-    """Something per second: 12345.6 -> "12.3K/s", 0.5 -> "0.5/s"."""
+    """Format a rate per second: 12345.6 -> "12.3K/s", 0.5 -> "0.5/s"."""
     return count(per_second) + "/s"
 
 
 def duration(seconds: float) -> str:
-    """A time span: 0.25 -> "0.25s", 42 -> "42s", 92 -> "1m 32s", 7500 -> "2h 05m", 100000 -> "1d 03h"."""
+    """Format a time span: 0.25 -> "0.25s", 92 -> "1m 32s", 7500 -> "2h 05m", 100000 -> "1d 03h"."""
     if not math.isfinite(seconds) or seconds < 0:
         return f"{seconds:.3g}s"
     if seconds < 9.995:
@@ -41,7 +41,11 @@ def duration(seconds: float) -> str:
 
 
 def step_texts(fields: Mapping[str, Field]) -> dict[str, str]:
-    """Fields of a step as the words and texts of a progress line, in reading order; names as in `Report.step`."""
+    """Return the texts that a progress line shows for a step, by name and in display order.
+
+    Args:
+        fields: as in `Report.step`. Fields without a column in the progress line are left out.
+    """
     texts = {}
     for name, word, write in _STEP_COLUMNS:
         value = fields.get(name)
@@ -62,7 +66,10 @@ def _scaled(number: float, base: float, units: tuple[str, ...]) -> str:
 
 
 def _reduce(number: float, base: float, units: tuple[str, ...], digits: int) -> tuple[float, str]:
-    """Divide until the number *as it will be printed* is below the base: 999999 is "1M", not "1e+03K"."""
+    """Divide by `base` until the number, rounded as it will be printed, is below `base`.
+
+    So 999999 becomes "1M" and not "1e+03K".
+    """
     value = float(number)
     for unit in units[:-1]:
         if not math.isfinite(value) or abs(round(value, digits if unit else 0)) < base:
@@ -71,7 +78,8 @@ def _reduce(number: float, base: float, units: tuple[str, ...], digits: int) -> 
     return value, units[-1]
 
 
-# Field of a step, its word in the progress line, how it is written. Fields that are not here are recorded, not shown.
+# Name of a step's field, its word in the progress line, and the function that formats it. Other
+# fields are recorded but not shown.
 _STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("epoch", "epoch", "{:.4g}".format),
     ("loss", "loss", "{:.4f}".format),
@@ -83,5 +91,5 @@ _STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("comm_share", "comm", "{:.0%}".format),
     ("peak_memory_bytes", "mem", size),
 )
-# Shown as "-" where the trainer says None, so that the columns of a skipped step stay in line with the others.
+# Shown as "-" when the value is None, so that the columns of a skipped window stay aligned.
 _ALWAYS_SHOWN = ("loss", "grad_norm")

@@ -1,4 +1,4 @@
-"""Any value of a configuration as plain JSON."""
+"""Converts any value of a configuration to plain JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 
 def to_plain(value: object) -> object:
-    """Turn a value into what `json.dumps(..., allow_nan=False)` accepts.
+    """Convert a value to types that `json.dumps(..., allow_nan=False)` accepts.
 
-    Dataclasses and mappings become dicts with string keys, sequences and sets become lists (sets sorted), Enums their
-    value, paths and everything unknown their text. A float that is not finite becomes "nan", "inf" or "-inf", because
-    JSON has no such number. The argument is left as it is.
+    Dataclasses and mappings become dicts with string keys. Sequences and sets become lists, and
+    sets are sorted. An Enum becomes its value. Paths and all other types become their text. A float
+    that is not finite becomes "nan", "inf" or "-inf", because JSON has no such number. The argument
+    itself is not changed.
     """
     if value is None or (isinstance(value, (str, bool, int)) and not isinstance(value, Enum)):
         return value

@@ -1,4 +1,4 @@
-"""What a run tells: the trainer's one collaborator for the console, `metrics.jsonl`, W&B and `curve.png`."""
+"""Reports a run for its trainer on the console, in `metrics.jsonl`, in W&B and as `curve.png`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _AXES = ("step", "loss", "samples", "tokens")
 
 
 class LoggerName(Enum):
-    """Which logger runs beside `metrics.jsonl`, which is always written."""
+    """Names the logger that runs beside `metrics.jsonl`, which is always written."""
 
     none = "none"
     wandb = "wandb"
@@ -29,7 +29,17 @@ class LoggerName(Enum):
 
 @dataclass
 class LoggerConfig:
-    """The group `logger`. Its values stand in conf/logger/, the only owner of defaults."""
+    """Holds the configuration group `logger`, whose defaults are in conf/logger/.
+
+    Attributes:
+        name: the logger that runs beside `metrics.jsonl`.
+        project: project in W&B.
+        entity: user or team in W&B; None: the owner of the API key.
+        run_name: name of the run in W&B; None: W&B makes one up.
+        group: group of runs in W&B, such as the runs of a sweep.
+        mode: whether W&B writes files only or also sends to a server.
+        init_timeout_s: seconds that an online start waits for the server.
+    """
 
     name: LoggerName
     project: str
@@ -41,13 +51,19 @@ class LoggerConfig:
 
 
 class Report:
-    """Tells one run. Made and called on rank 0 only; makes no collective, so that the other ranks need not know of it.
+    """Records and shows one run, on rank 0 only.
+
+    It issues no collective, so the other ranks need no report.
 
     Args:
-        run_dir: an existing folder; gets `metrics.jsonl` and `curve.png`.
-        console: what people see.
-        wandb: a started run, or None.
-        go_on: whether records that cannot be written are counted and told at the end, and are no error.
+        run_dir: an existing folder, which receives `metrics.jsonl` and `curve.png`.
+        console: where progress and messages are shown.
+        wandb: a started W&B run, or None.
+        go_on: True: records that cannot be written are counted, and `end` shows how many there
+            were. False: the first of them raises RecordError.
+
+    Raises:
+        ConfigError: `metrics.jsonl` cannot be opened for writing.
     """
 
     def __init__(self, run_dir: Path, console: Console, wandb: WandbRun | None, *, go_on: bool = False) -> None:
@@ -61,14 +77,19 @@ class Report:
             self._metrics = MetricsFile(self.metrics_path)
         except OSError as error:
             raise ConfigError(
-                f"{self.metrics_path} cannot be written ({error.strerror}). Free some space, get the right to write "
-                "there, or give another run_dir."
+                f"{self.metrics_path} cannot be written ({error.strerror}). Free some disk space, get write permission "
+                "for this folder, or give another run_dir."
             ) from None
         self._started_at = time.monotonic()
         self._ended = False
 
     def start(self, sections: Mapping[str, Mapping[str, str]], facts: Mapping[str, object]) -> None:
-        """Draw the start block, and record the facts (for machines) as a record "start" and in W&B's config."""
+        """Show the start block, and write the facts to a "start" record and to the config in W&B.
+
+        Args:
+            sections: the start block for people: for each title, the texts by name.
+            facts: the values for programs, of any type that `to_plain` converts.
+        """
         self._console.start_block(sections)
         self._record("start", facts)
         if self._wandb is not None:
@@ -77,15 +98,19 @@ class Report:
                 self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
 
     def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
-        """Record one window and the step it made: a record "step" and a W&B row `train/*`, a progress line when `show`.
+        """Record one window and the step that it made.
+
+        Writes a "step" record and a W&B row `train/*`, and shows a progress line if `show` is true.
 
         Args:
-            fields: `step` (int; the one before, where the window was skipped) and any of window, epoch, samples,
-                tokens, loss, grad_norm, lr, weight, skipped, samples_per_s, tokens_per_s, data_wait_share, comm_share
-                (shares of 1), peak_memory_bytes; other names are recorded too. Python numbers: a tensor would have to
-                be read from the device here.
-            total_steps: of the whole run, as far as is known.
-            show: for a log file the caller owns the interval. A terminal's bar follows every step all the same.
+            fields: `step` (int; for a skipped window, the number of the previous step) and any of
+                window, epoch, samples, tokens, loss, grad_norm, lr, denominator, skipped,
+                samples_per_s, tokens_per_s, data_wait_share and comm_share (shares of 1), and
+                peak_memory_bytes. Other names are recorded too. The values are Python numbers,
+                because a tensor would have to be read from the device here.
+            total_steps: number of steps of the whole run, as far as it is known.
+            show: whether to show a progress line, so that the caller decides how often a log file
+                gets one. The progress bar of a terminal follows every step in any case.
         """
         self._record("step", fields)
         if self._wandb is not None:
@@ -93,23 +118,37 @@ class Report:
         if show or self._console.is_terminal:
             self._console.progress(_whole(fields, "step"), total_steps, step_texts(fields))
 
-    def heldout(self, fields: Mapping[str, Field]) -> None:
-        """Record an evaluation: `step`, `loss`, and samples and tokens trained on so far, for the x-axes."""
-        self._record("heldout", fields)
+    def validation(self, fields: Mapping[str, Field]) -> None:
+        """Record and show the result of a validation.
+
+        Args:
+            fields: `step` (int), `loss`, and the `samples` and `tokens` trained on so far, which
+                W&B uses as x-axes. Other numbers are recorded and shown too.
+        """
+        self._record("validation", fields)
         if self._wandb is not None:
-            self._wandb.log("heldout", fields)
+            self._wandb.log("validation", fields)
         loss = fields.get("loss")
         text = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
         others = [f", {name} {value:.4f}" for name, value in fields.items() if name not in _AXES and value is not None]
-        self._console.line(f"held-out loss {text}{''.join(others)} at step {_whole(fields, 'step')}")
+        self._console.line(f"validation loss {text}{''.join(others)} at step {_whole(fields, 'step')}")
 
     def note(self, text: str) -> None:
-        """Say one line, and record it as a record "note"."""
+        """Show one line of text and write it to a "note" record."""
         self._record("note", {"text": text})
         self._console.line(text)
 
     def resume(self, step: int, windows: int, texts: Sequence[str]) -> None:
-        """Say from where the run goes on; records of later windows, of an earlier start, stand no more."""
+        """Record and show where the run resumes.
+
+        Records of later windows, which an earlier start wrote, no longer count; see
+        `distaccum.metrics.standing`.
+
+        Args:
+            step: number of steps that the run has made so far.
+            windows: number of windows that the run has computed so far, skipped ones included.
+            texts: the lines to show.
+        """
         self._record(RESUME, {"step": step, "window": windows, "text": " ".join(texts)})
         for text in texts:
             self._console.line(text)
@@ -123,19 +162,23 @@ class Report:
         loss_unit: str = "nats per token",
         not_written: Sequence[str] = (),
     ) -> None:
-        """Record why the run ended, draw `curve.png`, finish W&B, print the last lines. A second call does nothing.
+        """Record why the run ended, draw `curve.png`, finish W&B and show the last lines.
+
+        A second call does nothing.
 
         Args:
-            reason: in words: "all 400 steps done", "stopped by SIGTERM after step 120".
-            fields: final figures, shown as they are called.
-            exit_code: of the process, for W&B: 0 is shown as finished, others as failed.
-            baseline: the loss by frequency alone, for the picture.
-            loss_unit: what the loss is measured in, for the picture.
-            not_written: what is missing from the run folder, beside records of `metrics.jsonl`.
+            reason: a text such as "all 400 steps done" or "stopped by SIGTERM after step 120".
+            fields: final numbers, by the names that are shown.
+            exit_code: exit code of the process. W&B shows 0 as finished and others as failed.
+            baseline: validation loss of predicting the frequencies of tokens or classes in the
+                training data, for the plot; None: no baseline.
+            loss_unit: unit of the losses, for the plot.
+            not_written: what else is missing from the run folder, besides lost records of
+                `metrics.jsonl`.
         """
         if self._ended:
             return
-        self._ended = self._go_on = True  # whatever ends the run is told, not that it could not be written
+        self._ended = self._go_on = True  # a record that cannot be written must not hide the reason
         final = {"baseline": baseline, **fields, "reason": reason, "exit_code": exit_code}
         self._record("end", final | ({"not_written": list(not_written)} if not_written else {}))
         self._metrics.close()
@@ -156,18 +199,20 @@ class Report:
         except OSError as error:
             if not self._go_on:
                 raise RecordError(
-                    f"{self.metrics_path} cannot be written ({error.strerror}), so the run stops. Free some space and "
-                    "start again with the same run_dir to resume. With checkpoint.on_failure=continue a run keeps "
-                    "training and reports how many records were lost."
+                    f"{self.metrics_path} cannot be written ({error.strerror}), so the run stops. Free some disk space "
+                    "and start again with the same run_dir to resume. With checkpoint.on_failure=continue, a run keeps "
+                    "training and reports at its end how many records were lost."
                 ) from None
             self._num_lost += 1
             if self._num_lost == 1:
-                self._console.line(f"{self.metrics_path} cannot be written ({error.strerror}); the run goes on without")
+                self._console.line(
+                    f"{self.metrics_path} cannot be written ({error.strerror}); the run continues without these records"
+                )
 
     def _draw_curve(self, baseline: float | None, loss_unit: str) -> None:
         try:
             draw_curve(self.metrics_path, self.run_dir / "curve.png", baseline, loss_unit)
-        except Exception as error:  # a picture is not worth a run: everything it shows is in metrics.jsonl
+        except Exception as error:  # metrics.jsonl has all numbers, so a plot must not fail the run
             self._console.line(
                 f"curve.png was not drawn ({type(error).__name__}: {error}); the numbers are in metrics.jsonl"
             )
@@ -181,21 +226,27 @@ def make_report(
     *,
     go_on: bool = False,
 ) -> Report:
-    """Make the report of a run, on rank 0 only. Blocks about `config.init_timeout_s` at most.
+    """Make the report of a run, on rank 0 only.
+
+    An online start of W&B blocks for about `config.init_timeout_s` seconds at most.
 
     Args:
-        run_dir: where the run writes; made if it is missing.
-        config: the group `logger`.
-        run_config: what W&B keeps as the run's config: the composed configuration, plan and forecast.
-        stream: where the console writes; the standard output when None.
-        go_on: see `Report`.
+        run_dir: folder that the run writes to, made if it is missing.
+        config: the configuration group `logger`.
+        run_config: what W&B keeps as the run's config: the composed configuration, the plan and the
+            forecast.
+        stream: where the console writes; None: standard output.
+        go_on: as in `Report`.
+
+    Raises:
+        ConfigError: `metrics.jsonl` cannot be opened for writing.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
     wandb = None
-    mode, told = allowed(config.mode, os.environ) if config.name is LoggerName.wandb else (None, "")
-    if told:
-        console.line(told)
+    mode, message = allowed(config.mode, os.environ) if config.name is LoggerName.wandb else (None, "")
+    if message:
+        console.line(message)
     if mode is not None:
         wandb = WandbRun(
             run_dir=run_dir,
@@ -213,7 +264,7 @@ def make_report(
 
 def _whole(fields: Mapping[str, Field], name: str) -> int:
     value = fields[name]
-    assert isinstance(value, int), f"{name} is a whole number, got {value!r}"
+    assert isinstance(value, int), f"{name} must be an int, got {value!r}"
     return value
 
 

@@ -1,7 +1,9 @@
-"""`metrics.jsonl`: the truth about a run. One JSON object a line, handed to the system when `write` returns.
+"""Writes and reads `metrics.jsonl`, the complete record of a run: one JSON object per line.
 
-W&B keeps its rows in memory for seconds (a run killed a second after 100 rows had none of them); this file loses at
-most the line being written. A crash of the machine may take what the system had not yet brought to the disk.
+Each line is handed to the operating system before `write` returns, so a run that is killed loses
+at most the line being written. W&B keeps its rows in memory for seconds: a run that was killed one
+second after 100 rows had saved none of them. A crash of the machine may also lose lines that the
+system has not yet written to the disk.
 """
 
 from __future__ import annotations
@@ -14,44 +16,51 @@ from pathlib import Path
 
 from distaccum.metrics.plain import to_plain
 
-# Where JSON has no number (nan, inf) the field itself is null and its text stands here: `{"loss": "nan"}`.
+# JSON has no nan and no inf. Such a field is null, and this key holds its text: `{"loss": "nan"}`.
 NON_FINITE = "non_finite"
-# The kind of the record that stands in for a line of which a killed run wrote only a part.
+# The kind of the record that replaces an incomplete line, which a killed run left.
 TORN = "torn"
-# The kind of the record that a run writes when it goes on from an earlier step; see `standing`.
+# The kind of the record that a run writes when it resumes from an earlier step; see `standing`.
 RESUME = "resume"
 
 
 class MetricsFile:
-    """Appends records to a file. For rank 0 only: two writers would tear each other's lines.
+    """Appends records to a `metrics.jsonl`, on rank 0 only.
 
-    The folder must exist. A torn last line of a killed run is replaced by a record `{"kind": "torn", "bytes": n}`, so
-    that the file stays one JSON object a line when the run goes on. Errors of the disk (OSError) reach the caller: a
-    training whose record cannot be written has to know. Nothing of such a record stays in the file.
+    Two writers would mix their lines. An incomplete last line, which a killed run left, is replaced
+    by a record `{"kind": "torn", "bytes": n}`, so that each line is one JSON object when the run
+    resumes. Disk errors (OSError) reach the caller, because a training must know that a record is
+    missing. No part of such a record stays in the file.
+
+    Args:
+        path: the file, in an existing folder. It is made if it is missing.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         torn_bytes = _cut_torn_line(path)
-        self._file = path.open("ab", buffering=0)  # a buffer would keep what could not be written
+        # Unbuffered: a buffer would keep bytes that could not be written, and write them later.
+        self._file = path.open("ab", buffering=0)
         if torn_bytes:
             self.write(TORN, bytes=torn_bytes)
 
     def write(self, kind: str, /, **fields: object) -> None:
-        """Append one record: `kind` ("step", "heldout", ...), then the fields in the order given.
+        """Append one record: `kind` ("step", "validation", ...), then the fields in their order.
 
-        A top-level float that is not finite is written as null and named under "non_finite", which keeps the line valid
-        JSON for every reader; `read_metrics` gives the float back. Numbers must be Python's or subclasses of them;
-        other objects are written as text.
+        A top-level float that is not finite is written as null, and its text is stored under
+        "non_finite". So each line is valid JSON for every reader, and `read_metrics` restores the
+        float. Numbers must be Python numbers or subclasses of them. Other objects are written as
+        text.
 
         Raises:
             ValueError: a field is named "kind" or "non_finite".
-            OSError: the disk did not take it.
+            OSError: the record could not be written.
         """
         taken = {"kind", NON_FINITE} & fields.keys()
         if taken:
             raise ValueError(
-                f"metrics.jsonl: a field cannot be named {sorted(taken)}: the file uses it. Rename the field."
+                f"A field of metrics.jsonl cannot be named {sorted(taken)}, because the format uses this name. Rename "
+                "the field."
             )
         non_finite = {
             name: repr(float(x)) for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)
@@ -70,27 +79,32 @@ class MetricsFile:
             raise
 
     def close(self) -> None:
-        """Close the file. A second call does nothing; `write` afterwards raises ValueError."""
+        """Close the file.
+
+        A second call does nothing. A later `write` raises ValueError.
+        """
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Read all records of a `metrics.jsonl`, oldest first, floats that are not finite restored.
+    """Read all records of a `metrics.jsonl`, oldest first, and restore floats that are not finite.
 
-    A torn last line, as a killed run leaves it, is no error: a last record `{"kind": "torn", "bytes": n}` says that it
-    was there. The file is not changed.
+    An incomplete last line, which a killed run left, is not an error: the last record is then
+    `{"kind": "torn", "bytes": n}`. The file is not changed.
 
     Raises:
-        ValueError: another line than the last is not a JSON object; names the file and the line.
+        ValueError: a line other than the last is not a JSON object. The message names the file and
+            the line.
         OSError: the file cannot be read.
     """
     return list(_records(path))
 
 
 def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
-    """Without what a resumed run has done again: records of windows that came after the one it went on from.
+    """Return the records without those of windows that a resumed run computed again.
 
-    A run that was killed has recorded steps which its newest checkpoint does not have.
+    A killed run may have recorded windows that are later than its newest checkpoint. For each
+    "resume" record, this function removes earlier records of windows after the one resumed from.
     """
     left: list[dict[str, object]] = []
     for record in records:
@@ -101,7 +115,8 @@ def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
 
 
 def _is_later(record: dict[str, object], resumed: dict[str, object]) -> bool:
-    # Windows, as one that was skipped has the number of the step before it; a held-out loss has its step's number only.
+    # Compares windows where it can, because a skipped window has the number of the previous step. A
+    # validation record has the number of its step only.
     name = "window" if "window" in record and "window" in resumed else "step"
     step, last = record.get(name), resumed.get(name)
     return isinstance(step, int) and isinstance(last, int) and step > last
@@ -115,12 +130,12 @@ def _records(path: Path) -> Iterator[dict[str, object]]:
         record = _parse(line)
         if record is not None:
             yield _restored(record)
-        elif number == len(lines):  # no newline after it: the run was killed while it wrote
+        elif number == len(lines):  # no newline follows: the run was killed while it wrote this line
             yield {"kind": TORN, "bytes": len(line)}
         else:
             raise ValueError(
-                f"{path}, line {number}: not a JSON object, got {line[:80]!r}. Only the last line may be incomplete; "
-                "something else than distaccum has written here. Remove the line to read the rest."
+                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. A run leaves at most its last line "
+                "incomplete, so another program has written to this file. Remove the line to read the rest."
             )
 
 
@@ -140,7 +155,7 @@ def _restored(record: dict[str, object]) -> dict[str, object]:
 
 
 def _cut_torn_line(path: Path) -> int:
-    """End the file at a whole line; return how many bytes of a torn one were cut away."""
+    """Cut an incomplete last line off the file, and return the number of bytes that were cut."""
     if not path.exists():
         return 0
     content = path.read_bytes()
@@ -148,7 +163,7 @@ def _cut_torn_line(path: Path) -> int:
     if not tail:
         return 0
     with path.open("r+b") as file:
-        if _parse(tail) is not None:  # whole, only its newline is missing
+        if _parse(tail) is not None:  # complete, only its newline is missing
             file.seek(0, 2)
             file.write(b"\n")
             return 0

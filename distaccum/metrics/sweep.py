@@ -1,4 +1,4 @@
-"""What a sweep tells at its end: a table, `sweep.csv` and `sweep.png` in the sweep's folder."""
+"""Reports the results of a sweep as a table, and as `sweep.csv` and `sweep.png` in its folder."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from typing import Protocol, TextIO
 from distaccum.metrics.console import Console
 from distaccum.metrics.sweep_picture import draw_sweep
 
-LOSS, RATE = "heldout_loss", "samples_per_s"
+LOSS, RATE = "validation_loss", "samples_per_s"  # names in the results of a job
 
 
 class JobLike(Protocol):
-    """One job of a sweep that has ended."""
+    """Describes one job of a sweep that has ended."""
 
     @property
     def number(self) -> int:
-        """Its number within the sweep."""
+        """Return the number of the job within the sweep."""
 
     @property
     def overrides(self) -> Sequence[str]:
-        """What was written for it, as "key=value"."""
+        """Return the overrides of the job, such as "optim.lr=0.001"."""
 
     @property
     def run_dir(self) -> Path:
-        """Its folder."""
+        """Return the run folder of the job."""
 
     @property
     def status(self) -> str:
-        """Either "done", or what went wrong."""
+        """Return "done", or a word for what went wrong, such as "failed" or "interrupted"."""
 
     @property
     def exit_code(self) -> int:
-        """Of the job."""
+        """Return the exit code of the job."""
 
     @property
     def error(self) -> str | None:
-        """The first error, in one line."""
+        """Return the first error of the job in one line, or None."""
 
     @property
     def result(self) -> Mapping[str, float | int | str | None]:
-        """Its final numbers: `heldout_loss` (lower is better), `samples_per_s`, and others."""
+        """Return the final numbers: `validation_loss` (lower is better), `samples_per_s`, etc."""
 
 
 class SweepLike(Protocol):
-    """A sweep that has ended."""
+    """Describes a sweep that has ended."""
 
     @property
     def folder(self) -> Path:
-        """Gets the files."""
+        """Return the folder of the sweep, which receives the files."""
 
     @property
     def jobs(self) -> Sequence[JobLike]:
-        """In the order in which they ran; at least one."""
+        """Return the jobs, at least one, in the order in which they ran."""
 
 
-def tell_sweep(sweep: SweepLike, stream: TextIO | None = None) -> None:
-    """Print the table, and write `sweep.csv` and `sweep.png` beside the jobs' folders. On one rank only.
+def report_sweep(sweep: SweepLike, stream: TextIO | None = None) -> None:
+    """Print a table of the jobs, and write `sweep.csv` and `sweep.png` beside the jobs' folders.
 
-    The table first, since a picture may fail; then that is told in one line, as everything it shows is in sweep.csv.
-    No picture where no job has a held-out loss.
+    Call it on one rank only. The table is printed first, because the files may fail. A failure is
+    reported in one line. There is no plot if no successful job has a validation loss.
 
     Args:
-        sweep: what happened.
-        stream: where to print; the standard output when None.
+        sweep: the sweep that has ended.
+        stream: where to print; None: standard output.
     """
     console = Console(stream)
     console.line(table(sweep.jobs))
@@ -86,9 +86,13 @@ def tell_sweep(sweep: SweepLike, stream: TextIO | None = None) -> None:
 
 
 def table(jobs: Sequence[JobLike]) -> str:
-    """A line for each job: the keys that differ, held-out loss, samples/s, status, first error. Then the best job."""
+    """Return a table with one line per job, between a line of counts and a line for the best job.
+
+    The columns are the number of the job, the keys that differ between jobs, validation loss,
+    samples/s, and the status with the first error.
+    """
     keys = swept_keys(jobs)
-    figures = {LOSS: ("held-out loss", ".4f"), RATE: ("samples/s", ".1f")}
+    figures = {LOSS: ("validation loss", ".4f"), RATE: ("samples/s", ".1f")}
     figures = {name: figure for name, figure in figures.items() if any(name in job.result for job in jobs)}
     rows = [["job", *keys, *(words for words, _ in figures.values()), "status"]]
     for job in jobs:
@@ -105,12 +109,12 @@ def table(jobs: Sequence[JobLike]) -> str:
     losses = {job.number: loss for job in jobs if job.status == "done" and (loss := _finite(job, LOSS)) is not None}
     if losses:
         best = min(losses, key=losses.__getitem__)
-        lines.append(f"lowest held-out loss: {losses[best]:.4f}, job {best}")
+        lines.append(f"lowest validation loss: {losses[best]:.4f}, job {best}")
     return "\n".join(lines)
 
 
 def write_csv(path: Path, jobs: Sequence[JobLike]) -> None:
-    """Write a row for each job: number, a column for each key that was overridden, how it ended, all its results."""
+    """Write one row per job with its number, all overridden keys, how it ended and all results."""
     keys = list(dict.fromkeys(key for job in jobs for key in overrides_of(job)))
     names = list(dict.fromkeys([LOSS, RATE, *(name for job in jobs for name in job.result)]))
     with path.open("w", newline="") as file:
@@ -124,7 +128,7 @@ def write_csv(path: Path, jobs: Sequence[JobLike]) -> None:
 
 
 def overrides_of(job: JobLike) -> dict[str, str]:
-    """The overrides of a job by key. A deleted key (`~key`) has the value "deleted"."""
+    """Return the overrides of a job by key; a deleted key (`~key`) has the value "deleted"."""
     written = {}
     for override in job.overrides:
         key, equals, value = override.partition("=")
@@ -133,14 +137,14 @@ def overrides_of(job: JobLike) -> dict[str, str]:
 
 
 def swept_keys(jobs: Sequence[JobLike]) -> list[str]:
-    """The keys whose values differ between jobs, in the order in which they were written."""
+    """Return the keys whose values differ between jobs, in the order in which they were given."""
     written = [overrides_of(job) for job in jobs]
     keys = dict.fromkeys(key for values in written for key in values)
     return [key for key in keys if len({values.get(key) for values in written}) > 1]
 
 
 def _short(text: str) -> str:
-    """A number that a sampler has drawn has 17 digits; sweep.csv has them all."""
+    """Shorten a long number to five significant digits; sweep.csv has all digits."""
     try:
         return text if len(text) <= 10 else f"{float(text):.5g}"
     except ValueError:

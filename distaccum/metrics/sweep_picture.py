@@ -1,4 +1,4 @@
-"""`sweep.png`: held-out loss and samples/s against what was swept."""
+"""Draws `sweep.png`: validation loss and samples/s against the swept keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 LOSS_COLOR, RATE_COLOR, FAILED_COLOR = "#1f5fa8", "#b3541e", "#c02020"
-LOG_SPAN = 20.0  # from here on a ratio between the largest and smallest value is drawn on a logarithmic axis
+# From this ratio of the largest to the smallest value on, the axis is logarithmic.
+LOG_SPAN = 20.0
 
 
 def draw_sweep(
@@ -18,19 +19,20 @@ def draw_sweep(
     rates: Sequence[float | None],
     keys: Sequence[str],
 ) -> None:
-    """Draw a column of two panels for each swept key: held-out loss above, samples/s below. One mark for each job.
+    """Draw a column of two panels for each swept key: validation loss above, samples/s below.
 
-    Numbers stand on an axis of numbers, logarithmic where they span a factor of LOG_SPAN; other values side by side, in
-    the order in which they came. A job without a loss, mostly because it failed, is a red cross at the lower edge.
+    Each job is one mark. Numbers are on a numeric axis, which is logarithmic if they span a factor
+    of LOG_SPAN. Other values are side by side in the order in which they first occur. A job without
+    a loss, usually because it failed, is a red cross at the lower edge.
 
     Args:
-        out: the PNG to write; replaced if it is there.
-        overrides: for each job, its values by key.
-        losses: for each job its held-out loss (finite), or None where it failed or has none.
-        rates: for each job its samples/s (finite), or None.
-        keys: what to draw; when empty, the jobs by their order.
+        out: the PNG to write. An existing file is replaced.
+        overrides: the values of each job by key.
+        losses: the validation loss of each job (finite), or None if it failed or has none.
+        rates: the samples/s of each job (finite), or None.
+        keys: the keys to draw; if empty, the jobs are drawn in their order.
     """
-    # Figure and canvas by hand: pyplot keeps a global list of figures and may ask for a display.
+    # Not pyplot, because it keeps a global list of figures and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,12 +43,13 @@ def draw_sweep(
     panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False, height_ratios=(2, 1))
     for column, (key, texts) in enumerate(columns.items()):
         places, are_numbers = _places(texts, panels[1][column])
-        join = are_numbers and len(columns) == 1  # with several keys, neighbours on an axis differ in the others too
+        # With several keys, neighbors on one axis differ in the other keys too and are not joined.
+        join = are_numbers and len(columns) == 1
         for axis, values, color in zip(panels[:, column], (losses, rates), (LOSS_COLOR, RATE_COLOR), strict=True):
             _draw(axis, places, values, color, join)
         _draw_missing(panels[0][column], [place for place, loss in zip(places, losses, strict=True) if loss is None])
         panels[1][column].set_xlabel(key, fontsize=12)
-    panels[0][0].set_ylabel("held-out loss", fontsize=12)
+    panels[0][0].set_ylabel("validation loss", fontsize=12)
     panels[1][0].set_ylabel("samples/s", fontsize=12)
     panels[1][0].set_ylim(0, 1.1 * max((rate for rate in rates if rate is not None), default=0.0) or 1.0)
     panels[0][0].margins(y=0.12)  # room for the crosses below the lowest loss
@@ -58,7 +61,7 @@ def draw_sweep(
 
 
 def _places(texts: Sequence[str], axis: Any) -> tuple[list[float], bool]:
-    """Where each value stands on the axis of its column, which is prepared for it; whether the values are numbers."""
+    """Prepare the x axis of a column, and return the x of each value and whether x is numeric."""
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
@@ -86,7 +89,7 @@ def _draw(axis: Any, places: Sequence[float], values: Sequence[float | None], co
 
 
 def _draw_missing(axis: Any, places: Sequence[float]) -> None:
-    heights = [0.03] * len(places)  # of the panel: there is no loss to stand at
+    heights = [0.03] * len(places)  # as a share of the panel's height, because these jobs have no loss
     axis.plot(
         places,
         heights,
@@ -96,5 +99,5 @@ def _draw_missing(axis: Any, places: Sequence[float]) -> None:
         markersize=9,
         markeredgewidth=2.2,
         linewidth=0.0,
-        label="no held-out loss",
+        label="no validation loss",
     )

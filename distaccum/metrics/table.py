@@ -1,4 +1,4 @@
-"""A small table in plain text."""
+"""Formats small tables as plain text."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ Cell = str | int | float | None
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """Lines of equal columns, two spaces apart, under a header and a rule.
+    """Format a table with a header line, a rule and aligned columns that are two spaces apart.
 
-    The first column is words, to the left; the others are numbers, to the right. An int is written with its thousands
-    apart, a float with three digits, None as "-"; a text (`human.size(num_bytes)`) as it is.
+    The first column is aligned left, the others are aligned right. An int is written with thousands
+    separators, a float with three significant digits, None as "-", and a text is not changed.
 
     Args:
-        columns: the headers, units included.
-        rows: each as long as `columns`.
+        columns: the headers, with units.
+        rows: the cells of each row, as many as `columns` has headers.
     """
     lines = [list(columns), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]

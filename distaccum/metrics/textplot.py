@@ -1,4 +1,4 @@
-"""A small plot in plain ASCII, which survives any log file."""
+"""Draws step functions in plain ASCII, which every log file can hold."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ Points = Sequence[tuple[float, float]]
 
 
 def plot(series: Mapping[str, Points], x_label: str, until: float, *, width: int = 80, height: int = 7) -> str:
-    """One panel for each series, one above the other over the same x axis.
+    """Draw each series in a panel of its own, one above the other over a shared x axis.
 
-    A value holds until the next point: a schedule is a function of the step, and its jumps are drawn as jumps. A column
-    shows all values that occur in its part of the axis: "*" where there is one, "|" where the curve only passes from
-    one to another.
+    A value holds until the next point, so that the jumps of a schedule are drawn as jumps. Each
+    column shows all values that occur in its part of the axis: "*" for a value, and "|" where the
+    curve only passes from one value to another.
 
     Args:
-        series: points (x, y) by what y is, with its unit: the title of the panel. x must increase, y be finite.
-        x_label: what x is, with its unit.
-        until: where the last value of each series ends, above all x.
-        width: columns of the text in all.
-        height: lines of a panel whose values differ. One value takes one line.
+        series: points (x, y) by the title of the panel, which names y and its unit. x must
+            increase, and y must be finite.
+        x_label: name and unit of x.
+        until: the x where the last value of each series ends, larger than all x.
+        width: columns of the whole text.
+        height: lines of a panel whose values differ. A constant takes one line.
+
+    Returns:
+        The lines of the plot, joined by newlines.
 
     Raises:
-        ValueError: for no points, points out of order, or too little room.
+        ValueError: a series has no points or points out of order, or there is too little room.
     """
     for name, points in series.items():
         xs = [x for x, _ in points]
         if not xs or any(a >= b for a, b in zip(xs, [*xs[1:], until], strict=True)):
-            raise ValueError(f"{name!r}: the plot needs points whose x increase and stay below until={until}")
+            raise ValueError(
+                f"{name!r} cannot be plotted: it needs points whose x increase and stay below until={until}, "
+                f"got {len(xs)} point(s) with x = {xs[:10]}."
+            )
     labels = [_number(edge(y for _, y in points)) for points in series.values() for edge in (min, max)]
     margin = max(map(len, labels)) + 2
     columns = width - margin
     if columns < 10 or height < 2:
-        raise ValueError(f"no room to plot: {width} columns, of which the labels take {margin}, and {height} lines")
+        raise ValueError(
+            f"There is no room to plot in {width} columns, of which the labels take {margin}, and {height} lines. "
+            f"Give at least {margin + 10} columns (width) and 2 lines (height)."
+        )
     start = min(points[0][0] for points in series.values())
     edges = [start + (until - start) * i / columns for i in range(columns + 1)]
     lines = []
@@ -47,7 +57,7 @@ def plot(series: Mapping[str, Points], x_label: str, until: float, *, width: int
 
 
 def _panel(points: Points, edges: Sequence[float], margin: int, height: int) -> list[str]:
-    """The lines of one panel, the highest values first."""
+    """Return the lines of one panel, the highest values first."""
     low, high = min(y for _, y in points), max(y for _, y in points)
     rows = height if high > low else 1
     grid = [[" "] * (len(edges) - 1) for _ in range(rows)]
@@ -60,7 +70,7 @@ def _panel(points: Points, edges: Sequence[float], margin: int, height: int) -> 
         for row in range(min(passed), max(passed) + 1):
             grid[row][column] = "|"
         if previous is not None and previous not in hit:
-            grid[previous][column] = " "  # it was drawn a column before
+            grid[previous][column] = " "  # already drawn in the previous column
         for row in hit:
             grid[row][column] = "*"
         previous = hit[-1]
@@ -69,11 +79,11 @@ def _panel(points: Points, edges: Sequence[float], margin: int, height: int) -> 
 
 
 def _columns(points: Points, edges: Sequence[float]) -> list[list[float]]:
-    """The values that occur between each two edges, in their order; none before the first point."""
+    """Return, for each column between two edges, the values that occur in it, in their order."""
     xs = [x for x, _ in points]
     columns = []
     for left, right in itertools.pairwise(edges):
-        held = bisect.bisect_right(xs, left) - 1  # the point whose value holds at the left edge
+        held = bisect.bisect_right(xs, left) - 1  # index of the point whose value holds at the left edge
         stop = bisect.bisect_left(xs, right)
         columns.append([y for _, y in points[max(held, 0) : stop]])
     return columns

@@ -1,1 +1,1 @@
-"""Models. They know nothing of accumulation and never return a mean."""
+"""Defines models, which know nothing about accumulation and never return a mean."""

@@ -1,7 +1,8 @@
-"""A GPT-2 style decoder. It maps token ids to logits and knows nothing of losses, accumulation or ranks.
+"""Defines a GPT-2 style decoder that maps token ids to logits.
 
-Architecture and initialisation: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), with
-positions initialised like all other weights (std 0.02).
+It knows nothing about losses, accumulation or ranks. Architecture and initialization: Radford et
+al., "Language Models are Unsupervised Multitask Learners" (2019). Positions are initialized like
+all other weights (std 0.02).
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from distaccum.models.weights import write
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. conf/model owns the values, therefore nothing has a default here.
+    """Configures the sizes of a GPT; conf/model contains the values, so nothing has a default here.
 
     Attributes:
-        name: "gpt", by which the composition root finds this class.
-        vocab_size: number of token ids V. None: the caller fills it in from the data before the model is built.
-        max_seq_len: number of learned positions, in tokens. None: likewise.
-        num_layers: decoder blocks.
+        name: "gpt", by which the application finds this class.
+        vocab_size: number of token ids V. None: the caller fills it in from the data before the
+            model is built.
+        max_seq_len: number of learned positions, in tokens. None: the caller fills it in from the
+            data before the model is built.
+        num_layers: number of decoder blocks.
         num_heads: attention heads per block; must divide `width`.
         width: features of the residual stream.
-        dropout: probability in [0, 1), after the embedding, on attention weights and on each residual branch.
-        bias: whether linear layers and layer norms have one (GPT-2: true).
+        dropout: probability in [0, 1), applied after the embedding, to attention weights and to
+            each residual branch.
+        bias: whether linear layers and layer norms have a bias (GPT-2: true).
     """
 
     name: str
@@ -45,15 +49,18 @@ class GPTConfig:
 
 @final
 class GPT(nn.Module):
-    """Pre-norm decoder with learned positions and one matrix for embedding and head; no buffers.
+    """Implements a pre-norm decoder with learned positions and one matrix for embedding and head.
 
-    Built inside `torch.device("meta")` it holds no memory: then call `to_empty(device=...)` (after sharding, if any)
-    and `init_weights()`. Built outside it is initialised at once, with the same values under the same seed.
+    Built inside `torch.device("meta")`, it uses no memory; then call `to_empty(device=...)` (after
+    sharding, if any) and `init_weights()`. Built elsewhere, it is initialized at once, with the
+    same values for the same seed. It has no buffers.
 
-    The embeddings and the head belong to the root, so that sharding each of `blocks` and then the root (FSDP2) keeps
-    the tied matrix in one group. Dropout draws from torch's global generator.
+    The embeddings and the head belong to the root module, so that sharding each of `blocks` and
+    then the root (FSDP2) keeps the tied matrix in one group. Dropout draws from torch's global
+    generator.
 
-    Raises ConfigError for sizes that cannot be built.
+    Raises:
+        ConfigError: if no model can have these sizes.
     """
 
     blocks: nn.ModuleList  # the decoder blocks in the order of computation, each [B, T, width] -> [B, T, width]
@@ -62,8 +69,8 @@ class GPT(nn.Module):
         super().__init__()
         self.vocab_size, self.max_seq_len = _check(config)
         device = torch.get_default_device()
-        # On meta first: torch's own initialisation would be thrown away, and its draws would make the weights depend
-        # on how the model was built.
+        # On meta first: torch's own initialization would be discarded, and its random draws would
+        # make the weights depend on how the model was built.
         with torch.device("meta"):
             self.wte = nn.Embedding(self.vocab_size, config.width)
             self.wpe = nn.Embedding(self.max_seq_len, config.width)
@@ -75,20 +82,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Write all parameters: matrices normal with mean 0 and std 0.02, biases 0, norms 1.
+        """Initialize all parameters: matrices normal with mean 0 and std 0.02, biases 0, norms 1.
 
-        The projections that add to the residual stream have std 0.02 / sqrt(2 * num_layers), since 2 * num_layers of
-        them are summed (GPT-2, section 2.3). Every rank draws the whole matrices from torch's global CPU generator, in
-        float32 and in the order of `named_parameters()`, and keeps its own shard: equal seeds give equal models on any
-        device, in any dtype (up to rounding) and on any number of ranks. The caller seeds. Nothing is communicated.
+        The projections that add to the residual stream have std 0.02 / sqrt(2 * num_layers),
+        because 2 * num_layers of them are summed (GPT-2, section 2.3). Every rank draws the whole
+        matrices from torch's global CPU generator, in float32 and in the order of
+        `named_parameters()`, and keeps its own shard. Equal seeds therefore give equal models on
+        any device, in any dtype (up to rounding) and on any number of ranks. The caller sets the
+        seed. Nothing is communicated.
 
-        Raises ConfigError while the parameters are on the meta device.
+        Raises:
+            ConfigError: if a parameter is on the meta device.
         """
         residual_std = 0.02 / math.sqrt(2 * len(self.blocks))
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 raise ConfigError(
-                    f"GPT.init_weights: {name} is on the meta device; call to_empty(device=...) before it"
+                    f"GPT.init_weights: the parameter {name} is on the meta device; call to_empty(device=...) first."
                 )
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -100,23 +110,27 @@ class GPT(nn.Module):
         """Compute the logits of the next token at every position.
 
         Args:
-            input_ids: [B, T] int64, values in [0, vocab_size), T <= max_seq_len. Padding belongs at the end: attention
-                is causal, so that what follows a token never changes it.
+            input_ids: [B, T] int64, values in [0, vocab_size), T <= max_seq_len. Padding belongs at
+                the end: attention is causal, so a token never depends on what follows it.
 
         Returns:
-            [B, T, vocab_size] in the dtype of the parameters, or of autocast where it is on.
+            [B, T, vocab_size] in the dtype of the parameters, or of autocast if it is on.
 
-        Raises ConfigError for another dtype or shape, or a sequence that is too long.
+        Raises:
+            ConfigError: if the dtype or the shape is different, or a sequence is too long.
         """
         if input_ids.dtype != torch.int64 or input_ids.ndim != 2:
-            raise ConfigError(f"GPT: input_ids: {input_ids.dtype} {list(input_ids.shape)}, not torch.int64 [B, T]")
+            raise ConfigError(
+                f"GPT got input_ids of {input_ids.dtype} {list(input_ids.shape)}, not torch.int64 [B, T]. "
+                f"Pass a batch of token ids."
+            )
         num_tokens = input_ids.shape[1]
         if num_tokens > self.max_seq_len:
             raise ConfigError(
-                f"GPT: a sequence of {num_tokens} tokens, but model.max_seq_len is {self.max_seq_len}; "
-                f"use shorter sequences, or model.max_seq_len={num_tokens}"
+                f"GPT got a sequence of {num_tokens} tokens, but model.max_seq_len is {self.max_seq_len}. "
+                f"Use shorter sequences, or model.max_seq_len={num_tokens}."
             )
-        # A slice of the positions instead of a look-up: its backward is deterministic on every device.
+        # A slice of the positions, not a look-up: its backward is deterministic on every device.
         x: Tensor = self.dropout(self.wte(input_ids) + self.wpe.weight[:num_tokens])
         for block in self.blocks:
             x = block(x)
@@ -124,7 +138,7 @@ class GPT(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Causal self-attention of all heads, [B, T, width] -> [B, T, width]."""
+    """Computes causal self-attention of all heads, [B, T, width] -> [B, T, width]."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -143,7 +157,10 @@ class _Attention(nn.Module):
 
 
 class _MLP(nn.Module):
-    """Two linear layers around a GELU (GPT-2's tanh form), four times wider inside, [B, T, width] -> [B, T, width]."""
+    """Applies two linear layers with a GELU between them, [B, T, width] -> [B, T, width].
+
+    The GELU is GPT-2's tanh form. Between the layers there are four times as many features.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -156,7 +173,7 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    """One decoder block: each branch reads a normalised residual stream and adds to it."""
+    """Applies one decoder block: each branch reads a normalized residual stream and adds to it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -173,20 +190,20 @@ class _Block(nn.Module):
 
 
 def _check(config: GPTConfig) -> tuple[int, int]:
-    """Refuse impossible sizes; return (vocab_size, max_seq_len), which are certain from here on."""
+    """Refuse impossible sizes, and return (vocab_size, max_seq_len), which are not None."""
     if config.vocab_size is None or config.max_seq_len is None:
         got = f"model.vocab_size={config.vocab_size}, model.max_seq_len={config.max_seq_len}"
-        raise ConfigError(f"{got}: both must be known when the model is built; take them from the data, or set them")
+        raise ConfigError(f"{got}: both must be known when the model is built. Take them from the data, or set them.")
     for key in ("vocab_size", "max_seq_len", "num_layers", "num_heads", "width"):
         if getattr(config, key) < 1:
-            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1")
+            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1.")
     if remainder := config.width % config.num_heads:
         below = config.width - remainder
         nearest = f"{below} or {below + config.num_heads}" if below else config.num_heads
         raise ConfigError(
-            f"model.width ({config.width}) must be a multiple of model.num_heads ({config.num_heads}), since each head "
-            f"has width / num_heads features; use model.width={nearest}"
+            f"model.width ({config.width}) must be a multiple of model.num_heads ({config.num_heads}), because each "
+            f"head has width / num_heads features. Use model.width={nearest}."
         )
     if not 0 <= config.dropout < 1:
-        raise ConfigError(f"model.dropout ({config.dropout}) is a probability in [0, 1), where 0 switches it off")
+        raise ConfigError(f"model.dropout ({config.dropout}) must be a probability in [0, 1); 0 switches dropout off.")
     return config.vocab_size, config.max_seq_len

@@ -1,7 +1,8 @@
-"""A residual network with BatchNorm. It maps images to logits and knows nothing of losses, accumulation or ranks.
+"""Defines a residual network with BatchNorm that maps images to logits.
 
-He et al., "Deep Residual Learning for Image Recognition" (2016): basic blocks, projection shortcuts where the shape
-changes (option B), weights of convolutions normal with variance 2 / fan_out (He et al., 2015).
+It knows nothing about losses, accumulation or ranks. Architecture: He et al., "Deep Residual
+Learning for Image Recognition" (2016), with basic blocks, and projection shortcuts where the shape
+changes (option B). Weights of convolutions are normal with variance 2 / fan_out (He et al., 2015).
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from distaccum.models.weights import write
 
 @dataclass
 class ResNetConfig:
-    """The sizes of a ResNet. conf/model owns the values, therefore nothing has a default here.
+    """Configures a ResNet; conf/model contains the values, so nothing has a default here.
 
     Attributes:
-        name: "resnet", by which the composition root finds this class.
-        num_classes: number of logits. None: the caller fills it in from the data before the model is built.
-        in_channels: of the images. None: likewise.
+        name: "resnet", by which the application finds this class.
+        num_classes: number of logits. None: the caller fills it in from the data before the model
+            is built.
+        in_channels: channels of the images. None: the caller fills it in from the data before the
+            model is built.
         widths: channels of each stage; every stage but the first halves height and width.
-        blocks_per_stage: residual blocks, of two 3x3 convolutions each.
-        large_stem: for large images: a 7x7 convolution and a max-pool, with stride 2 each, before the stages. Otherwise
-            a 3x3 convolution with stride 1.
+        blocks_per_stage: number of residual blocks, of two 3x3 convolutions each.
+        large_stem: whether the stem is made for large images: a 7x7 convolution and a max-pool,
+            with stride 2 each. Otherwise it is a 3x3 convolution with stride 1.
     """
 
     name: str
@@ -42,14 +45,17 @@ class ResNetConfig:
 
 @final
 class ResNet(nn.Module):
-    """Stem, residual blocks, mean over the image, linear head.
+    """Implements a stem, residual blocks, a mean over the image and a linear head.
 
-    Built inside `torch.device("meta")` it holds no memory: then call `to_empty(device=...)` (after sharding, if any)
-    and `init_weights()`. Built outside it is initialised at once, with the same values under the same seed.
+    Built inside `torch.device("meta")`, it uses no memory; then call `to_empty(device=...)` (after
+    sharding, if any) and `init_weights()`. Built elsewhere, it is initialized at once, with the
+    same values for the same seed.
 
-    Its layers are plain nn.BatchNorm2d; `distaccum.convert_batchnorm` says over which samples they normalise.
+    Its norms are plain nn.BatchNorm2d; `distaccum.convert_batchnorm` chooses over which samples
+    they normalize.
 
-    Raises ConfigError for sizes that cannot be built.
+    Raises:
+        ConfigError: if no model can have these sizes.
     """
 
     blocks: nn.ModuleList  # in the order of computation, each [B, C, H, W] -> [B, C', H', W']
@@ -58,8 +64,8 @@ class ResNet(nn.Module):
         super().__init__()
         num_classes, self.in_channels = _check(config)
         device = torch.get_default_device()
-        # On meta first: torch's own initialisation would be thrown away, and its draws would make the weights depend
-        # on how the model was built.
+        # On meta first: torch's own initialization would be discarded, and its random draws would
+        # make the weights depend on how the model was built.
         with torch.device("meta"):
             kernel, stride = (7, 2) if config.large_stem else (3, 1)
             self.stem = _convolution(self.in_channels, config.widths[0], kernel, stride)
@@ -77,18 +83,21 @@ class ResNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Write all parameters and buffers: convolutions as above, norms 1 and 0, the head normal with std 0.01.
+        """Initialize all parameters and buffers.
 
-        Every rank draws the whole tensors from torch's global CPU generator, in float32 and in the order of
-        `named_parameters()`, and keeps its own shard: equal seeds give equal models on any device, in any dtype (up to
-        rounding) and on any number of ranks. The caller seeds. Nothing is communicated.
+        Convolutions are normal with mean 0 and variance 2 / fan_out, the head is normal with mean 0
+        and std 0.01, norm weights are 1 and biases 0. Every rank draws the whole tensors from
+        torch's global CPU generator, in float32 and in the order of `named_parameters()`, and keeps
+        its own shard. Equal seeds therefore give equal models on any device, in any dtype (up to
+        rounding) and on any number of ranks. The caller sets the seed. Nothing is communicated.
 
-        Raises ConfigError while the parameters are on the meta device.
+        Raises:
+            ConfigError: if a parameter is on the meta device.
         """
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 raise ConfigError(
-                    f"ResNet.init_weights: {name} is on the meta device; call to_empty(device=...) before it"
+                    f"ResNet.init_weights: the parameter {name} is on the meta device; call to_empty(device=...) first."
                 )
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -108,12 +117,16 @@ class ResNet(nn.Module):
             images: [B, in_channels, H, W], floating point.
 
         Returns:
-            [B, num_classes] in the dtype of the parameters, or of autocast where it is on.
+            [B, num_classes] in the dtype of the parameters, or of autocast if it is on.
 
-        Raises ConfigError for another shape.
+        Raises:
+            ConfigError: if the shape is different.
         """
         if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ConfigError(f"ResNet: images {list(images.shape)}, not [B, {self.in_channels}, H, W]")
+            raise ConfigError(
+                f"ResNet got images of shape {list(images.shape)}, not [B, {self.in_channels}, H, W]. Pass a batch of "
+                f"images with {self.in_channels} channel(s)."
+            )
         x: Tensor = self.pool(F.relu(self.norm(self.stem(images))))
         for block in self.blocks:
             x = block(x)
@@ -122,7 +135,7 @@ class ResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A basic block: two convolutions beside a shortcut."""
+    """Applies a basic block: two convolutions beside a shortcut."""
 
     def __init__(self, in_channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -143,18 +156,20 @@ class _Block(nn.Module):
 
 
 def _convolution(in_channels: int, width: int, kernel: int, stride: int) -> nn.Conv2d:
-    """Without bias: the norm after it has one."""
+    """Build a convolution without a bias, because the norm after it has one."""
     return nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def _check(config: ResNetConfig) -> tuple[int, int]:
-    """Refuse impossible sizes; return (num_classes, in_channels), which are certain from here on."""
+    """Refuse impossible sizes, and return (num_classes, in_channels), which are not None."""
     if config.num_classes is None or config.in_channels is None:
         got = f"model.num_classes={config.num_classes}, model.in_channels={config.in_channels}"
-        raise ConfigError(f"{got}: both must be known when the model is built; take them from the data, or set them")
+        raise ConfigError(f"{got}: both must be known when the model is built. Take them from the data, or set them.")
     for key in ("num_classes", "in_channels", "blocks_per_stage"):
         if getattr(config, key) < 1:
-            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1")
+            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1.")
     if not config.widths or min(config.widths) < 1:
-        raise ConfigError(f"model.widths ({config.widths}) has the channels of each stage: write [16,32,64]")
+        raise ConfigError(
+            f"model.widths ({config.widths}) must list the channels of each stage, at least 1 each: write [16,32,64]"
+        )
     return config.num_classes, config.in_channels

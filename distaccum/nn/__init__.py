@@ -1,1 +1,1 @@
-"""What changes inside a model: BatchNorm's statistics, blocks, precision."""
+"""Changes modules inside a model: BatchNorm statistics, checkpointed and compiled blocks."""

@@ -1,4 +1,4 @@
-"""Sums of a BatchNorm's inputs that add up over micro-batches and ranks, what they say, and normalising with it."""
+"""Computes BatchNorm statistics from sums that add up over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def moments_of(x: Tensor, shift: Tensor) -> Tensor:
-    """[1 + 2C] float64 of an input [B, C, ...]: the count n in a channel, sum(x - shift), sum((x - shift)^2).
+def batch_sums(x: Tensor, shift: Tensor) -> Tensor:
+    """Compute the sums from which the mean and variance of a BatchNorm input follow.
 
-    They add up over micros and ranks. A shift [C] near the mean, equal on all ranks, keeps the difference of squares in
-    `statistics` from cancelling; what float64 loses with a bad one is still far below a float32.
+    The sums of several micro-batches and ranks can be added. A shift near the mean keeps the
+    difference of squares in `statistics` from cancelling. What float64 loses with a bad shift is
+    still far below the precision of float32.
+
+    Args:
+        x: the input [B, C, ...].
+        shift: [C], equal on all ranks.
+
+    Returns:
+        [1 + 2C] float64: the number of values in a channel, sum(x - shift) and sum((x - shift)^2).
     """
     centred = x.detach().double() - shift.double().view(_along_channels(x))
     count = centred.new_full((1,), x.numel() // x.shape[1])
@@ -23,42 +31,59 @@ def moments_of(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def width(layer: nn.BatchNorm1d) -> int:
-    """How many numbers the moments of a layer are: 1 + 2C."""
+    """Return how many numbers `batch_sums` computes for a layer: 1 + 2C."""
     return 1 + 2 * layer.num_features
 
 
-def no_moments(layer: nn.BatchNorm1d, device: torch.device) -> Tensor:
-    """The moments of no samples."""
+def zero_sums(layer: nn.BatchNorm1d, device: torch.device) -> Tensor:
+    """Return the sums of an empty batch: zeros [1 + 2C] float64."""
     return torch.zeros(width(layer), dtype=torch.float64, device=device)
 
 
 def statistics(moments: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The count [], the mean [C] and the sum of squares around it [C], float64. Of nothing: 0, the shift, 0."""
+    """Return count [], mean [C] and sum of squares around the mean [C] in float64.
+
+    For an empty batch these are 0, the shift and 0.
+
+    Args:
+        moments: [1 + 2C], from `batch_sums`.
+        shift: [C] that the sums are relative to.
+    """
     count, (first, second) = moments[0], moments[1:].view(2, -1)
     offset = first / count.clamp(min=1)
     return count, shift.double() + offset, (second - first * offset).clamp(min=0)
 
 
 def buffers_of(layer: nn.BatchNorm1d) -> tuple[Tensor, ...]:
-    """Running mean, running variance and number of batches; none of them where the layer does not keep them."""
+    """Return a layer's running mean, running variance and number of batches.
+
+    The result is empty if the layer does not keep running statistics.
+    """
     return tuple(b for b in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if b is not None)
 
 
 def running_of(layer: nn.BatchNorm1d) -> tuple[Tensor, ...]:
-    """The same in float64."""
+    """Return a layer's running mean, running variance and number of batches in float64.
+
+    The result is empty if the layer does not keep running statistics.
+    """
     return tuple(buffer.double() for buffer in buffers_of(layer))
 
 
-def blended(
+def update_running_stats(
     running: tuple[Tensor, ...], moments: Tensor, shift: Tensor, momentum: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The running mean, unbiased variance and number of batches after one batch more, float64; nothing adds nothing.
+    """Compute the running statistics after one more batch; an empty batch changes nothing.
 
     Args:
-        running: the same before it, float64.
-        moments: [1 + 2C] of the batch.
+        running: running mean [C], running variance [C] and number of batches [] so far, float64.
+        moments: [1 + 2C] of the new batch, from `batch_sums`.
         shift: [C] that they are relative to.
-        momentum: the weight of the new batch; None: the mean of all batches so far, as torch has it.
+        momentum: the weight of the new batch; None: all batches so far have equal weight, as in
+            torch.
+
+    Returns:
+        The new running mean [C], unbiased running variance [C] and number of batches [], float64.
     """
     mean, var, batches = running
     count, new_mean, squares = statistics(moments, shift)
@@ -70,16 +95,25 @@ def blended(
 
 
 def normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, with everything but x in the dtype of the mean."""
+    """Return (x - mean) / sqrt(var + eps) * weight + bias.
+
+    `weight` and `bias` are cast to the dtype of `mean`; `x` keeps its own.
+    """
     weight, bias = (None if p is None else p.to(mean.dtype) for p in (weight, bias))
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
 
-class NormaliseTogether(torch.autograd.Function):
-    """`normalise` whose backward knows that the statistics came from the inputs of all ranks.
+class SyncBatchNormFunction(torch.autograd.Function):
+    """Normalizes with statistics of all ranks, and differentiates through them.
 
-    Ioffe and Szegedy, "Batch Normalization" (2015), section 3: with z = (x - mean) / std and g the gradient of
-    weight z + bias, that of x is weight / std (g - sum(g) / n - z sum(g z) / n); sums and n are over all ranks.
+    The forward is `normalise`. The backward takes into account that the statistics depend on the
+    inputs of all ranks. Ioffe and Szegedy, "Batch Normalization" (2015), section 3, with sums and n
+    over all ranks:
+
+        z = (x - mean) / std
+        dx = weight / std * (g - sum(g) / n - z * sum(g * z) / n)
+
+    Here g is the gradient of weight * z + bias, and dx is that of x.
     """
 
     @staticmethod
@@ -89,12 +123,12 @@ class NormaliseTogether(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mean: Tensor,  # [C] float32 or wider, over all ranks
-        var: Tensor,  # [C] likewise, biased
-        share: Tensor,  # [] float64: 1 / n, or 0 where the samples of this rank did not enter mean and var
+        var: Tensor,  # [C] float32 or wider, over all ranks, biased
+        share: Tensor,  # [] float64: 1 / n, or 0 if mean and var do not include this rank's samples
         eps: float,
-        group: dist.ProcessGroup | None,  # in which mean and var were taken
+        group: dist.ProcessGroup | None,  # the ranks over which mean and var were taken
     ) -> Tensor:
-        """Normalise without communication."""
+        """Normalize x [B, C, ...] without communication."""
         ctx.group = group
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), share)
         return normalise(x, mean, var, weight, bias, eps)
@@ -102,7 +136,10 @@ class NormaliseTogether(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """One all-reduce on every rank of the group, whichever gradients are asked for here."""
+        """Compute the gradients of x, weight and bias with one all-reduce.
+
+        Every rank of the group takes part in it, whichever gradients it needs.
+        """
         x, weight, mean, inverse_std, share = ctx.saved_tensors
         dims, channels = _other_dims(x), _along_channels(x)
         g = gradient.to(mean.dtype)
@@ -116,12 +153,16 @@ class NormaliseTogether(torch.autograd.Function):
 
 
 def several_ranks(group: dist.ProcessGroup | None) -> bool:
-    """Whether there is anybody in a group to share statistics with; None: among all ranks."""
+    """Return whether a process group (None: all ranks) has more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def all_reduced(table: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over a group (None: all ranks), in place where it serves the table's device. Alone: the table."""
+    """Return the sum of a table over a process group (None: all ranks).
+
+    The sum is taken in place if the group has a backend for the table's device, and in a copy on
+    the CPU otherwise. On a single rank the table itself is returned.
+    """
     if not several_ranks(group):
         return table
     group = group or dist.group.WORLD
@@ -132,7 +173,10 @@ def all_reduced(table: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def is_served(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether this group has a backend of its own for the device; otherwise the CPU's serves."""
+    """Return whether a process group has a backend for this device.
+
+    Otherwise its backend for the CPU is used.
+    """
     return f"{device.type}:" in dist.get_backend_config(group)
 
 

@@ -1,7 +1,8 @@
-"""BatchNorm under accumulation: which samples its statistics are taken over, and when running statistics are written.
+"""Decides how BatchNorm takes statistics and when it writes running statistics in a window.
 
-Gradients of K micro-batches on R ranks add up to those of one big batch; the statistics of BatchNorm do not, as each
-forward sees one micro-batch of one rank. A mode says what is done about it.
+Gradients of K micro-batches on R ranks add up to those of one big batch. The statistics of
+BatchNorm do not, because each forward sees one micro-batch of one rank. A `BatchNormMode` chooses
+what to do about it.
 """
 
 from __future__ import annotations
@@ -15,36 +16,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError, choice
-from distaccum.nn.batch_stats import blended, buffers_of, is_served, no_moments, running_of, several_ranks, width
+from distaccum.nn.batch_stats import (
+    buffers_of,
+    is_served,
+    running_of,
+    several_ranks,
+    update_running_stats,
+    width,
+    zero_sums,
+)
 from distaccum.nn.batchnorm_layers import CONVERTED, LAZY, BatchNormMode, Windowed
 
 
 def has_batchnorm(model: nn.Module) -> bool:
-    """Whether a mode matters to this model: it has nn.BatchNorm1d, 2d or 3d layers (converted or lazy ones too)."""
+    """Return whether a model has BatchNorm layers, so that a mode matters to it.
+
+    These are nn.BatchNorm1d, 2d and 3d layers, including converted and lazy ones.
+    """
     return any(isinstance(module, (*CONVERTED, *LAZY)) for module in model.modules())
 
 
 def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
-    """Give every nn.BatchNorm1d, 2d and 3d of the model a mode, before the model is wrapped. Nothing is communicated.
+    """Set the mode of every nn.BatchNorm1d, 2d and 3d layer of a model, before it is wrapped.
 
-    Layers change their class in place, as `fully_shard` does it: parameters, buffers, hooks, the names in `state_dict`
-    and all settings stay. `micro` keeps torch's own classes, and the layers remember that it was chosen; torch's
-    SyncBatchNorm is left alone. Running statistics change only inside windows, where `pooled_statistics` is at work.
-    Returns the model itself.
+    Layers change their class in place, as under `fully_shard`: parameters, buffers, hooks, the
+    names in `state_dict` and all settings stay. With `micro_batch` they keep torch's own classes
+    and remember that this mode was chosen. torch's SyncBatchNorm is left alone. Running statistics
+    of converted layers change only in windows of an accumulator. Nothing is communicated here.
 
     Args:
-        model: whose layers get a mode.
-        mode: see `BatchNormMode`; its name will do.
+        model: the model whose layers get the mode.
+        mode: a `BatchNormMode`, or its name.
+
+    Returns:
+        The model itself.
 
     Raises:
-        ConfigError: for a mode that is none, for lazy layers, for subclasses with code of their own, and for `frozen`
-            layers without running statistics. Nothing was changed then.
+        ConfigError: for an unknown mode, for lazy layers, for subclasses that add their own code,
+            and for `frozen` layers without running statistics. The model is then unchanged.
     """
     mode = choice(BatchNormMode, mode, "mode")
-    if mode is BatchNormMode.micro:
+    if mode is BatchNormMode.micro_batch:
         for layer in unconverted(model).modules():
             if isinstance(layer, (*CONVERTED, *LAZY)):
-                layer.left_alone = True  # type: ignore[assignment]  # chosen, so that nobody warns of it
+                layer.left_alone = True  # type: ignore[assignment]  # it was chosen, so no warning is given
         return model
     layers = [(name or "the model", module) for name, module in model.named_modules()]
     layers = [(name, module) for name, module in layers if isinstance(module, (*CONVERTED, *LAZY))]
@@ -52,16 +67,17 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
         if isinstance(layer, LAZY):
             raise ConfigError(
                 f"{name} is a {type(layer).__name__} and does not know its channels yet. Run a forward on one "
-                "micro-batch before it is converted, or write the channels."
+                "micro-batch before you convert it, or give its number of channels."
             )
         if type(layer) not in CONVERTED and not isinstance(layer, Windowed):
             raise ConfigError(
                 f"{name} is a {type(layer).__name__}, a BatchNorm with code of its own, which would be lost. Convert "
-                "before fully_shard, use torch's nn.BatchNorm, or leave layers as they are with 'micro'."
+                "before fully_shard, use torch's nn.BatchNorm, or keep the layers unchanged with mode 'micro_batch'."
             )
         if mode is BatchNormMode.frozen and layer.running_mean is None:
             raise ConfigError(
-                f"{name} has no running statistics to be frozen (track_running_stats=False). Use 'pooled' or 'sync'."
+                f"{name} has no running statistics to be frozen (track_running_stats=False). Use mode 'pooled' or "
+                "'sync'."
             )
     for _, layer in layers:
         layer.__class__ = CONVERTED.get(type(layer), type(layer))
@@ -70,9 +86,15 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
 
 
 def mode_of(model: nn.Module) -> BatchNormMode | None:
-    """How the layers of a model that is being trained behave; None where it has none, or all are in eval mode."""
+    """Return the one mode of a model's BatchNorm layers in training, or None.
+
+    None means that the model has no such layers, or that all of them are in evaluation mode.
+
+    Raises:
+        ConfigError: if the layers have different modes.
+    """
     layers = [(name, m) for name, m in model.named_modules() if m.training and isinstance(m, tuple(CONVERTED))]
-    modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro: name for name, layer in layers}
+    modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro_batch: name for name, layer in layers}
     if len(modes) > 1:
         found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
         raise ConfigError(
@@ -83,13 +105,13 @@ def mode_of(model: nn.Module) -> BatchNormMode | None:
 
 
 def with_mode(model: nn.Module) -> list[str]:
-    """The names of the layers for which a mode was chosen, `micro` too."""
+    """List the names of the layers for which a mode was chosen, including `micro_batch`."""
     layers = model.named_modules()
     return [name for name, layer in layers if isinstance(layer, Windowed) or getattr(layer, "left_alone", False)]
 
 
 def unconverted(model: nn.Module) -> nn.Module:
-    """Give converted layers their own class again, in place: the model itself, as torch has it."""
+    """Return the model after giving its converted layers torch's own classes again, in place."""
     own: dict[type[nn.Module], type[nn.Module]] = {converted: plain for plain, converted in CONVERTED.items()}
     for module in model.modules():
         module.__class__ = own.get(type(module), type(module))
@@ -97,9 +119,14 @@ def unconverted(model: nn.Module) -> nn.Module:
 
 
 def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> PooledStatistics | None:
-    """Make the object that keeps the running statistics of a model's pooled and sync layers; None without such layers.
+    """Return the object that keeps the running statistics of pooled and sync layers, or None.
 
-    Sync layers meet in `group` from here on: the ranks that train this model; None: all ranks.
+    None means that the model has no such layers. From this call on, sync layers communicate in
+    `group`.
+
+    Args:
+        model: the model, with converted layers.
+        group: the ranks that train it; None: all ranks.
     """
     layers = _layers(model, BatchNormMode.pooled, BatchNormMode.sync)
     for layer in layers:
@@ -108,10 +135,11 @@ def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
 
 
 def collectives(model: nn.Module) -> list[int]:
-    """The bytes of each all-reduce that the sync layers send in one round of forward and backward, in order.
+    """Return the bytes of each all-reduce that sync layers send in one round, in order.
 
-    For a model in which each layer runs once a round and gradients reach it; activation checkpointing adds nothing.
-    Empty without sync layers and on one rank.
+    A round is one forward and backward. The result holds for a model in which each layer runs once
+    per round and gets gradients; activation checkpointing adds nothing. It is empty without sync
+    layers and on one rank.
     """
     layers = _layers(model, BatchNormMode.sync)
     channels = [layer.plain.num_features for layer in layers if several_ranks(layer.group)]
@@ -119,54 +147,65 @@ def collectives(model: nn.Module) -> list[int]:
 
 
 class PooledStatistics:
-    """The running statistics of one model's layers over a window. One object serves one model; all ranks call alike.
+    """Keeps the running statistics of one model's pooled and sync layers over a window.
 
-    A window: `observing()` or `padding()` around each forward, `send` before the last backward, `commit` at the
-    boundary; `forget` for a window that makes no update. Until `commit` no buffer is written.
+    One object serves one model, and all ranks make the same calls. In a window, enter `observing()`
+    or `padding()` around each forward, call `send` before the last backward, and call `commit` at
+    the boundary, or `forget` for a window that makes no update. No buffer is written before
+    `commit`.
     """
 
     def __init__(self, layers: list[Windowed]) -> None:
-        """Serve these layers: pooled and sync ones."""
+        """Store the layers to serve, whose mode is pooled or sync."""
         self._layers = layers
         self._pooled = [
             layer for layer in layers if layer.mode is BatchNormMode.pooled and layer.plain.running_mean is not None
         ]
-        self._table: Tensor | None = None  # flat float64, the moments of all pooled layers
+        self._table: Tensor | None = None  # flat float64, the sums of all pooled layers
         self._work: dist.Work | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Of the one all-reduce of a window: float64, a count and two sums a channel for each pooled layer."""
+        """Return the bytes of a window's one all-reduce for pooled layers.
+
+        It holds a count and two sums per channel for each pooled layer, in float64.
+        """
         return 8 * sum(width(layer.plain) for layer in self._pooled)
 
     def observing(self) -> AbstractContextManager[None]:
-        """Enter around the forward of a micro-batch that counts, and leave before its backward.
+        """Return a context for the forward of a counted micro-batch; leave it before the backward.
 
-        A forward that is repeated in the backward (activation checkpointing) is then not observed twice.
+        A forward that the backward repeats (activation checkpointing) is then not observed twice.
         """
         return self._round(counts=True)
 
     def padding(self) -> AbstractContextManager[None]:
-        """The same for a round that this rank has no micro for: its samples are counted in nothing."""
+        """Return a context for the forward of a padding round, whose samples are not counted.
+
+        A rank computes padding in a round for which it has no micro-batch.
+        """
         return self._round(counts=False)
 
     def send(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        """Start the one all-reduce of a window, after its last forward, on the model's device; nothing waits here.
+        """Start the one all-reduce of a window without waiting; call it after the last forward.
 
-        `group` are the ranks that share the window; None: one process, and nothing is sent.
+        Args:
+            group: the ranks that share the window; None: a single process, which sends nothing.
+            device: the device of the model.
         """
         if not self._pooled:
             return
-        rows = [no_moments(layer.plain, device) if layer.moments is None else layer.moments for layer in self._pooled]
+        rows = [zero_sums(layer.plain, device) if layer.moments is None else layer.moments for layer in self._pooled]
         self._table = torch.cat([row.to(device) for row in rows])
         if group is not None:
             self._table = self._table if is_served(group, device) else self._table.cpu()
             self._work = dist.all_reduce(self._table, group=group, async_op=True)
 
     def commit(self) -> None:
-        """Write the running statistics of the window: one update for pooled layers, one a round for sync layers.
+        """Write the running statistics of the window into the layers' buffers.
 
-        Waits for what was sent. What no sample of any rank was observed for stays as it is.
+        Pooled layers get one update per window, sync layers one per round. This waits for what
+        `send` started. Layers for which no rank has observed a sample keep their statistics.
         """
         if self._work is not None:
             self._work.wait()
@@ -174,7 +213,7 @@ class PooledStatistics:
             rows = self._table.split([width(layer.plain) for layer in self._pooled])
             for layer, row in zip(self._pooled, rows, strict=True):
                 plain, shift = layer.plain, cast(Tensor, layer.plain.running_mean)
-                layer.pending = blended(running_of(plain), row.to(shift.device), shift, plain.momentum)
+                layer.pending = update_running_stats(running_of(plain), row.to(shift.device), shift, plain.momentum)
         with torch.no_grad():
             for layer in self._layers:
                 for buffer, value in zip(buffers_of(layer.plain), layer.pending or (), strict=False):
@@ -182,7 +221,7 @@ class PooledStatistics:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was observed since the last `commit`: for a window that was skipped or did not end."""
+        """Discard what was observed since the last `commit`, for a skipped or unfinished window."""
         self._table = self._work = None
         for layer in self._layers:
             layer.moments = layer.pending = None

@@ -1,4 +1,4 @@
-"""A model's blocks, and what is done to them one by one: checkpointing and compilation, under whatever wraps it."""
+"""Finds the blocks of a model, and checkpoints or compiles them one by one before wrapping."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer in the order of its modules: what FSDP2 gathers and checkpointing recomputes as one.
+    """List a model's blocks, such as the layers of a transformer, in the order of its modules.
 
-    They are the members of the outermost ModuleLists whose members are of one class and have parameters; of encoder and
-    decoder alike, and of a model inside PEFT's. Embeddings, norms and head are left to the root, tied ones together.
+    A block is what FSDP2 gathers, and what checkpointing recomputes, as one unit. Blocks are the
+    members of the outermost ModuleLists whose members have one class and have parameters. This
+    includes the lists of both an encoder and a decoder, and those of a model that PEFT wraps.
+    Embeddings, norms and head are left to the root, so that tied ones stay together.
     """
     found: list[nn.Module] = []
     inside: set[int] = set()
@@ -29,22 +31,24 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Keep only each block's input for the backward, which computes the block once more with the same randomness.
+    """Apply activation checkpointing to each block, in place; call it before wrapping.
 
-    Names of parameters stay as they are. Call it before wrapping.
+    Only the input of a block is kept for the backward, which computes the block again with the same
+    randomness. The names of parameters do not change.
     """
     for block in blocks:
         _replace_forward(block, functools.partial(checkpoint, block.forward, use_reentrant=False))
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block's forward; equal blocks share their code. Call it before wrapping, after checkpointing.
+    """Compile the forward of each block, in place; call it before wrapping, after checkpointing.
 
-    The forward and not the module is compiled, so that the hooks of DDP and FSDP2 stay outside.
+    Equal blocks share their compiled code. The forward is compiled and not the module, so that the
+    hooks of DDP and FSDP2 stay outside.
     """
     for block in blocks:
         _replace_forward(block, torch.compile(block.forward))
 
 
 def _replace_forward(block: nn.Module, forward: Any) -> None:
-    block.forward = forward  # on this object only, where nn.Module looks first
+    block.forward = forward  # only on this object, and nn.Module looks there first

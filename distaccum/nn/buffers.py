@@ -1,4 +1,4 @@
-"""Buffers of a model, such as BatchNorm's running statistics."""
+"""Protects and compares buffers of a model, such as BatchNorm's running statistics."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Enter around a forward that must leave no trace in any buffer."""
-    # Copies stand in: written back in place, buffers that the backward needs would be refused by autograd.
+    """Return a context for a forward that must not change any buffer of the model."""
+    # Copies replace the buffers inside. If the buffers were restored in place instead, autograd
+    # would refuse the backward of operations that saved them.
     own = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
     for module, name, buffer in own:
         setattr(module, name, buffer.clone())
@@ -23,5 +24,5 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers; nan is nan."""
+    """Return whether two tensors hold the same numbers, where nan equals nan."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -1,23 +1,23 @@
-"""BatchNorm on one sample: torch refuses it, and what can be done about it."""
+"""Explains the error that torch's BatchNorm raises for a single sample."""
 
 from __future__ import annotations
 
 from distaccum.errors import ConfigError
 
 CURES = (
-    "BatchNorm cannot normalise with the statistics of a single sample. Three cures: make no micro-batch of one sample "
-    "(drop the short last one, drop_last=True in the loader, or choose sizes that leave no rest of one); write "
-    "da.convert_batchnorm(model, 'sync'), where other ranks have samples in the same round, or 'frozen', before the "
-    "model is wrapped; or use GroupNorm, which knows one sample at a time."
+    "BatchNorm cannot normalize with the statistics of a single sample. There are three remedies: avoid micro-batches "
+    "of one sample (set drop_last=True in the loader to drop the short last one, or choose sizes that leave no "
+    "remainder of one); before the model is wrapped, call da.convert_batchnorm(model, 'sync') if other ranks have "
+    "samples in the same round, or use mode 'frozen'; or use GroupNorm, which normalizes each sample separately."
 )
 
 
 def explained(error: ValueError, index: int) -> ValueError:
-    """Return the error to raise for one that a forward raised: with the cures, where it is BatchNorm's.
+    """Return the error to raise in place of a forward's, with remedies if BatchNorm raised it.
 
     Args:
-        error: of the forward.
-        index: of its micro-batch among those of this rank's window, from 0.
+        error: the error that the forward raised.
+        index: the number of its micro-batch in this rank's window, from 0.
     """
     if one_value_per_channel(error):
         return ConfigError(f"Micro-batch {index} of this rank's window has one sample. {CURES}")
@@ -25,7 +25,10 @@ def explained(error: ValueError, index: int) -> ValueError:
 
 
 def one_value_per_channel(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it came of, is BatchNorm's about a single value in a channel."""
+    """Return whether an exception or its cause is BatchNorm's error about a single value.
+
+    torch raises that error if a channel has only one value to take statistics over.
+    """
     while error is not None:
         if "Expected more than 1 value per channel" in str(error):
             return True

@@ -1,4 +1,4 @@
-"""Optimizers, and what is set before each of their steps: learning rate and beta2, as functions of position."""
+"""Builds optimizers, and sets learning rate and beta2 before each step by position."""
 
 from distaccum.core.batch_schedule import ScheduleUnit as ScheduleUnit
 from distaccum.optim.optimizer import OptimConfig as OptimConfig

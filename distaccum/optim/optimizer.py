@@ -1,4 +1,4 @@
-"""Optimizers, and the choice of what decays."""
+"""Builds optimizers, and decides which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from distaccum.optim.schedule import ScaleConfig, ScheduleConfig
 
 
 class OptimName(Enum):
-    """The optimizers: Adam with decoupled decay (Loshchilov and Hutter, 2019), and SGD with momentum."""
+    """Names the optimizers.
+
+    Attributes:
+        adamw: Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+        sgd: SGD with momentum.
+    """
 
     adamw = "adamw"
     sgd = "sgd"
 
 
 class OptimImplementation(Enum):
-    """How an update is computed; all give the same numbers up to rounding.
+    """Names how an update is computed; all choices give the same numbers up to rounding.
 
-    foreach: few kernels over lists of tensors. fused: one kernel, no temporary memory. loop: tensor after tensor.
-    auto: fused where all parameters are on CUDA, else foreach.
+    Attributes:
+        foreach: few kernels over lists of tensors.
+        fused: one kernel, no temporary memory.
+        loop: one tensor after another.
+        auto: fused if all parameters are on CUDA, otherwise foreach.
     """
 
     foreach = "foreach"
@@ -36,19 +44,21 @@ class OptimImplementation(Enum):
 
 @dataclass
 class OptimConfig:
-    """An optimizer, its clipping and its schedule. conf/optim owns the values.
+    """Configures an optimizer, its gradient clipping and its schedule; conf/optim has the values.
 
     Attributes:
         name: which optimizer.
         lr: peak learning rate; the schedule multiplies it by a factor in [0, 1].
-        beta1, beta2: adamw: memory of the mean and of the squared gradient, in [0, 1).
-        eps: adamw: added to the root of the squared gradient, > 0.
-        momentum: sgd: memory of the velocity, in [0, 1); 0: plain SGD.
-        weight_decay: of matrices only, see `decay_groups`. Decoupled (adamw), or added to the gradient (sgd).
+        beta1, beta2: adamw: decay rates, in [0, 1), of the averages of the gradient and of its
+            square.
+        eps: adamw: added to the root of the average squared gradient, > 0.
+        momentum: sgd: decay rate of the velocity, in [0, 1); 0: plain SGD.
+        weight_decay: applies to matrices only, see `decay_groups`. Decoupled (adamw), or added to
+            the gradient (sgd).
         implementation: how an update is computed.
         clip_norm: largest global gradient norm, applied after the reduction. None: no clipping.
-        schedule: the learning rate along the training.
-        scale: what follows the effective batch.
+        schedule: the learning rate over the training.
+        scale: what depends on the effective batch size.
     """
 
     name: OptimName
@@ -65,14 +75,19 @@ class OptimConfig:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that decay and those that do not.
+    """Split the trainable parameters into those with weight decay and those without.
 
-    Parameters of two and more dimensions (matrices, kernels, embeddings) decay; biases, norms and scalars do not. The
-    dimensions of a sharded parameter are those of the whole. A parameter under several names counts once.
+    Parameters of two and more dimensions (matrices, kernels, embeddings) decay; biases, norms and
+    scalars do not. A sharded parameter has as many dimensions as the whole one. A parameter with
+    several names counts once.
+
+    Args:
+        model: the model to train.
+        weight_decay: decay of the first group.
 
     Returns:
-        Groups for a torch optimizer in the order of `model.parameters()`, the decaying one first; an empty one is left
-        out. The groups, and their order, are the same on every rank.
+        Groups for a torch optimizer, those that decay first; an empty group is left out. Parameters
+        are in the order of `model.parameters()`. Groups and order are the same on every rank.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -83,17 +98,25 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Build the optimizer over `decay_groups`. Call it after sharding (FSDP2), which replaces the parameters.
+    """Build the optimizer over the groups of `decay_groups`.
 
-    Its learning rate is the peak until an `LRSchedule` sets it. Clipping is the caller's.
+    Call it after sharding (FSDP2), which replaces the parameters. The learning rate is the peak
+    until an `LRSchedule` sets it. Clipping is left to the caller.
 
-    Raises ConfigError for a number outside its range, or a model without trainable parameters.
+    Args:
+        model: the model to train.
+        config: which optimizer, and its numbers.
+
+    Raises:
+        ConfigError: if a number is outside its range, or the model has no trainable parameters.
     """
     _check_optim(config)
     groups = decay_groups(model, config.weight_decay)
     if not groups:
         frozen = len(list(model.parameters()))
-        raise ConfigError(f"optim: 0 trainable parameters ({frozen} are frozen); set requires_grad on what shall train")
+        raise ConfigError(
+            f"The model has 0 trainable parameters ({frozen} are frozen). Set requires_grad=True on those to train."
+        )
     implementation = config.implementation
     if implementation is OptimImplementation.auto:
         on_cuda = all(p.is_cuda for group in groups for p in group["params"])
@@ -110,11 +133,11 @@ def _check_optim(config: OptimConfig) -> None:
     """Refuse numbers outside their ranges."""
     for key in ("beta1", "beta2", "momentum"):
         if not 0 <= getattr(config, key) < 1:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be in [0, 1)")
+            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be in [0, 1).")
     for key in ("lr", "weight_decay"):
         if not 0 <= getattr(config, key) < math.inf:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be finite and at least 0")
+            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be finite and at least 0.")
     if not 0 < config.eps < math.inf:
-        raise ConfigError(f"optim.eps ({config.eps}) must be finite and above 0")
+        raise ConfigError(f"optim.eps ({config.eps}) must be finite and above 0.")
     if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"optim.clip_norm ({config.clip_norm}) must be above 0; write null for no clipping")
+        raise ConfigError(f"optim.clip_norm ({config.clip_norm}) must be above 0. Write null for no clipping.")

@@ -1,4 +1,4 @@
-"""The learning rate, and Adam's beta2, as functions of the position in the training and its effective batch."""
+"""Computes the learning rate, and Adam's beta2, from the position and the effective batch size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from distaccum.core.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
 
-AUTO = "auto"  # a warm-up that follows the length of the training, see `with_warmup`
-MOST_WARMUP_STEPS = 20  # of such a warm-up
+AUTO = "auto"  # a warmup that depends on the length of the training, see `with_warmup`
+MOST_WARMUP_STEPS = 20  # the longest such warmup
 
 
 class ScheduleName(Enum):
-    """The course of the learning rate, see `lr_factor`. wsd: warm-up, stable, decay."""
+    """Names the curve of the learning rate, see `lr_factor`; wsd is warmup, stable, decay."""
 
     constant = "constant"
     linear = "linear"
@@ -27,27 +27,29 @@ class ScheduleName(Enum):
 
 @dataclass
 class ScheduleConfig:
-    """A learning-rate schedule. All lengths are in `unit`; conf/optim owns the values.
+    """Configures a learning-rate schedule; conf/optim has the values.
 
     Attributes:
-        name: the curve after the warm-up.
-        unit: what positions count. It belongs to the caller, who passes positions in this unit.
-        warmup: length of the linear warm-up; 0: none. auto: filled in by the caller, see `with_warmup`.
-        total: where the curve ends. None: where the training does, filled in by the caller.
-        decay: length of the decay of wsd; other curves do not read it.
-        final_ratio: the learning rate at the end as a part of `lr`, in [0, 1]; constant does not read it.
+        name: the curve after the warmup.
+        unit: what positions and lengths count. The caller passes positions in this unit.
+        warmup: length of the linear warmup; 0: none. auto: filled in by the caller, see
+            `with_warmup`.
+        total: where the curve ends. None: at the end of the training, filled in by the caller.
+        decay: length of the decay of wsd; other curves ignore it.
+        final_ratio: the learning rate at the end as a fraction of `lr`, in [0, 1]; constant ignores
+            it.
     """
 
     name: ScheduleName
     unit: ScheduleUnit
-    warmup: Any  # a number or auto: OmegaConf has no union of them
+    warmup: Any  # an int or "auto", a union that OmegaConf does not support
     total: int | None
     decay: int
     final_ratio: float
 
 
 class LRRule(Enum):
-    """By how much the learning rate changes with the effective batch B, see `lr_scale`; B0 is `base_batch`."""
+    """Names how the learning rate depends on the effective batch size B; B0 is `base_batch`."""
 
     none = "none"  # not at all
     linear = "linear"  # B / B0, for SGD
@@ -56,13 +58,14 @@ class LRRule(Enum):
 
 @dataclass
 class ScaleConfig:
-    """What follows the effective batch, where that changes or is another one than it was tuned for.
+    """Configures what is scaled if the effective batch size differs from the one tuned for.
 
     Attributes:
-        lr: the learning rate's rule.
-        base_batch: the effective batch, in samples, that `lr` and `beta2` were chosen for. None: the first one of the
-            training, filled in by the caller.
-        beta2: adamw: whether the memory of the squared gradient keeps its half-life in samples, see `scaled_beta2`.
+        lr: the rule for the learning rate.
+        base_batch: the effective batch size, in samples, for which `lr` and `beta2` were chosen.
+            None: the first one of the training, filled in by the caller.
+        beta2: adamw: whether the average squared gradient keeps its half-life in samples, see
+            `scaled_beta2`.
     """
 
     lr: LRRule
@@ -71,33 +74,38 @@ class ScaleConfig:
 
 
 def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> float:
-    """The learning rate at a position, as a part of the peak.
+    """Return the learning rate at a position, as a fraction of the peak.
 
-    A position is what was consumed **before** the step, in `schedule.unit` over all ranks: nothing here knows ranks or
-    micro-batches. With end E = `schedule.total`, or `total` where that is None, and warm-up W:
+    A position is what was consumed **before** the step, in `schedule.unit` over all ranks; ranks
+    and micro-batches do not matter here. With the end E = `schedule.total`, or `total` if that is
+    None, and the warmup W:
 
-    * warm-up, position < W: (position + 1) / W. Position 0 gives 1 / W, the last position of the warm-up gives 1.
-    * then, with x = (position - W) / (E - W): linear 1 - (1 - f) x, cosine f + (1 - f) (1 + cos(pi x)) / 2
-      (Loshchilov and Hutter, "SGDR", 2017), where f is `final_ratio`; wsd 1, and over the last `decay` units before E
-      linear from 1 to f; constant 1.
+    * warmup, position < W: (position + 1) / W. Position 0 gives 1 / W, the last position of the
+      warmup gives 1.
+    * then, with x = (position - W) / (E - W) and f = `final_ratio`: linear is 1 - (1 - f) x; cosine
+      is f + (1 - f) (1 + cos(pi x)) / 2 (Loshchilov and Hutter, "SGDR", 2017); wsd is 1, and over
+      the last `decay` units before E linear from 1 to f; constant is 1.
     * from E on: exactly f, but 1 for constant.
 
-    N steps therefore have positions 0 ... N - 1, and f itself is the value at N, when training is over. The last step
-    is not lost to a learning rate of 0: for linear its factor is f + (1 - f) / (N - W).
+    N steps therefore have positions 0 ... N - 1, and f itself is the value at N, when training is
+    over. The last step is not lost to a learning rate of 0: for linear its factor is f + (1 - f) /
+    (N - W).
 
     Args:
         position: >= 0.
         schedule: the curve.
-        total: length of the training in `schedule.unit`; None where it is unknown.
+        total: length of the training in `schedule.unit`; None if it is unknown.
 
     Returns:
-        The factor, continuous in the position: in (0, 1] during warm-up, then in [f, 1].
+        The factor, which is continuous in the position: in (0, 1] during warmup, then in [f, 1].
 
-    Raises ConfigError for lengths that do not fit into each other, or a decaying curve without an end.
+    Raises:
+        ConfigError: if the lengths do not fit into each other, or a decaying curve has no end.
+        ValueError: if the position is negative.
     """
     end = _check_schedule(schedule, total)
     if not position >= 0:
-        raise ValueError(f"a schedule has positions from 0 on, got {position}")
+        raise ValueError(f"the position in a schedule must be at least 0, got {position}")
     if position < schedule.warmup:
         return min(1.0, float((position + 1) / schedule.warmup))
     if end is None:
@@ -115,14 +123,17 @@ def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> f
 def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) -> ScheduleConfig:
     """Replace `warmup=auto` by a length that fits.
 
-    It is `tenth`, but no more than a tenth of a curve with an end of its own, and never into the decay of wsd.
+    The length is `tenth`, but at most a tenth of `schedule.total` if that is set, and it never
+    reaches into the decay of wsd.
 
     Args:
-        schedule: the curve; a warm-up that is a number stays.
-        total: length of the training in `schedule.unit`; None where the curve has an end of its own.
-        tenth: a tenth of the training's steps, at most `MOST_WARMUP_STEPS`, in `schedule.unit`; None where unknown.
+        schedule: the curve; a warmup that is a number is not changed.
+        total: length of the training in `schedule.unit`; None if the curve has an end of its own.
+        tenth: a tenth of the training's steps, at most `MOST_WARMUP_STEPS`, in `schedule.unit`;
+            None if unknown.
 
-    Raises ConfigError where the length cannot be told.
+    Raises:
+        ConfigError: if the length is unknown in this unit.
     """
     if schedule.warmup != AUTO:
         return schedule
@@ -133,7 +144,7 @@ def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) 
             "optim.schedule.unit=steps or samples."
         )
     end = total if schedule.total is None else schedule.total
-    assert end is not None, "a training of unknown length has no tenth either"
+    assert end is not None, "`tenth` is None if the length of the training is unknown"
     most = end - schedule.decay if schedule.name is ScheduleName.wsd else end
     if schedule.total is not None:
         most = min(most, end // 10)
@@ -141,12 +152,15 @@ def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) 
 
 
 def lr_scale(ratio: float, rule: LRRule) -> float:
-    """The factor of the learning rate where the effective batch is `ratio` times the base batch; exactly 1 at 1.
+    """Return the factor of the learning rate for an effective batch `ratio` times the base batch.
+
+    It is exactly 1 if the ratio is 1 or the rule is none.
 
     * linear: the ratio, for SGD. Goyal et al., "Accurate, Large Minibatch SGD", 2017.
-    * sqrt: its square root, which keeps the noise of an update. Krizhevsky, "One weird trick for parallelizing
-      convolutional neural networks", 2014; for Adam, Malladi et al., "On the SDEs and Scaling Rules for Adaptive
-      Gradient Algorithms", 2022. They scale both betas and eps as well; here beta2 can be, by `scaled_beta2`.
+    * sqrt: the square root of the ratio, which keeps the noise of an update. Krizhevsky, "One weird
+      trick for parallelizing convolutional neural networks", 2014; for Adam, Malladi et al., "On
+      the SDEs and Scaling Rules for Adaptive Gradient Algorithms", 2022. Malladi et al. scale both
+      betas and eps as well; here only beta2 can be scaled, by `scaled_beta2`.
     """
     if rule is LRRule.none:
         return 1.0
@@ -154,23 +168,35 @@ def lr_scale(ratio: float, rule: LRRule) -> float:
 
 
 def scaled_beta2(beta2: float, ratio: float) -> float:
-    """The beta2 that forgets as much per sample as `beta2` does at the base batch: beta2 ** ratio; exact at 1.
+    """Return the beta2 that forgets as much per sample as `beta2` does at the base batch size.
 
-    Marek et al., "Small Batch Size Training for Language Models", 2025: the half-life in tokens stays. To first order
-    it is the rule of Malladi et al. (2022), 1 - ratio (1 - beta2), but it never leaves [0, 1).
+    It is beta2 ** ratio, where `ratio` is the effective batch size / the base batch size. The
+    half-life in tokens is constant (Marek et al., "Small Batch Size Training for Language Models",
+    2025). To first order this is the rule of Malladi et al. (2022), 1 - ratio (1 - beta2), but it
+    never leaves [0, 1).
     """
     return float(beta2**ratio)
 
 
 @final
 class LRSchedule:
-    """Sets the learning rate of every group by position. It counts nothing, so a resumed run is on the same curve.
+    """Sets the learning rate of every parameter group by position.
 
-    The peak of each group is read once, here: its "initial_lr" if it has one (torch's schedulers write it too), else
-    its "lr", which is kept as "initial_lr". Hence an optimizer that was loaded in mid-curve gives its peak as well.
-    With a `scale`, the same holds for the second of its "betas", kept as "initial_beta2".
+    It has no counter, so a resumed run is on the same curve. The constructor reads the peak of each
+    group once: its "initial_lr" if it has one (torch's schedulers write it too), otherwise its
+    "lr", which is then stored as "initial_lr". An optimizer that was loaded in the middle of a
+    curve therefore gives its peak as well. With a `scale`, this also holds for the second of its
+    "betas", stored as "initial_beta2".
 
-    `total` is the length of the training in `config.unit`, as in `lr_factor`, which also says what is refused.
+    Args:
+        optimizer: the optimizer whose groups are set.
+        config: the curve.
+        total: length of the training in `config.unit`; None if it is unknown.
+        scale: what depends on the effective batch size; None: nothing.
+
+    Raises:
+        ConfigError: if `lr_factor` refuses the curve, or the scaling has no base batch size or no
+            betas.
     """
 
     def __init__(
@@ -194,74 +220,80 @@ class LRSchedule:
             for group in optimizer.param_groups
         ]
 
-    def set(self, position: int, effective_batch: int | None = None) -> float:
-        """Write peak times `lr_factor` times `lr_scale`, and `scaled_beta2`, into each group. Call it before a step.
+    def set(self, position: int, effective_batch_size: int | None = None) -> float:
+        """Write the learning rate and beta2 of a step into each group; call it before the step.
 
-        torch corrects the start of Adam's averages by beta2 ** step, as if beta2 had always been what it is now. After
-        a change within the first few times 1 / (1 - beta2) steps, updates are therefore too large for a while where the
-        batch grew, too small where it shrank, by up to the square root of the change.
+        The learning rate is peak times `lr_factor` times `lr_scale`, and beta2 is `scaled_beta2`.
+
+        torch corrects the start of Adam's averages by beta2 ** step, as if beta2 had always had its
+        present value. After a change within the first few times 1 / (1 - beta2) steps, updates are
+        therefore too large for a while if the batch grew, and too small if it shrank, by up to the
+        square root of the change.
 
         Args:
-            position: steps, samples or tokens (`config.unit`) of all ranks before this step, the same on every rank.
-            effective_batch: samples that the plan asks for here, `Window.effective_batch`; needed where a scale
-                follows it. Not the window's size: the few samples at an epoch's end are no regime of their own, and
-                with one effective batch all along the lr and beta2 that were chosen for it hold throughout.
+            position: steps, samples or tokens (`config.unit`) of all ranks before this step, the
+                same on every rank.
+            effective_batch_size: samples that the plan asks for here,
+                `Window.effective_batch_size`; required if something is scaled. It is not the number
+                of samples in the window: the few samples at the end of an epoch do not change the
+                scaling. With a constant effective batch size, the chosen lr and beta2 apply
+                throughout.
 
         Returns:
             The learning rate of the first group.
         """
-        factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch)
+        factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch_size)
         for group, peak, beta2 in zip(self._optimizer.param_groups, self._peaks, self._beta2s, strict=True):
             group["lr"] = peak * factor * lr_scale(ratio, self._rule)
             if beta2 is not None:
                 group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scales_beta2 else 1.0))
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _ratio(self, effective_batch: int | None) -> float:
+    def _ratio(self, effective_batch_size: int | None) -> float:
         if self._base_batch is None:
             return 1.0
-        if effective_batch is None:
-            raise ValueError("optim.scale follows the effective batch: call set(position, window.effective_batch)")
-        return effective_batch / self._base_batch
+        if effective_batch_size is None:
+            raise ValueError("optim.scale needs the effective batch size: set(position, window.effective_batch_size)")
+        return effective_batch_size / self._base_batch
 
 
 def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
-    """Refuse a schedule that does not fit into its length; return where it ends, or None for a constant one."""
+    """Refuse a schedule that does not fit its length, and return its end (constant: None)."""
     key, unit = "optim.schedule", schedule.unit.value
     if schedule.warmup < 0:
-        raise ConfigError(f"{key}.warmup ({schedule.warmup}) must be 0 (none) or more {unit}")
+        raise ConfigError(f"{key}.warmup ({schedule.warmup}) must be 0 (none) or more {unit}.")
     if schedule.name is ScheduleName.constant:
         return None
     if not 0 <= schedule.final_ratio <= 1:
-        raise ConfigError(f"{key}.final_ratio ({schedule.final_ratio}) is the last lr as a part of optim.lr, in [0, 1]")
+        raise ConfigError(f"{key}.final_ratio ({schedule.final_ratio}) must be in [0, 1], as a fraction of optim.lr.")
     end = total if schedule.total is None else schedule.total
     name = schedule.name.value
     if end is None:
-        raise ConfigError(f"{key}.name={name} must know where it ends; set {key}.total (in {unit}), or name=constant")
+        raise ConfigError(f"{key}.name={name} needs an end. Set {key}.total (in {unit}), or use {key}.name=constant.")
     decay = schedule.decay if schedule.name is ScheduleName.wsd else 1
     if decay < 1:
-        raise ConfigError(f"{key}.decay ({decay}) must be at least 1 of {unit} with name=wsd, or use name=constant")
+        raise ConfigError(f"{key}.decay ({decay}) must be at least 1 with name=wsd. For no decay, use name=constant.")
     if schedule.warmup + decay > end:
         fits = f"a warmup of at most {end - decay}" if decay <= end else f"a decay of at most {max(1, end)}"
         raise ConfigError(
             f"{key}: a warmup of {schedule.warmup} and the decay of {name} (at least {decay}) do not fit into {end} "
-            f"{unit}; use {fits}, or a longer training"
+            f"{unit}. Use {fits}, or a longer training."
         )
     return end
 
 
 def _base_batch(scale: ScaleConfig | None, optimizer: torch.optim.Optimizer) -> int | None:
-    """Refuse a scaling that has no meaning; return what it is relative to, or None where nothing scales."""
+    """Refuse an impossible scaling, and return its base batch size (None if nothing is scaled)."""
     if scale is None or (scale.lr is LRRule.none and not scale.beta2):
         return None
     if scale.base_batch is None or scale.base_batch < 1:
         raise ConfigError(
-            f"optim.scale.base_batch ({scale.base_batch}) is the effective batch, in samples, that optim.lr was chosen "
-            "for; it must be at least 1. Where nothing shall scale: optim.scale.lr=none optim.scale.beta2=false"
+            f"optim.scale.base_batch ({scale.base_batch}) is the effective batch size, in samples, for which optim.lr "
+            "was chosen; it must be at least 1. To scale nothing, write optim.scale.lr=none optim.scale.beta2=false"
         )
     if scale.beta2 and not all("betas" in group for group in optimizer.param_groups):
         raise ConfigError(
-            f"optim.scale.beta2=true needs an optimizer with betas, and {type(optimizer).__name__} has none; use "
+            f"optim.scale.beta2=true needs an optimizer with betas, but {type(optimizer).__name__} has none. Use "
             "optim=adamw, or optim.scale.beta2=false"
         )
     return scale.base_batch

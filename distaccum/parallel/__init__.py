@@ -1,1 +1,1 @@
-"""How the gradients of a window become global sums: strategies, the ranks, and the ledger of what travelled."""
+"""Turns a window's gradients into global sums: strategies, ranks and the traffic ledger."""

@@ -1,4 +1,8 @@
-"""Applies a strategy to a model from outside: for the command line, which has only a configuration."""
+"""Wraps a model for DDP, FSDP2 or HSDP from a configuration.
+
+The command line uses it, because it has only a configuration. Users of the library wrap their model
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from distaccum.parallel.world import World
 
 
 class StrategyName(Enum):
-    """`auto` is single on one rank and ddp on several."""
+    """Names a parallel strategy; `auto` means single on one rank and ddp on several."""
 
     auto = "auto"
     single = "single"
@@ -28,34 +32,53 @@ class StrategyName(Enum):
 
 @dataclass
 class ParallelConfig:
-    """How a model is spread over ranks. conf/parallel owns the values."""
+    """Describes how a model is distributed over ranks; the values come from conf/parallel."""
 
     name: StrategyName
-    replicas: int | None  # hsdp: groups of ranks that hold the whole model each; null: two
+    replicas: int | None  # hsdp: groups of ranks, each of which holds the whole model; null: two
     find_unused_parameters: bool  # ddp
     static_graph: bool  # ddp
-    bucket_mb: int  # ddp: gradients in one all-reduce, in MiB
-    reshard_after_forward: bool  # fsdp, hsdp: gather again for the backward, or keep the parameters until then
-    reduce_dtype: SumDtype | None  # in which gradients are summed over ranks; null: float32, or wider parameters' own
+    bucket_mb: int  # ddp: size of the gradients in one all-reduce, in MiB
+    # fsdp, hsdp: whether parameters are freed after the forward and gathered again for the backward
+    reshard_after_forward: bool
+    # dtype in which gradients are summed over ranks; null: float32, or the parameters' own if wider
+    reduce_dtype: SumDtype | None
 
 
 def wrap(
     model: nn.Module, blocks: Sequence[nn.Module], config: ParallelConfig, world: World, policy: MixedPrecisionPolicy
 ) -> nn.Module:
-    """The model, spread as configured; its blocks become FSDP2's groups, the rest the root's.
+    """Return the model, wrapped for the configured strategy.
+
+    Under FSDP2 and HSDP each block becomes a parameter group of its own; all other parameters form
+    the root's group.
+
+    Args:
+        model: a plain module on its device.
+        blocks: its blocks, such as transformer layers; only fsdp and hsdp use them.
+        config: the strategy and its options.
+        world: the ranks that train the model.
+        policy: the dtypes that FSDP2 computes and reduces in; only fsdp and hsdp use it.
+
+    Returns:
+        A DistributedDataParallel module for ddp, the model sharded in place for fsdp and hsdp, and
+        the unchanged model for single.
 
     Raises:
-        ConfigError: for a strategy that does not fit the number of ranks.
+        ConfigError: if the strategy does not fit the number of ranks.
     """
     name = chosen(config.name, world.size)
     if name is StrategyName.single:
         if world.size > 1:
-            raise ConfigError(f"parallel=single on {world.size} ranks: each would train alone. Use ddp, fsdp or hsdp.")
+            raise ConfigError(
+                f"parallel=single was chosen on {world.size} ranks, so each rank would train alone. "
+                "Use parallel=ddp, fsdp or hsdp."
+            )
         return model
     if world.group is None:
         raise ConfigError(
-            f"parallel={name.value} needs ranks, and this is one process without a process group. Start it with "
-            "torchrun --nproc-per-node N (N may be 1) or launch.nproc_per_node=N, or use parallel=single."
+            f"parallel={name.value} needs ranks, but this is a single process without a process group. Start it "
+            "with torchrun --nproc-per-node N (N may be 1) or launch.nproc_per_node=N, or use parallel=single."
         )
     if name is StrategyName.ddp:
         return DistributedDataParallel(
@@ -63,10 +86,10 @@ def wrap(
             find_unused_parameters=config.find_unused_parameters,
             static_graph=config.static_graph,
             bucket_cap_mb=config.bucket_mb,
-            gradient_as_bucket_view=False,  # it saves memory only where gradients are not set to None
+            gradient_as_bucket_view=False,  # True saves no memory if gradients are set to None
         )
-    # torch takes meshes of equal names for equal and keeps what it has worked out for one: that of a group that sends
-    # nothing must not be found again for a group that does.
+    # torch treats meshes with equal names as equal, and caches what it computes for a mesh. What it
+    # cached for a process group that sends nothing (dry run) must not be used for one that sends.
     names = tuple(f"{dim} in {world.group.group_name}" for dim in _NAMES[name])
     mesh = init_device_mesh(world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=names)
     for block in blocks:
@@ -76,7 +99,7 @@ def wrap(
 
 
 def chosen(name: StrategyName, ranks: int) -> StrategyName:
-    """What `auto` means on so many ranks."""
+    """Return the strategy that `auto` means on this number of ranks; other names stay unchanged."""
     if name is not StrategyName.auto:
         return name
     return StrategyName.single if ranks == 1 else StrategyName.ddp
@@ -86,10 +109,10 @@ _NAMES = {StrategyName.fsdp: ("shard",), StrategyName.hsdp: ("replicate", "shard
 
 
 def mesh_shape(name: StrategyName, replicas: int | None, ranks: int) -> tuple[int, ...]:
-    """(shards,) for fsdp, (replicas, shards) for hsdp.
+    """Return the shape of the device mesh: (shards,) for fsdp, (replicas, shards) for hsdp.
 
     Raises:
-        ConfigError: for replicas that do not divide the ranks.
+        ConfigError: if `replicas` is below 1 or does not divide the number of ranks.
     """
     if name is StrategyName.fsdp:
         return (ranks,)

@@ -1,4 +1,4 @@
-"""What a parallel strategy does for one window, whichever it is."""
+"""Defines what every parallel strategy does for one window."""
 
 from __future__ import annotations
 
@@ -19,112 +19,178 @@ from distaccum.parallel.world import World
 
 
 class Sync(Enum):
-    """When gradients (and FSDP parameters) travel."""
+    """Names a sync policy: when gradients (and FSDP2 parameters) are sent."""
 
-    every = "every"  # with each micro; for measurement, and for the least memory under FSDP2
-    shard = "shard"  # HSDP: reduce-scatter each micro, all-reduce once
-    boundary = "boundary"  # once, with the last micro
-    keep = "keep"  # FSDP2 and HSDP: parameters gathered once and gradients reduced once per window
-    auto = "auto"
+    every = "every"  # with each micro-batch; for measurements, and for the least memory under FSDP2
+    reduce_scatter = "reduce_scatter"  # HSDP: reduce-scatter in each micro-batch, all-reduce once
+    boundary = "boundary"  # once per window, with the last micro-batch
+    # FSDP2 and HSDP: parameters gathered once and gradients reduced once per window
+    gather_once = "gather_once"
+    auto = "auto"  # chosen by the strategy
 
 
 class Strategy(ABC):
-    """How the gradients of a window become global sums in `.grad`. One object serves one model.
+    """Turns the gradients of a window into global sums in `.grad`; one object serves one model.
 
-    The loss of each micro is multiplied by `grad_scale` before its backward: DDP and FSDP2 deliver means over ranks.
+    The loss of each micro-batch must be multiplied by `grad_scale` before its backward, because DDP
+    and FSDP2 deliver means over ranks.
     """
 
-    sharded = False  # whether each rank holds a shard of the gradients only, so that their norm takes a collective
-    replicas = 1  # how many ranks hold the same shard
-    first_window_differs = False  # whether later windows add the same numbers in another order than the first one
-    sends_at_once = False  # whether a gradient travels as soon as autograd has accumulated into it once
+    # whether each rank holds only a shard of the gradients, so that their norm needs a collective
+    sharded = False
+    replicas = 1  # number of ranks that hold the same shard
+    # whether the first window adds gradients in another floating-point order than later windows
+    first_window_differs = False
+    # whether a gradient is sent as soon as autograd first accumulates into it
+    sends_at_once = False
 
     def __init__(
         self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""
     ) -> None:  # fmt: skip
-        """Keep what was recognised; `reason` says why `auto` chose this policy."""
-        self.model = model  # as it was recognised
-        self.called: nn.Module = model  # what objectives call: the model, or what was put around it
+        """Store the model and the settings of this strategy.
+
+        Args:
+            model: the module that was detected: plain, DDP or FSDP2.
+            world: the ranks that train it.
+            sync: the sync policy.
+            dtypes: the dtypes in which gradients are summed.
+            reason: why `auto` chose this policy; empty where no reason is given.
+        """
+        self.model = model  # the detected module, without wrappers such as torch.compile's
+        self.called: nn.Module = model  # the module that objectives call: the model or its wrapper
         self.world = world
         self.sync = sync
         self.dtypes = dtypes
         self.reason = reason
         self.grad_scale = float(world.size)
-        self.sums: GradientSums | None = None  # where this strategy's own accumulation is in another dtype than asked
-        # BatchNorm's, where ranks merge them
+        # Our own sums, where the module's accumulation does not have the requested dtype.
+        self.sums: GradientSums | None = None
+        # The running statistics of BatchNorm layers in the modes pooled and sync.
         self.statistics: PooledStatistics | None = pooled_statistics(model, world.group)
-        # In which the micros communicate, those that are not the last one too.
+        # The process groups in which micro-batches before the last one communicate too.
         communicates = sync is Sync.every or collectives(model)
         self.groups = [world.group] if world.group is not None and communicates else []
 
     @abstractmethod
-    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Enter before the forward of a micro and leave after its backward. Sets the sync flags from full knowledge."""
+    def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Return a context to enter before a micro-batch's forward and leave after its backward.
+
+        It sets the sync flags for exactly this micro-batch, from the policy, `first` and `last`.
+
+        Args:
+            first: whether this is the first micro-batch of the window.
+            last: whether this is the last one, with which gradients are completed.
+        """
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
-        """Why the last micros of a window cannot be computed along these blocks; None where they can."""
-        if self.world.group is None:
-            return "nothing travels on one process"
-        if self.sums is not None:
-            return "gradients travel after the window (sums in another dtype than the parameters', or agree_on_oom)"
-        if collectives(self.model):
-            return "synchronised BatchNorm knows the moments of one forward at a time"
-        return f"{len(blocks)} block(s) were found in the model, and it takes two" if len(blocks) < 2 else None
+        """Return why the last micro-batches cannot be computed block by block, or None if they can.
 
-    def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Instead of `micro`, around the forward of a micro whose backward is run block by block, and its head's."""
-        return self.micro(first=first, last=last)
+        Computing them block by block (`overlap_micro_batches`) sends a block's gradients while
+        earlier blocks are still being computed.
+
+        Args:
+            blocks: the model's blocks, in their order.
+        """
+        if self.world.group is None:
+            return "a single process sends nothing"
+        if self.sums is not None:
+            return (
+                "gradients are sent after the window (they are summed in another dtype than the parameters', or "
+                "agree_on_oom is set)"
+            )
+        if collectives(self.model):
+            return "BatchNorm layers in mode 'sync' keep the statistics of one forward at a time"
+        return f"{len(blocks)} block(s) were found in the model, but two are needed" if len(blocks) < 2 else None
+
+    def tail_micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Return the context for a micro-batch whose backward is run block by block.
+
+        It replaces `micro_batch`, and is entered around the forward and the backward of the head.
+
+        Args:
+            first: whether this is the first micro-batch of the window.
+            last: whether this is the last one.
+        """
+        return self.micro_batch(first=first, last=last)
 
     @contextmanager
     def completing(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Enter around the backward that completes the gradients of these modules: now they may travel."""
+        """Return a context for the backward that completes the gradients of these modules.
+
+        From then on these gradients may be sent.
+        """
         yield
 
     def observing(self) -> AbstractContextManager[None]:
-        """Enter around the forward of a micro that counts: BatchNorm's running statistics are taken there."""
+        """Return a context for a micro-batch's forward, in which BatchNorm statistics are recorded.
+
+        It is for micro-batches that count, not for padding.
+        """
         return nullcontext() if self.statistics is None else self.statistics.observing()
 
     @contextmanager
     def padding(self) -> Iterator[None]:
-        """Enter around the forward of a round that this rank has no micro for: it leaves no trace in any buffer."""
+        """Return a context for the forward of a padding round, which leaves all buffers unchanged.
+
+        A rank computes padding in a round for which it has no micro-batch but another rank has one.
+        """
         with untouched(self.model), nullcontext() if self.statistics is None else self.statistics.padding():
             yield
 
     def send_statistics(self) -> None:
-        """Call once between the last forward and the last backward, which hides it."""
+        """Start to send BatchNorm statistics; call it once per window, before the last backward.
+
+        Call it after the last forward. The last backward hides the communication.
+        """
         if self.statistics is not None:
             self.statistics.send(self.world.group, self.world.device)
 
     def keep_statistics(self, keep: bool) -> None:
-        """Call at the boundary: write the window's running statistics, or forget them where it is skipped."""
+        """Write or discard BatchNorm's running statistics of the window; call it at the boundary.
+
+        Args:
+            keep: whether to write them; False for a skipped window.
+        """
         if self.statistics is not None:
             if keep:
                 self.statistics.commit()
             else:
                 self.statistics.forget()
 
-    def after_micro(self) -> None:
-        """Call after each backward: moves its gradients into sums of the dtype that was asked for."""
+    def after_micro_batch(self) -> None:
+        """Add the gradients of one backward to the sums; call it after each backward.
+
+        It does nothing where autograd's own accumulation already has the requested dtype.
+        """
         if self.sums is not None:
             self.sums.absorb()
 
     def deliver(self) -> None:
-        """Call once after the last backward. Afterwards `.grad` holds the sum over all micros and ranks (its shard)."""
+        """Complete the gradients; call it once after the last backward.
+
+        Afterwards `.grad` holds the sum over all micro-batches and ranks, or this rank's shard of
+        it.
+        """
         if self.sums is not None:
             self.sums.deliver()
 
     def owned(self) -> list[nn.Parameter] | None:
-        """List the parameters whose gradients `deliver` completes; None where it completes every parameter's."""
+        """List the parameters whose gradients `deliver` completes; None means every parameter."""
         return None if self.sums is None else self.sums.parameters
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """Return what this rank holds of the delivered gradients, as plain tensors that share their memory.
+        """Return this rank's delivered gradients as plain tensors that share memory with `.grad`.
 
-        A trained parameter that no micro-batch of the window has used gets a gradient of zeros, with every strategy and
-        on any number of ranks: weight decay and momentum move it as they move all others.
+        A trained parameter that no micro-batch of the window has used gets a gradient of zeros,
+        with every strategy and on any number of ranks. Weight decay and momentum then move it like
+        all others.
+
+        Args:
+            parameters: the parameters to read.
 
         Raises:
-            ConfigError: for a parameter that was frozen or trained when the model was wrapped, and is not any more.
+            ConfigError: for a frozen parameter with a gradient: it was trained when the model was
+                wrapped or the accumulator was made.
         """
         found = []
         for parameter in parameters:
@@ -135,14 +201,17 @@ class Strategy(ABC):
             elif not parameter.requires_grad:
                 raise ConfigError(
                     f"A parameter of shape {list(parameter.shape)} got a gradient although it is frozen: it was "
-                    "trained when the model was wrapped or the accumulator made. Freeze parameters before, or make "
-                    "both anew."
+                    "trained when the model was wrapped or the accumulator was made. Freeze parameters before that, or "
+                    "wrap the model and make the accumulator again."
                 )
             found.append(parameter.grad)
         return found
 
     def abort(self) -> None:
-        """Forget everything that a window left unfinished. Call it on all ranks or leave the process."""
+        """Discard everything that an unfinished window has left behind.
+
+        Call it on all ranks, or exit the process.
+        """
         if self.sums is not None:
             self.sums.clear()
         self.keep_statistics(False)
@@ -150,7 +219,11 @@ class Strategy(ABC):
             parameter.grad = None
 
     def forecast(self, num_rounds: int) -> Traffic:
-        """What one window of so many micros per rank sends, without the control numbers."""
+        """Forecast the traffic of one window, without the small collective by which ranks agree.
+
+        Args:
+            num_rounds: micro-batches per rank, padding included.
+        """
         traffic = self.gradient_traffic(num_rounds)
         if self.statistics is not None and self.world.group is not None:
             pooled = [self.statistics.num_bytes] if self.statistics.num_bytes else []
@@ -160,11 +233,19 @@ class Strategy(ABC):
 
     @abstractmethod
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """The part of it that carries gradients and parameters."""
+        """Forecast the part of a window's traffic that carries gradients and parameters.
+
+        Args:
+            num_rounds: micro-batches per rank, padding included.
+        """
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, without gradients. All ranks enter, and run the same number of forwards."""
+        """Return a context for evaluation, which yields the model in evaluation mode.
+
+        Gradients are off inside. All ranks must enter it, and must run the same number of forwards.
+        On exit every module gets its former mode back.
+        """
         model = self.evaluation_model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -177,13 +258,18 @@ class Strategy(ABC):
 
     @property
     def evaluation_model(self) -> nn.Module:
-        """What to call outside of training."""
+        """Return the module to call outside of training."""
         return self.model
 
     def refuse(self, kept: tuple[Sync, ...], reason: str) -> None:
-        """Raise ConfigError unless this strategy keeps the policy."""
+        """Raise ConfigError unless this strategy supports its sync policy.
+
+        Args:
+            kept: the supported policies.
+            reason: why the others are not supported, for the message.
+        """
         if self.sync not in kept:
             raise ConfigError(
-                f"sync='{self.sync.value}' cannot be kept by {type(self).__name__.lower()}: {reason}. "
+                f"sync='{self.sync.value}' is not supported by {type(self).__name__.lower()}: {reason}. "
                 f"Use {' or '.join(repr(policy.value) for policy in kept)} (accum.sync on the command line)."
             )

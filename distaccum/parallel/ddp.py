@@ -1,4 +1,4 @@
-"""DistributedDataParallel: each gradient is all-reduced once, with the last micro."""
+"""Accumulates gradients under DDP, which all-reduces each one once, with the last micro-batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from distaccum.parallel.world import World
 
 
 class DDP(Strategy):
-    """A DistributedDataParallel module, ours or the user's.
+    """Accumulates gradients in a DistributedDataParallel module, ours or the user's.
 
-    DDP accumulates and reduces in the parameters' dtype. Where another is asked for, and for bf16 and fp16 parameters,
-    which need float32, both are done here.
+    DDP accumulates and reduces in the parameters' dtype. This class does both itself if another
+    dtype is requested, and for bf16 and fp16 parameters, whose sums need float32.
     """
 
     model: DistributedDataParallel
@@ -29,68 +29,110 @@ class DDP(Strategy):
     def __init__(
         self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes, apart: bool
     ) -> None:
-        """Refuse what torch's DDP cannot accumulate; `apart`: no micro sends anything, all travels after the window."""
+        """Check that this DDP module can accumulate gradients, and prepare its reduction.
+
+        Args:
+            model: the DDP module.
+            world: the ranks of its process group.
+            sync: the sync policy; `auto` means `boundary`.
+            dtypes: the dtypes in which gradients are summed.
+            apart: whether micro-batches send nothing and all gradients are sent after the window.
+
+        Raises:
+            ConfigError: if the policy is not supported, or if DDP was made with an argument that
+                makes accumulation wrong.
+        """
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
-        self.refuse((Sync.boundary, Sync.every), "its parameters are whole on every rank")
+        self.refuse((Sync.boundary, Sync.every), "every rank holds all parameters whole")
         obstacle = _torch.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
-                f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it; "
-                "for bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
+                f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it. "
+                "For bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
             )
         apart = apart or not dtypes.are_own(model.parameters())
-        self.first_window_differs = not apart  # it arranges its buckets anew
+        self.first_window_differs = not apart  # DDP rebuilds its buckets after that window
         self._know_reducer()
         if apart:
             if model.static_graph:
                 raise ConfigError(
-                    "static_graph=True needs DDP's own reduction, and here gradients travel after the window: they are "
-                    "summed in another dtype than the parameters', or agree_on_oom is set. Wrap without static_graph."
+                    "static_graph=True needs DDP's own reduction, but here gradients are sent after the window: they "
+                    "are summed in another dtype than the parameters', or agree_on_oom is set. Wrap the model without "
+                    "static_graph."
                 )
-            self.grad_scale = 1.0  # this reduction delivers sums, not DDP's means
+            self.grad_scale = 1.0  # our reduction delivers sums, where DDP's delivers means
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip
 
-    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Let DDP synchronise with the boundary only, where a forward past DDP is refused. It reads the flag there."""
+    def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which DDP synchronizes only if this micro-batch must send gradients.
+
+        DDP reads its flag in the forward. A micro-batch that must send gradients raises ConfigError
+        on exit if its forward bypassed the DDP module.
+
+        Args:
+            first: whether this is the first micro-batch of the window.
+            last: whether this is the last one.
+        """
         self._windows_begun += first
         return _torch.ddp_synchronises(self.model, self.sums is None and self._synced(first, last))
 
     def owned(self) -> list[nn.Parameter] | None:
-        """List what DDP's reducer was made for: parameters thawed or added since are not among them."""
+        """List the parameters that are reduced, which may differ from those that are trained now.
+
+        DDP reduces those that were trained when it was made. Our own sums reduce those that were
+        trained when this object was made.
+        """
         return self._reduced if self.sums is None else self.sums.parameters
 
-    def after_micro(self) -> None:
-        """As for all strategies; parameters that the backward did not reach add zeros to what was sent."""
+    def after_micro_batch(self) -> None:
+        """Finish DDP's reduction, and add the gradients of one backward to the sums.
+
+        Parameters that the backward did not reach contribute zeros to the reduction.
+        """
         if self.sums is None:
             _torch.ddp_complete(self.model, self._reduced)
-        super().after_micro()
+        super().after_micro_batch()
 
     def deliver(self) -> None:
-        """As for all strategies; the last backward may have been run in parts."""
+        """Finish DDP's reduction and complete the gradients; call it once after the last backward.
+
+        The last backward may have been run in parts.
+        """
         if self.sums is None:
             _torch.ddp_complete(self.model, self._reduced)
         super().deliver()
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
-        """DDP must send each bucket itself, as soon as its gradients are complete."""
+        """Return why DDP cannot compute the last micro-batches block by block, or None if it can.
+
+        DDP itself must send each bucket, as soon as the gradients in it are complete.
+
+        Args:
+            blocks: the model's blocks, in their order.
+        """
         if _torch.has_hooks(self.model.parameters()):
-            return "a parameter has hooks, which would miss the gradients that are added past autograd"
+            return "a parameter has hooks, which would miss the gradients that are added outside of autograd"
         if self.model.find_unused_parameters or self.model.static_graph:
-            return "find_unused_parameters and static_graph look through the whole graph of a micro-batch"
-        return "sync='every' sends with each micro-batch" if self.sync is Sync.every else super().tail_obstacle(blocks)
+            return "find_unused_parameters and static_graph need the whole graph of a micro-batch"
+        return "sync='every' reduces in each micro-batch" if self.sync is Sync.every else super().tail_obstacle(blocks)
 
     def abort(self) -> None:
-        """A reducer whose backward was interrupted is replaced."""
+        """Discard an unfinished window and replace DDP's reducer, which cannot be used again."""
         super().abort()
         _torch.reset_ddp(self.model)
         self._know_reducer()
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Buckets as DDP has them now; it arranges them anew once, after its first synchronised backward.
+        """Forecast the all-reduces of one window from the buckets that DDP has now.
 
-        What was frozen or thawed since DDP was made changes nothing: it sends what it was made for.
+        DDP rebuilds its buckets once, after its first synchronized backward, so the first window is
+        forecast with the first buckets. Parameters that were frozen or unfrozen since DDP was made
+        change nothing: DDP sends what it was made for.
+
+        Args:
+            num_rounds: micro-batches per rank, padding included.
         """
         if self.sums is not None:
             reductions = num_rounds if self.sync is Sync.every else 1
@@ -102,26 +144,30 @@ class DDP(Strategy):
             layouts[:1] = [self._first_buckets]
         entries = [e for n in layouts for e in [("all_reduce", 0)] * (n - 1) + [("all_reduce", num_bytes)]]
         if self.model.static_graph:
-            told = 1 if self._windows_begun <= 1 else 0
+            num_bitmaps = 1 if self._windows_begun <= 1 else 0
         else:
-            told = synced if self.model.find_unused_parameters else 0
-        used = ("all_reduce", 4 * len(self._reduced))  # which parameters were used, int32
-        return Traffic.of(entries + [used] * told)
+            num_bitmaps = synced if self.model.find_unused_parameters else 0
+        bitmap = ("all_reduce", 4 * len(self._reduced))  # int32, which parameters were used
+        return Traffic.of(entries + [bitmap] * num_bitmaps)
 
     @property
     def evaluation_model(self) -> nn.Module:
-        """The module inside: DDP's forward would broadcast buffers, and ranks may evaluate different amounts."""
+        """Return the module inside DDP.
+
+        DDP's own forward would broadcast buffers, and ranks may evaluate different amounts of data.
+        """
         inner: nn.Module = self.model.module
         return inner
 
     def _know_reducer(self) -> None:
-        """Note what a new reducer begins with."""
+        """Record the buckets and parameters of a new reducer."""
         self._windows_begun = 0
         self._first_buckets = _torch.ddp_buckets(self.model)
         self._reduced = _torch.ddp_parameters(self.model)
 
     def _synced(self, first: bool, last: bool) -> bool:
-        # The first backward of a static graph must be synchronised. That is exact as well: the mean over ranks of what
-        # is the same on all ranks is itself, so only what was added since is summed later.
+        # The first backward of a static graph must be synchronized. The result is still exact: this
+        # makes gradients equal on all ranks, and the mean over ranks that the last backward takes
+        # does not change equal numbers. It only adds up what has come since.
         warm_up = first and self.model.static_graph and self._windows_begun <= 1
         return last or warm_up or self.sync is Sync.every

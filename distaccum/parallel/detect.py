@@ -1,4 +1,7 @@
-"""From a model as the user has it to the strategy that serves it: the only place that asks what it is."""
+"""Detects what kind of model the user has, and returns the strategy for it.
+
+No other module asks what kind of model it serves.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from distaccum.parallel.single import Single
 from distaccum.parallel.world import World
 
 
-def recognise(
+def strategy_for(
     model: nn.Module,
     sync: Sync | str = Sync.auto,
     dtypes: GradientDtypes | None = None,
@@ -26,17 +29,20 @@ def recognise(
     apart: bool = False,
     others: Sequence[nn.Parameter] = (),
 ) -> Strategy:
-    """Find the strategy for a plain module, a DDP or an FSDP2 module; a compiled one or Fabric's is looked through.
+    """Return the strategy for a plain module, a DDP module or an FSDP2 module.
+
+    The wrappers of `torch.compile` and Lightning Fabric are looked through.
 
     Args:
-        model: what objectives will call.
-        sync: when gradients travel.
-        dtypes: in which gradients are summed.
-        apart: whether a DDP sends nothing before all of a window is computed.
-        others: trained parameters outside of the model, which only one process on its own can serve.
+        model: the module that objectives will call.
+        sync: the sync policy, or its name.
+        dtypes: the dtypes in which gradients are summed; None: the defaults of `GradientDtypes`.
+        apart: whether a DDP module sends nothing before all micro-batches of a window are computed.
+        others: trained parameters outside of the model, which only a single process supports.
 
     Raises:
-        ConfigError: for a policy that the strategy cannot keep, and for models whose gradients would be wrong.
+        ConfigError: if the strategy does not support the policy, and for models whose gradients
+            would be wrong.
     """
     policy = choice(Sync, sync, "sync")
     dtypes = dtypes or GradientDtypes()
@@ -46,10 +52,12 @@ def recognise(
 
 
 def in_shards(model: nn.Module) -> nn.Module:
-    """Return the model, whose parameters are those that an optimizer has: FSDP2 modules are sharded again.
+    """Return the model with its FSDP2 modules sharded, so that its parameters are the optimizer's.
+
+    After a forward without backward, FSDP2 may still hold gathered copies in place of the shards.
 
     Raises:
-        ConfigError: for parameters that were frozen or thawed on gathered copies.
+        ConfigError: for parameters that were frozen or unfrozen on the gathered copies.
     """
     if "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule
@@ -69,18 +77,18 @@ def _strategy(
         return DDP(model, World.of(device, model.process_group), policy, dtypes, apart)
     world = World.of(device)
     wrapped_part = False
-    # Who has an FSDP2 module has imported FSDP2; everybody else need not wait for that import.
+    # A user with an FSDP2 module has imported FSDP2. All others need not wait for that import.
     if "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule
 
-        from distaccum.parallel.fsdp import recognise_sharded
+        from distaccum.parallel.fsdp import strategy_for_sharded
 
         if isinstance(model, FSDPModule):
-            return recognise_sharded(model, world, policy, dtypes)
+            return strategy_for_sharded(model, world, policy, dtypes)
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
     if "replicate" in _torch.composed(model):
         raise ConfigError(
-            "replicate() was applied to this model. It reduces gradients in hooks of its own, which cannot be "
+            "replicate() was applied to this model. It reduces gradients in its own hooks, which cannot be "
             "postponed to the boundary from outside. Use DistributedDataParallel(model), or fully_shard(model)."
         )
     if wrapped_part or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
@@ -90,7 +98,7 @@ def _strategy(
         )
     if world.size > 1:
         raise ConfigError(
-            f"This is a plain module on {world.size} ranks: each would train on its own. Wrap it in "
+            f"This is a plain module on {world.size} ranks, so each rank would train alone. Wrap it in "
             "DistributedDataParallel(model), or call fully_shard(model), before you make the accumulator."
         )
     return Single(model, world, policy, dtypes, others)

@@ -1,4 +1,7 @@
-"""FSDP2: parameters and gradients in shards. HSDP is the same on a 2-D mesh, not a class of its own."""
+"""Accumulates under FSDP2, where each rank holds shards of parameters and gradients.
+
+HSDP is FSDP2 on a 2-D mesh; it has no class of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,22 @@ from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
 
-# Names by which meshes say that the ranks along a dimension work on parts of the same samples.
+# Names of mesh dimensions along which ranks work on parts of the same samples.
 MODEL_PARALLEL = {"tp", "cp", "pp", "sp", "ep", "tensor", "context", "pipeline", "sequence", "expert"}
 
 
 def shard_again(model: nn.Module) -> None:
-    """Shard what a forward without backward, such as an evaluation's, has left gathered.
+    """Shard parameters that a forward without backward, such as an evaluation's, left gathered.
 
     Raises:
-        ConfigError: for parameters that were frozen or thawed meanwhile, which FSDP2 would forget.
+        ConfigError: for parameters that were frozen or unfrozen meanwhile, which FSDP2 would
+            forget.
     """
     if names := _torch.changed_while_gathered(model):
         raise ConfigError(
-            f"{len(names)} parameter(s), {names[0]} first, were frozen or thawed while FSDP2 held the model gathered, "
-            "as it does after an evaluation. FSDP2 forgets that when it shards the model again. Call requires_grad_() "
-            "before the evaluation, or after it and after reshard() of each FSDP2 module."
+            f"{len(names)} parameter(s), such as {names[0]}, were frozen or unfrozen while FSDP2 held the model "
+            "gathered, as it does after an evaluation. FSDP2 forgets that when it shards the model again. Call "
+            "requires_grad_() before the evaluation, or after it and after reshard() of each FSDP2 module."
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -40,13 +44,27 @@ def shard_again(model: nn.Module) -> None:
 
 
 class FSDP(Strategy):
-    """A module to which `fully_shard` was applied, ours or the user's."""
+    """Accumulates gradients in a module to which `fully_shard` was applied."""
 
     sharded = True
 
     def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, mesh: DeviceMesh) -> None:
-        """Refuse what would be wrong in silence; the flags of the policy are set per micro."""
-        reason = "the least memory of those that reduce once" if sync is Sync.auto else ""
+        """Refuse modules whose gradients would silently be wrong.
+
+        The flags of the sync policy are set later, per micro-batch.
+
+        Args:
+            model: the FSDP2 module.
+            world: the ranks over which it is sharded.
+            sync: the sync policy; `auto` means `boundary`.
+            dtypes: the dtypes in which gradients are summed.
+            mesh: the mesh of all its parameters: 1-D, or 2-D (replicate, shard) for HSDP.
+
+        Raises:
+            ConfigError: for an unsupported policy, a gradient divide factor that the user set, and
+                dtypes that differ from the module's own.
+        """
+        reason = "least memory of the policies that reduce once per window" if sync is Sync.auto else ""
         sync = Sync.boundary if sync is Sync.auto else sync
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
@@ -55,54 +73,78 @@ class FSDP(Strategy):
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
         self.replicas = mesh.size(0) if self._replicated else 1
-        kept = (Sync.boundary, Sync.keep, Sync.every) + ((Sync.shard,) if self._replicated else ())
-        self.refuse(kept, "a 1-D mesh has no replicas to postpone the all-reduce for")
+        kept = (Sync.boundary, Sync.gather_once, Sync.every) + ((Sync.reduce_scatter,) if self._replicated else ())
+        self.refuse(kept, "a 1-D mesh has no replicas, so there is no all-reduce to postpone")
         if _torch.custom_divide_factor(model) is not None:
             raise ConfigError(
                 "set_gradient_divide_factor() was called on this model, so its gradients would be divided twice. "
-                "Leave it out: the division by the global weight is done here, once."
+                "Remove that call: distaccum divides by the global denominator, once."
             )
         self._refuse_other_dtypes(dtypes)
-        # Ranks may use different parameters in a window; all must reduce the same ones, and with a postponed all-reduce
-        # a partial sum must not meet another parameter's.
+        # Ranks may use different parameters in a window, but all must reduce the same ones. With a
+        # postponed all-reduce, a partial sum must not be added to that of another parameter.
         _torch.reduce_unused_parameters(model)
         if sync is Sync.every and not GradientDtypes(dtypes.accumulate).are_own(model.parameters()):
-            # Each micro's reduced shard would be summed in the parameter's dtype.
+            # FSDP2 would add up the reduced shards of micro-batches in the parameter's dtype.
             self.sums = GradientSums(model.parameters(), dtypes)
-        if sync is Sync.keep:
+        if sync is Sync.gather_once:
             model.set_reshard_after_forward(False)
 
-    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Set the flags that FSDP2 reads in the backward; they stay until the next micro sets its own."""
-        if first:  # forwards without backward, such as an evaluation's, would change what this window gathers
+    def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Set the flags that FSDP2 reads in this micro-batch's backward; return an empty context.
+
+        The flags stay until the next micro-batch sets its own.
+
+        Args:
+            first: whether this is the first micro-batch of the window.
+            last: whether this is the last one.
+        """
+        if first:  # an earlier forward without a backward (evaluation) would change what is gathered
             shard_again(self.model)
             _torch.forget_forwards(self.model)
-        # The order matters: this one sets the all-reduce flag too.
-        self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.shard))
-        if self.sync is Sync.shard:
+        # The order matters: this call also sets the all-reduce flag.
+        self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.reduce_scatter))
+        if self.sync is Sync.reduce_scatter:
             self._module.set_requires_all_reduce(last)
-        if self.sync is Sync.keep:
+        if self.sync is Sync.gather_once:
             self._module.set_reshard_after_backward(last)
         self._module.set_is_last_backward(True)
         return nullcontext()
 
     def tail_obstacle(self, blocks: Sequence[nn.Module]) -> str | None:
-        """Parameters must be there while one block after the other is computed for several micros."""
-        if self.sync is not Sync.keep:
-            return f"sync='{self.sync.value}' gathers parameters for each micro-batch; sync='keep' does not"
+        """Return why FSDP2 cannot compute the last micro-batches block by block, or None if it can.
+
+        Parameters must stay gathered while each block is computed for several micro-batches.
+
+        Args:
+            blocks: the model's blocks, in their order.
+        """
+        if self.sync is not Sync.gather_once:
+            return f"sync='{self.sync.value}' gathers parameters for each micro-batch; sync='gather_once' does not"
         if _torch.shared_group(self.model, blocks):
-            return "two blocks are in one group of FSDP2"
+            return "two blocks are in one parameter group of FSDP2"
         return super().tail_obstacle(blocks)
 
-    def tail_micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Nothing is reduced until `completing`; what is on its way is waited for in the last of all backwards."""
-        entered = self.micro(first=first, last=False)
+    def tail_micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Set FSDP2's flags for a micro-batch whose backward is run block by block.
+
+        No gradient is reduced before `completing`. Only the very last backward waits for pending
+        reductions.
+
+        Args:
+            first: whether this is the first micro-batch of the window.
+            last: whether this is the last one.
+        """
+        entered = self.micro_batch(first=first, last=False)
         self._module.set_is_last_backward(False)
         return entered
 
     @contextmanager
     def completing(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """These modules' groups reduce in this backward and give up their parameters; the root's is the last one."""
+        """Return a context for the backward in which modules reduce gradients and free parameters.
+
+        The backward of the root's group is the last one.
+        """
         parts = [module for module in modules if isinstance(module, FSDPModule)]
         self._module.set_is_last_backward(self._module in parts)
         for reduces in (True, False):
@@ -113,28 +155,38 @@ class FSDP(Strategy):
                 yield
 
     def owned(self) -> list[nn.Parameter]:
-        """List the sharded parameters; no other one is reduced."""
+        """List the sharded parameters, the only ones that FSDP2 reduces."""
         return [parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)]
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-        """Return the local shards, without padding."""
+        """Return the local shards of the delivered gradients, without padding."""
         return [gradient.to_local() for gradient in super().gradients(parameters) if isinstance(gradient, DTensor)]
 
     def abort(self) -> None:
-        """Clear also what lives off the parameters: unsharded sums, HSDP's partial sums, a pass that did not end."""
+        """Discard an unfinished window, including what FSDP2 keeps outside of the parameters.
+
+        That is unsharded sums, HSDP's partial sums, and a forward or backward that did not finish.
+        """
         super().abort()
         _torch.clear_sharded_gradients(self.model)
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Counted over FSDP2's groups: gathered once or twice a micro, reduced as the policy says."""
-        gathers = 1 if self.sync is Sync.keep else num_rounds
-        scatters = num_rounds if self.sync in (Sync.every, Sync.shard) else 1
+        """Forecast the collectives of one window, added up over FSDP2's parameter groups.
+
+        Parameters are gathered once or twice per micro-batch, or once per window with
+        `gather_once`. Gradients are reduced as often as the policy says.
+
+        Args:
+            num_rounds: micro-batches per rank, padding included.
+        """
+        gathers = 1 if self.sync is Sync.gather_once else num_rounds
+        scatters = num_rounds if self.sync in (Sync.every, Sync.reduce_scatter) else 1
         reduces = num_rounds if self.sync is Sync.every else 1
         entries: list[tuple[str, int]] = []
         for group in _torch.sharded_groups(self.model):
             if group.gather_bytes and self._shards > 1:
-                per_micro = 1 if self.sync is Sync.keep or not group.reshards else 2
-                entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro)
+                per_micro_batch = 1 if self.sync is Sync.gather_once or not group.reshards else 2
+                entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro_batch)
             if group.scatter_bytes and self._shards > 1:
                 entries += [("reduce_scatter", group.scatter_bytes)] * scatters
             if group.reduce_bytes and self._replicated:
@@ -143,36 +195,45 @@ class FSDP(Strategy):
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """As for all strategies; afterwards parameters are in shards again, whatever the policy kept."""
+        """Return a context for evaluation; on exit parameters are sharded again, with every policy.
+
+        It yields the model in evaluation mode, and gradients are off inside. All ranks must enter
+        it, and must run the same number of forwards.
+        """
         with super().evaluating() as model:
             yield model
         shard_again(self.model)
 
     def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
-        """The module's own policy decides in which dtype it reduces, and sums over micros that it does not reduce."""
+        """Raise ConfigError if the module sums gradients in another dtype than requested.
+
+        The module's own mixed precision policy decides in which dtype it reduces, and in which it
+        sums over micro-batches that it does not reduce.
+        """
         for group in _torch.sharded_groups(self.model):
             found, asked = group.reduce_dtype, dtypes.reduce or wide(group.reduce_dtype)
             if group.scatter_bytes and found is not asked:
                 raise ConfigError(
-                    f"This FSDP2 module reduces gradients in {found}, and {asked} is asked for"
-                    f"{'' if dtypes.reduce else ': sums over many micro-batches stall in narrow dtypes'}. Use "
+                    f"This FSDP2 module reduces gradients in {found}, but {asked} is needed"
+                    f"{'' if dtypes.reduce else ', because long sums in narrow dtypes lose small terms'}. Use "
                     f"fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=..., reduce_dtype={asked})), or "
-                    f"reduce_dtype={found} where that is meant."
+                    f"pass reduce_dtype={found} if that is intended."
                 )
             accumulated = dtypes.accumulate or wide(found)
             if group.scatter_bytes and self.sync is not Sync.every and found is not accumulated:
                 raise ConfigError(
                     f"FSDP2 sums the gradients that it has not reduced yet in the dtype in which it reduces ({found}), "
-                    f"and a sum in {accumulated} is asked for. Use one dtype for both (accum.dtype and "
+                    f"but a sum in {accumulated} is needed. Use one dtype for both (accum.dtype and "
                     "parallel.reduce_dtype on the command line), or sync='every'."
                 )
 
 
-def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: GradientDtypes) -> FSDP:
-    """The strategy for an FSDP2 module.
+def strategy_for_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: GradientDtypes) -> FSDP:
+    """Return the strategy for an FSDP2 module, after checks of its parameters and mesh.
 
     Raises:
-        ConfigError: for trained parameters that are not sharded, and for other meshes than (replicate, shard).
+        ConfigError: for trained parameters that are not sharded, for offloading to the CPU, and for
+            any mesh but a 1-D or a (replicate, shard) one over all ranks.
     """
     assert isinstance(model, nn.Module)
     named = list(model.named_parameters())
@@ -180,12 +241,12 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
     outside = [name for name, parameter in named if parameter.requires_grad and not isinstance(parameter, DTensor)]
     if outside:
         raise ConfigError(
-            f"{len(outside)} trained parameter(s) are not sharded ({outside[0]}, ...), so their gradients would differ "
-            "between ranks. Shard them too, or freeze them."
+            f"{len(outside)} trained parameter(s) are not sharded, such as {outside[0]}, so their gradients would "
+            "differ between ranks. Shard them too, or freeze them."
         )
     if not sharded:
         raise ConfigError(
-            "fully_shard() was applied to this model and none of its parameters is sharded. Apply it to the modules "
+            "fully_shard() was applied to this model, but none of its parameters is sharded. Apply it to the modules "
             "that have parameters, or to the whole model."
         )
     (_, first), *_ = sharded
@@ -193,15 +254,15 @@ def recognise_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: Gradi
         _refuse_other_meshes(name, parameter, first, world)
     if _torch.offloads(model):
         raise ConfigError(
-            "This FSDP2 model uses CPUOffloadPolicy, which is not supported: its parameters are on the CPU and "
-            "micro-batches are on the GPU. Call fully_shard() without offload_policy; to save memory use "
+            "This FSDP2 model uses CPUOffloadPolicy, which is not supported: its parameters are on the CPU, while "
+            "micro-batches are on the GPU. Call fully_shard() without offload_policy. To save memory use "
             "nn.checkpoint, smaller micro-batches or more ranks."
         )
     return FSDP(model, world, sync, dtypes, first.device_mesh)
 
 
 def _refuse_other_meshes(name: str, parameter: DTensor, first: DTensor, world: World) -> None:
-    """Refuse parameters that are not sharded over all ranks, with or without replicas, on one mesh."""
+    """Refuse parameters that are not sharded over all ranks on one mesh, 1-D or with replicas."""
     mesh, placements = parameter.device_mesh, parameter.placements
     wanted = (Replicate,) * (mesh.ndim - 1) + (Shard,)
     shared = sorted(MODEL_PARALLEL.intersection(mesh.mesh_dim_names or ()))
@@ -216,7 +277,7 @@ def _refuse_other_meshes(name: str, parameter: DTensor, first: DTensor, world: W
     reason = next((text for text, holds in reasons.items() if holds), None)
     if reason is not None:
         raise ConfigError(
-            f"The parameter {name} is on the mesh {mesh} with the placements {placements}: {reason}. All ranks must "
-            "have samples of their own in the effective batch, or losses, counts and norms would be wrong: use one 1-D "
-            "mesh over all ranks, or one 2-D mesh (replicate, shard)."
+            f"The parameter {name} is on the mesh {mesh} with the placements {placements}: {reason}. Every rank "
+            "must have its own samples in the effective batch; otherwise losses, counts and norms would be wrong. Use "
+            "one 1-D mesh over all ranks, or one 2-D mesh (replicate, shard)."
         )

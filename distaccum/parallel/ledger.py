@@ -1,4 +1,4 @@
-"""The ledger: what a window sends over the network, forecast and counted."""
+"""Keeps the ledger: the forecast and the count of what a window sends over the network."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from distaccum.errors import LedgerError
 
 
 class Audit(Enum):
-    """Which windows the ledger counts. A window that is not counted costs nothing."""
+    """Selects the windows that the ledger counts; a window that is not counted costs nothing."""
 
     first = "first"
     always = "always"
     never = "never"
 
 
-# What carries gradients and parameters. The names of c10d's operators differ by version in underscores and endings.
+# The collectives that carry gradients and parameters. The names of c10d's operators differ between
+# versions of torch in underscores and endings.
 _KINDS = {
     "allreduce": "all_reduce",
     "reducescatter": "reduce_scatter",
@@ -33,10 +34,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives and bytes by kind, as one rank sees them. Broadcasts, which only set up, are not among them.
+    """Holds numbers of collectives and their bytes, by kind, as one rank sees them.
 
-    Bytes are those of the whole message: the tensor of an all-reduce, the output of an all-gather, the input of a
-    reduce-scatter. What a network card sends depends on the algorithm and is not meant.
+    Broadcasts are not included, because they are only used for setup. Bytes are those of the whole
+    message: the tensor of an all-reduce, the output of an all-gather, the input of a
+    reduce-scatter. The bytes that a network card sends depend on the algorithm and are not counted.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -44,7 +46,7 @@ class Traffic:
 
     @staticmethod
     def of(entries: Iterable[tuple[str, int]]) -> Traffic:
-        """Sum up (kind, bytes) pairs, one a collective."""
+        """Add up (kind, bytes) pairs, one per collective."""
         traffic = Traffic()
         for kind, size in entries:
             traffic.counts[kind] += 1
@@ -60,18 +62,22 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Forecast against counted for one window."""
+    """Compares the forecast of one window's traffic with its count."""
 
     forecast: Traffic
     counted: Traffic
 
     @property
     def agrees(self) -> bool:
-        """Whether every kind has the count and the bytes that were forecast."""
+        """Return whether every kind of collective has the forecast number and bytes."""
         return self.forecast == self.counted
 
     def require(self, step: int) -> None:
-        """Raise LedgerError unless they agree."""
+        """Raise LedgerError unless the forecast and the count agree.
+
+        Args:
+            step: the number of the step, for the message.
+        """
         if self.agrees:
             return
         if sum(self.counted.bytes.values()) < sum(self.forecast.bytes.values()):
@@ -81,22 +87,23 @@ class Verdict:
             )
         else:
             causes = (
-                "Either a module communicates on its own (synchronised BatchNorm, tensor parallelism) or gradients "
-                "travel when they should not"
+                "Either a module communicates on its own (synchronized BatchNorm, tensor parallelism), or gradients "
+                "are sent when they should not be"
             )
         raise LedgerError(
-            f"The window of step {step} sent {self.counted}; its forecast is {self.forecast}. {causes}. Use "
-            "audit='never' (accum.audit=never) if you know why."
+            f"The window of step {step} sent {self.counted}, but its forecast is {self.forecast}. {causes}. If "
+            "the difference is intended, use audit='never' (accum.audit=never)."
         )
 
 
 class Ledger(TorchDispatchMode):
-    """Counts every collective that this process issues while it is entered, whoever issues it.
+    """Counts every collective that this process issues while the context is entered.
 
-    It sees c10d's operators at the dispatcher, below DDP's reducer, FSDP2 and torch.distributed's functions alike.
+    It sees c10d's operators at the dispatcher, which is below DDP's reducer, FSDP2 and the
+    functions of torch.distributed alike.
     """
 
-    supports_higher_order_operators = True  # checkpoints inside of compiled code are such operators
+    supports_higher_order_operators = True  # checkpoints in compiled code are such operators
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -104,16 +111,19 @@ class Ledger(TorchDispatchMode):
 
     @property
     def traffic(self) -> Traffic:
-        """What was counted so far."""
+        """Return the traffic that was counted so far."""
         return Traffic.of(self._entries)
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs compiled under this mode too: what it counts is issued outside of it."""
+        """Return True, so that compiled code stays compiled under this mode.
+
+        The collectives to be counted are issued outside of compiled code.
+        """
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # DTensor turns its operators into plain ones and collectives; they come by here on their own then.
+        # DTensor turns its operators into plain ones and collectives, which arrive here separately.
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):

@@ -1,4 +1,7 @@
-"""In which dtypes a model is held and computes. How its gradients are summed is another choice, see grads/."""
+"""Defines in which dtypes a model is stored and computes.
+
+The dtype in which gradients are summed is a separate choice, see `distaccum.grads`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ if TYPE_CHECKING:
 
 
 class Precision(Enum):
-    """bf16 and fp16 keep float32 parameters and compute matrix products in 16 bits; fp16 needs a loss scale.
+    """Names the dtypes of a model's parameters and computation.
 
-    bf16_pure holds parameters, gradients and optimizer state in bfloat16 too; fp64 serves proofs.
+    bf16 and fp16 keep float32 parameters and compute matrix products in 16 bits; fp16 needs a loss
+    scale. bf16_pure keeps parameters, gradients and optimizer state in bfloat16 too. fp64 is for
+    proofs.
     """
 
     fp32 = "fp32"
@@ -25,19 +30,20 @@ class Precision(Enum):
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """The dtype of parameters, gradients and optimizer state."""
+        """Return the dtype of parameters, gradients and optimizer state."""
         return {Precision.fp64: torch.float64, Precision.bf16_pure: torch.bfloat16}.get(self, torch.float32)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products."""
+        """Return the dtype of matrix products."""
         return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self, self.parameter_dtype)
 
     def sharded_policy(self, reduce_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
-        """The same for FSDP2, which casts parameters where they are gathered.
+        """Return this precision as a policy for FSDP2, which casts parameters when it gathers them.
 
         Args:
-            reduce_dtype: in which it sums gradients, over micros and over ranks; None: float32 or wider.
+            reduce_dtype: the dtype in which FSDP2 sums gradients, over micro-batches and over
+                ranks; None: float32 or wider.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -1,4 +1,4 @@
-"""One process: nothing travels."""
+"""Accumulates gradients on one process, which sends nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from distaccum.parallel.world import World
 
 
 class Single(Strategy):
-    """A plain module on one process. Every policy is kept: there is nothing to send."""
+    """Accumulates gradients in a plain module on one process.
+
+    Every sync policy is accepted, because there is nothing to send.
+    """
 
     def __init__(
         self,
@@ -24,16 +27,24 @@ class Single(Strategy):
         dtypes: GradientDtypes,
         others: Sequence[nn.Parameter] = (),
     ) -> None:
-        """Wrap nothing. `others` are trained parameters outside of the model, such as a criterion's."""
+        """Prepare the sums of a plain module's gradients; the module is not wrapped.
+
+        Args:
+            model: the module.
+            world: one process.
+            sync: any sync policy.
+            dtypes: the dtypes in which gradients are summed.
+            others: trained parameters outside of the model, such as those of a criterion.
+        """
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
         parameters = [*model.parameters(), *others]
         if not dtypes.are_own(parameters):
             self.sums = GradientSums(parameters, dtypes)
 
-    def micro(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
-        """Nothing to set."""
+    def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
+        """Return an empty context, because one process has no sync flags to set."""
         return nullcontext()
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Nothing."""
+        """Return an empty forecast, because one process sends nothing."""
         return Traffic()

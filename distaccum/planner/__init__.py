@@ -1,6 +1,8 @@
-"""What a training will need, computed from shapes alone: memory of a rank and traffic of a step. Nothing runs."""
+"""Predicts the memory of a rank and the traffic of a step from shapes, before anything is trained.
 
-from distaccum.planner.holdings import Peak as Peak
+Micro-batches and optimizer updates that must run for a prediction run on fake tensors.
+"""
+
 from distaccum.planner.memory import Memory as Memory
 from distaccum.planner.memory import OptimizerStates as OptimizerStates
 from distaccum.planner.memory import memory as memory
@@ -10,9 +12,10 @@ from distaccum.planner.shapes import ModelShape as ModelShape
 from distaccum.planner.shapes import ParameterShape as ParameterShape
 from distaccum.planner.shapes import Setup as Setup
 from distaccum.planner.shapes import describe as describe
-from distaccum.planner.trace import MicroTrace as MicroTrace
+from distaccum.planner.timeline import Peak as Peak
+from distaccum.planner.trace import MicroBatchTrace as MicroBatchTrace
 from distaccum.planner.trace import trace as trace
-from distaccum.planner.traffic import Sends as Sends
+from distaccum.planner.traffic import CollectiveCost as CollectiveCost
 from distaccum.planner.traffic import by_kind as by_kind
 from distaccum.planner.traffic import control_sends as control_sends
 from distaccum.planner.traffic import gradient_sends as gradient_sends

@@ -1,4 +1,4 @@
-"""What a machine does in a second, as `distaccum profile` measured it: a small file of plain numbers."""
+"""Holds, reads and writes the speeds of a machine that `distaccum profile` measured."""
 
 from __future__ import annotations
 
@@ -15,29 +15,36 @@ from typing import Any
 from distaccum.errors import ConfigError
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
-_FORMAT = "distaccum machine 1"  # the file's first field; another number where a field gets another meaning
+# The first field of the file. The number changes whenever the meaning of a field changes.
+_FORMAT = "distaccum machine 2"
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Link:
-    """One kind of collective among `Machine.ranks`: seconds of a message, at several sizes.
+class LinkTimings:
+    """Holds the measured time of one kind of collective, at several message sizes.
 
-    A line through two of them would not do: the rate of an all-gather over gloo falls by a third from 0.5 to 8 MB. The
-    bytes are those of the whole message, as in `traffic.Sends`, not what a network card sends.
+    The collective runs among `HardwareProfile.ranks` ranks. A line through two sizes is not
+    accurate enough: the rate of an all-gather over gloo falls by a third from 0.5 to 8 MB. Bytes
+    are those of the whole message, as in `traffic.CollectiveCost`, not the bytes that a network
+    card sends.
     """
 
     sizes: tuple[int, ...]  # bytes, ascending, at least one
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # one for each size
 
     @property
     def latency_s(self) -> float:
-        """Of the smallest message that was measured."""
+        """Return the seconds of the smallest message that was measured."""
         return self.seconds[0]
 
     def message_s(self, num_bytes: float) -> float:
-        """On straight lines between the sizes that were measured, and behind the largest at its rate."""
+        """Return the predicted seconds of a message of any size.
+
+        Between two measured sizes the time is interpolated linearly. Below the smallest size it is
+        the time of the smallest. Above the largest size it grows in proportion to the bytes.
+        """
         if num_bytes <= self.sizes[0]:
             return self.seconds[0]
         if num_bytes >= self.sizes[-1]:
@@ -48,29 +55,35 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Speeds of a rank while all ranks are at work, by the slowest of them, for one model in one precision."""
+class HardwareProfile:
+    """Holds the measured speeds of the slowest rank, for one model in one precision.
+
+    All ranks were working while these were measured.
+    """
 
     device: str  # cpu, or the name of the GPU
-    threads: int  # of a rank on the CPU
-    model: str  # what was measured: other models compute at other rates
+    threads: int  # CPU threads per rank
+    model: str  # the measured model; other models compute at other rates
     precision: str
-    micro_overhead_s: float  # forward and backward of a micro take micro_overhead_s + its FLOPs / flops_per_s
+    # The forward and backward of a micro-batch take micro_batch_overhead_s + FLOPs / flops_per_s.
+    micro_batch_overhead_s: float
     flops_per_s: float
-    update_s_per_number: (
-        float  # norm, clipping, optimizer and zeroing, for each number of a parameter that a rank holds
-    )
-    ranks: int
-    links: Mapping[str, Link]  # by kind; empty on one rank
-    overlaps: bool  # whether FSDP2's collectives run beside computation: on CPUs they block
-    versions: Mapping[str, str]
+    # Gradient norm, clipping, optimizer and zeroing, for each parameter element that a rank holds.
+    update_s_per_number: float
+    ranks: int  # ranks that took part in the measurement
+    links: Mapping[str, LinkTimings]  # by kind of collective; empty on one rank
+    overlaps: bool  # whether FSDP2's collectives overlap computation; on CPUs they block
+    versions: Mapping[str, str]  # of torch, distaccum and Python
     date: str
 
     def save(self, path: Path) -> None:
-        """Write the file as a whole, or not at all.
+        """Write the profile to a file atomically: the file is complete or unchanged.
+
+        Args:
+            path: the JSON file to write; an existing file is replaced.
 
         Raises:
-            ConfigError: for a path that cannot be written.
+            ConfigError: if the path cannot be written.
         """
         draft = path.with_name(f"{path.name}.draft")
         try:
@@ -80,37 +93,47 @@ class Machine:
             raise ConfigError(f"machine={path} cannot be written: {error.strerror}. Name another file.") from None
 
     @staticmethod
-    def load(path: Path) -> Machine:
-        """Read what `save` wrote. Nothing in the file is executed, and every field is checked.
+    def load(path: Path) -> HardwareProfile:
+        """Return the profile that `save` wrote to a file.
+
+        Nothing in the file is executed, and every field is checked.
+
+        Args:
+            path: the JSON file to read.
 
         Raises:
-            ConfigError: for a file that is missing, damaged, or of something else.
+            ConfigError: if the file is missing, is damaged or is not a hardware profile.
         """
         try:
-            told = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except OSError as error:
             raise ConfigError(
-                f"machine={path} cannot be read: {error.strerror}. Name a file that `distaccum profile` writes."
+                f"machine={path} cannot be read: {error.strerror}. Name a file that `distaccum profile` has written."
             ) from None
         except ValueError:
-            raise _foreign(path, "it is no JSON") from None
-        if not isinstance(told, dict) or told.pop("format", None) != _FORMAT:
+            raise _foreign(path, "it is not JSON") from None
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise _foreign(path, f'its "format" is not "{_FORMAT}"')
-        names = [field.name for field in fields(Machine)]
-        if set(told) != set(names):
-            wrong = sorted(set(told) ^ set(names))
+        names = [field.name for field in fields(HardwareProfile)]
+        if set(content) != set(names):
+            wrong = sorted(set(content) ^ set(names))
             raise _foreign(path, f"fields are missing or unknown: {', '.join(wrong)}")
-        machine = Machine(**{name: _CHECKS[name](_Field(path, name), told[name]) for name in names})
+        machine = HardwareProfile(**{name: _CHECKS[name](_Field(path, name), content[name]) for name in names})
         if bool(machine.links) is not (machine.ranks > 1):
-            raise _foreign(path, f"it has {len(machine.links)} link(s) between {machine.ranks} rank(s)")
+            raise _foreign(path, f"it has {len(machine.links)} link(s) for {machine.ranks} rank(s)")
         return machine
 
 
 def fit(small: Point, large: Point) -> Point:
-    """The line through two (size, seconds): what it costs at size 0, and per unit of size.
+    """Fit a line through two measurements, and return its seconds at size 0 and per unit of size.
 
-    Neither is ever negative, and the larger one is met exactly. Where noise has bent the line too far, there is no cost
-    at size 0: then the larger measurement alone decides.
+    Neither result is ever negative, and the line always passes through the larger measurement. If
+    noise makes the seconds at size 0 negative, or the slope zero or negative, the seconds at size 0
+    are set to 0, and the larger measurement alone determines the slope.
+
+    Args:
+        small: size and seconds of the smaller measurement.
+        large: size and seconds of the larger measurement.
     """
     (size, seconds), (larger, longer) = small, large
     at_zero = (seconds * larger - longer * size) / (larger - size)
@@ -120,14 +143,14 @@ def fit(small: Point, large: Point) -> Point:
 
 
 class _Field:
-    """Checks of one field of a file."""
+    """Checks one field of the file: methods return its value or raise `ConfigError`."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
 
     def text(self, value: Any) -> str:
         if not isinstance(value, str):
-            raise self._wrong("a text", value)
+            raise self._wrong("a string", value)
         return value
 
     def flag(self, value: Any) -> bool:
@@ -137,12 +160,12 @@ class _Field:
 
     def count(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong("a whole number from 1 on", value)
+            raise self._wrong("an integer of at least 1", value)
         return value
 
     def seconds(self, value: Any) -> float:
         if not _is_number(value) or value < 0:
-            raise self._wrong("a number from 0 on", value)
+            raise self._wrong("a number of at least 0", value)
         return float(value)
 
     def rate(self, value: Any) -> float:
@@ -152,27 +175,27 @@ class _Field:
 
     def texts(self, value: Any) -> dict[str, str]:
         if not isinstance(value, dict):
-            raise self._wrong("names and texts", value)
+            raise self._wrong("an object whose values are strings", value)
         return {name: self.text(one) for name, one in value.items()}
 
-    def links(self, value: Any) -> dict[str, Link]:
+    def links(self, value: Any) -> dict[str, LinkTimings]:
         if not isinstance(value, dict) or set(value) not in (set(), set(KINDS)):
-            raise self._wrong(f"nothing, or {', '.join(KINDS)}", value)
+            raise self._wrong(f"empty, or have the keys {', '.join(KINDS)}", value)
         return {kind: self.link(link) for kind, link in value.items()}
 
-    def link(self, value: Any) -> Link:
+    def link(self, value: Any) -> LinkTimings:
         if not isinstance(value, dict) or set(value) != {"sizes", "seconds"}:
-            raise self._wrong("sizes and seconds for each kind", value)
+            raise self._wrong("an object with sizes and seconds for each kind", value)
         if not all(isinstance(column, list) for column in value.values()):
-            raise self._wrong("lists of sizes and seconds", value)
-        link = Link(tuple(map(self.count, value["sizes"])), tuple(map(self.rate, value["seconds"])))
+            raise self._wrong("lists for sizes and for seconds", value)
+        link = LinkTimings(tuple(map(self.count, value["sizes"])), tuple(map(self.rate, value["seconds"])))
         ascending = all(small < large for small, large in pairwise(link.sizes))
         if not link.sizes or len(link.sizes) != len(link.seconds) or not ascending:
-            raise self._wrong("ascending sizes and as many seconds", value)
+            raise self._wrong("ascending sizes and one number of seconds for each", value)
         return link
 
     def _wrong(self, expected: str, value: Any) -> ConfigError:
-        return _foreign(self._path, f"{self._name} should be {expected} and is {value!r}")
+        return _foreign(self._path, f"{self._name} must be {expected}, but is {value!r}")
 
 
 _CHECKS: Mapping[str, Any] = {
@@ -180,7 +203,7 @@ _CHECKS: Mapping[str, Any] = {
     "threads": _Field.count,
     "model": _Field.text,
     "precision": _Field.text,
-    "micro_overhead_s": _Field.seconds,
+    "micro_batch_overhead_s": _Field.seconds,
     "flops_per_s": _Field.rate,
     "update_s_per_number": _Field.seconds,
     "ranks": _Field.count,
@@ -197,6 +220,6 @@ def _is_number(value: Any) -> bool:
 
 def _foreign(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"machine={path} is no file of `distaccum profile`, or damaged: {why}. Name another file, or remove this one "
-        "and measure again."
+        f"machine={path} was not written by `distaccum profile`, or is damaged: {why}. Name another file, or delete "
+        "this one and run `distaccum profile` again."
     )

@@ -1,4 +1,4 @@
-"""The memory that a rank's tensors take on its device: counted, limited, and run out of."""
+"""Counts the memory that a rank's tensors take on its device, and raises an error above a limit."""
 
 from __future__ import annotations
 
@@ -21,45 +21,53 @@ _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 
 
 def parse_bytes(text: str | int, name: str) -> int:
-    """A number of bytes as people write it: 2GiB, 512 MiB, 1.5GB, 1000000.
+    """Return the number of bytes in a text such as 2GiB, 512 MiB, 1.5GB or 1000000.
+
+    Args:
+        text: a number, with or without a unit.
+        name: the configuration key that the text belongs to, for the error.
 
     Raises:
-        ConfigError: for what is no positive amount, with the key `name`.
+        ConfigError: if the text is not an amount of at least 1 byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)\s*", str(text))
     size = float(found[1]) * _UNITS.get(found[2].replace("K", "k") if found[2] == "KB" else found[2], 0) if found else 0
     if size < 1:
-        raise ConfigError(f"{name} is {text!r}; give an amount of memory such as 2GiB, 512MiB or 80GB.")
+        raise ConfigError(
+            f"{name} is {text!r}, which is not an amount of memory. Use one such as 2GiB, 512MiB or 80GB."
+        )
     return int(size)
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and the most there were at once, while it is entered.
+    """Counts the bytes of all live tensors, and their peak, while it is entered.
 
-    It sees what operators return on this thread, backwards on the CPU included, whoever calls them; also what has no
-    memory (`_torch.weightless`). What a kernel takes and gives back within itself is not seen, nor what is
-    inside compiled code. With a limit it is a small device: an operator that passes it raises `torch.OutOfMemoryError`.
+    It sees every tensor that an operator returns on this thread, including backwards on the CPU and
+    fake tensors (`_torch.fake_tensors`). It does not see memory that a kernel allocates and frees
+    internally, nor tensors inside compiled code. With a limit it acts as a device of that size: an
+    operator that exceeds the limit raises `torch.OutOfMemoryError`.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, limit: int | None = None, kind: str = "cpu", *, weightless: bool = False) -> None:
-        """Count from nothing.
+    def __init__(self, limit: int | None = None, kind: str = "cpu", *, fake_tensors: bool = False) -> None:
+        """Start with a count of 0 bytes.
 
         Args:
-            limit: bytes; None: any number.
-            kind: the type of device whose tensors count.
-            weightless: whether those without memory count, and those only. DTensor asks such tensors for shapes, which
-                must not be taken for real ones.
+            limit: the most bytes that may be alive at once; None: no limit.
+            kind: the type of the device whose tensors are counted.
+            fake_tensors: True counts fake tensors only, False real tensors only. They are kept
+                apart because DTensor makes fake tensors to compute shapes.
         """
-        from torch.distributed.tensor import DTensor  # half a second, which a program that tracks nothing need not wait
+        # This import takes half a second, which programs that track nothing should not wait for.
+        from torch.distributed.tensor import DTensor
 
         super().__init__()  # type: ignore[no-untyped-call]
         self.limit = limit
         self.kind = kind
-        self.weightless = weightless
-        self.live = 0  # bytes now
-        self.peak = 0  # the most since the beginning, or since `reset_peak`
+        self.fake_tensors = fake_tensors
+        self.live = 0  # bytes that are alive now
+        self.peak = 0  # the most bytes since the start, or since `reset_peak`
         self._sharded = DTensor
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -79,21 +87,21 @@ class Tracker(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Compiled code runs compiled under this mode too."""
+        """Return True, so that compiled code runs compiled under this mode too."""
         return True
 
     def reset_peak(self) -> None:
-        """Begin anew with what is alive now."""
+        """Set the peak to the bytes that are alive now."""
         self.peak = self.live
 
     def count(self, tensors: Iterable[Tensor]) -> None:
-        """Take in tensors that were made before."""
+        """Count tensors that were made before the tracker was entered."""
         for tensor in tensors:
             self._add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, self._sharded) for kind in types):
-            return NotImplemented  # it calls the operators of its local tensors, which come here
+            return NotImplemented  # DTensor then calls the operator on its local tensors
         results = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(results):
             if isinstance(leaf, Tensor):
@@ -106,13 +114,16 @@ class Tracker(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key not in self._sizes and (storage.device.type == "meta") is self.weightless:
+        if key not in self._sizes and (storage.device.type == "meta") is self.fake_tensors:
             self._watched[key] = weakref.ref(storage, lambda _: self._gone(key))
             self._sizes[key] = 0
             self._now(key, storage.nbytes())
 
     def _resized(self, storage: torch.UntypedStorage) -> None:
-        """FSDP2 frees and takes memory in this way, past all operators."""
+        """Count the new size of a storage.
+
+        FSDP2 frees and allocates memory by resizing storages, without an operator.
+        """
         if id(storage) in self._sizes:
             self._now(id(storage), storage.nbytes())
 
@@ -123,8 +134,9 @@ class Tracker(TorchDispatchMode):
     def _now(self, key: int, size: int) -> None:
         more = size - self._sizes[key]
         if self.limit is not None and more > 0 and self.live + more > self.limit:
-            raise torch.OutOfMemoryError(  # not counted: nobody gets it
-                f"{more:,} bytes were asked for where {self.live:,} of {self.limit:,} are in use (limits.memory)."
+            # The bytes are not counted, since the caller does not get the tensor.
+            raise torch.OutOfMemoryError(
+                f"{more:,} bytes were requested, but {self.live:,} of {self.limit:,} bytes are in use (limits.memory)."
             )
         self.live += more
         self._sizes[key] = size
@@ -132,18 +144,19 @@ class Tracker(TorchDispatchMode):
 
 
 class Meter:
-    """The most memory that this rank's tensors take on its device, and the limit to it.
+    """Measures the peak memory of this rank's tensors on its device, and enforces a limit.
 
-    On the CPU a `Tracker`, which costs some microseconds an operator. On a GPU torch's allocator, which counts anyway.
-    It may be entered again and again: on the CPU what is made in between is not counted.
+    On the CPU it uses a `Tracker`, which costs some microseconds per operator. On a GPU it reads
+    the counters of torch's allocator, which cost nothing extra. It may be entered many times; on
+    the CPU, tensors that are made in between are not counted.
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
-        """Nothing is counted until it is entered.
+        """Prepare the meter; counting starts when it is entered.
 
         Args:
-            device: of this rank.
-            limit: bytes that tensors may take; None: what the device has.
+            device: the device of this rank.
+            limit: bytes that tensors may take; None: all that the device has.
         """
         self.device = device
         self.limit = limit
@@ -152,7 +165,7 @@ class Meter:
 
     @property
     def costs_nothing(self) -> bool:
-        """Whether the device counts anyway."""
+        """Return whether counting is free, because the device counts anyway (a GPU)."""
         return self._tracker is None
 
     def __enter__(self) -> Self:
@@ -174,7 +187,7 @@ class Meter:
             torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
     def reset_peak(self) -> None:
-        """Begin anew with what is alive now."""
+        """Set the peak to the bytes that are alive now."""
         if self._tracker is not None:
             self._tracker.reset_peak()
         else:
@@ -182,10 +195,10 @@ class Meter:
 
     @property
     def live_bytes(self) -> int:
-        """In use now."""
+        """Return the bytes that are in use now."""
         return self._tracker.live if self._tracker is not None else torch.cuda.memory_allocated(self.device)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use at once since the meter was first entered or its peak was reset."""
+        """Return the peak bytes in use since the meter was first entered or its peak was reset."""
         return self._tracker.peak if self._tracker is not None else torch.cuda.max_memory_allocated(self.device)

@@ -1,105 +1,115 @@
-"""The most that a rank's tensors take at once: a window walked through on a traced micro and on shapes.
+"""Predicts the peak memory of a rank by simulating a window of traced micro-batches.
 
-Nothing runs; a window takes about a millisecond. Of many micros only the first, one more and the last are walked
-through, since the others are like the second. What libraries and kernels take within themselves comes on top.
+Nothing runs; a window takes about a millisecond. Only the first, the second and the last
+micro-batch are simulated, since all others are like the second. Memory that libraries and kernels
+allocate internally is not included.
 """
 
 from __future__ import annotations
 
-from distaccum.planner.holdings import Holdings, Peak, Whole, words
 from distaccum.planner.memory import weight_bytes
 from distaccum.planner.shapes import ModelShape, Setup
-from distaccum.planner.sharded import Sharded
-from distaccum.planner.trace import MicroTrace, Segment
+from distaccum.planner.sharded import ShardedMemory
+from distaccum.planner.timeline import MemoryTimeline, Peak, ReplicatedMemory, words
+from distaccum.planner.trace import MicroBatchTrace, Segment
 from distaccum.planner.update import Update
 
-MICROS_AT_HAND = 2  # the one at work, and the one that is read ahead
+MICRO_BATCHES_AT_HAND = 2  # the one being computed and the one that is prefetched
 
 
 def peak(
     model: ModelShape,
     setup: Setup,
     update: Update,
-    micro: MicroTrace,
-    num_micros: int,
-    overlap_micros: int = 1,
+    micro_batch: MicroBatchTrace,
+    num_micro_batches: int,
+    overlap_micro_batches: int = 1,
     device: str = "cpu",
 ) -> Peak:
-    """The peak of rank 0, which holds most, in any window after the first.
+    """Compute the peak of rank 0, which holds the most, in any window after the first.
 
     Args:
-        model: from `describe`.
-        setup: how it is spread.
-        update: of what this rank's shards of the parameters are.
-        micro: the traced micro, of the size in question; under FSDP2 with parameters as they are gathered.
-        num_micros: per rank in a window.
-        overlap_micros: how many of them, the last ones, are computed block by block.
+        model: the shapes of the model, from `describe`.
+        setup: how the model is distributed.
+        update: the optimizer's memory for rank 0's shards of the parameters.
+        micro_batch: the trace of one micro-batch of the size in question. Under FSDP2 it was traced
+            with parameters in the dtype in which they are gathered.
+        num_micro_batches: micro-batches per rank in a window.
+        overlap_micro_batches: how many of the last micro-batches are computed block by block; 1
+            means none.
         device: the type of this rank's device.
     """
-    holdings = Holdings()
-    holdings.take("weights", weight_bytes(model, setup))
-    holdings.take("optimizer", update.kept)
-    holdings.take("micros", MICROS_AT_HAND * micro.micro_bytes)
+    timeline = MemoryTimeline()
+    timeline.alloc("weights", weight_bytes(model, setup))
+    timeline.alloc("optimizer", update.kept)
+    timeline.alloc("micro-batches", MICRO_BATCHES_AT_HAND * micro_batch.micro_batch_bytes)
     if setup.strategy == "ddp":
-        holdings.take("buckets", sum(p.numel * p.dtype.itemsize for p in model.trained))
-    rank = Sharded(model, setup, holdings, device) if setup.sharded else Whole(model, setup, holdings)
-    tail = min(overlap_micros, num_micros) if overlap_micros > 1 else 0
-    plain = num_micros - tail
+        timeline.alloc("buckets", sum(p.numel * p.dtype.itemsize for p in model.trained))
+    rank = ShardedMemory(model, setup, timeline, device) if setup.sharded else ReplicatedMemory(model, setup, timeline)
+    tail = min(overlap_micro_batches, num_micro_batches) if overlap_micro_batches > 1 else 0
+    plain = num_micro_batches - tail
     for number in sorted({0, 1, plain - 1} & set(range(plain))):
-        last = number == num_micros - 1
-        for segment, ends in zip(micro.segments, micro.ends, strict=True):
+        last = number == num_micro_batches - 1
+        for segment, ends in zip(micro_batch.segments, micro_batch.ends, strict=True):
             _run(rank, segment, ends, last=last)
-        rank.end_micro(last=last)
+        rank.end_micro_batch(last=last)
     if tail:
-        _tail(rank, micro, tail)
+        _tail(rank, micro_batch, tail)
     rank.deliver()
-    if device == "cpu":  # squares, of wider copies of narrow gradients, one gradient after the other
+    if device == "cpu":  # the norm squares one gradient after another, after widening a narrow one
         sizes = [(p.shard(setup.shards), p.dtype.itemsize) for p in model.trained]
         squares = max((numel * (8 if itemsize < 4 else itemsize) for numel, itemsize in sizes), default=0)
-        holdings.at("the norm of the gradients", squares)
-    holdings.at("the update", update.transient)
-    return holdings.peak
+        timeline.sample("the gradient norm", squares)
+    timeline.sample("the update", update.transient)
+    return timeline.peak
 
 
-def _run(rank: Whole, segment: Segment, ends: int, *, last: bool, others: int = 0, by_hand: bool = False) -> None:
-    """Walk through a part of a micro.
+def _run(
+    rank: ReplicatedMemory, segment: Segment, ends: int, *, last: bool, others: int = 0, manual: bool = False
+) -> None:
+    """Simulate one segment of a micro-batch.
 
     Args:
-        rank: what it holds.
-        segment: the part.
-        ends: bytes of this micro that are alive when it is over.
-        last: whether its gradients are the window's last ones.
-        others: bytes of other micros that are not done.
-        by_hand: whether gradients are taken out of autograd, all of the part at once, and added afterwards.
+        rank: the memory model of the rank, which is updated.
+        segment: the segment to simulate.
+        ends: bytes of this micro-batch that are alive at the end of the segment.
+        last: whether this is the last micro-batch of the window.
+        others: bytes of other micro-batches that are not finished.
+        manual: whether gradients are returned by autograd, all of the segment at once, and added to
+            `.grad` afterwards.
     """
-    holdings, found, where = rank.holdings, 0, words(segment)
-    holdings.take("micro", others + segment.begins)
+    timeline, found, where = rank.timeline, 0, words(segment)
+    timeline.alloc("micro-batch", others + segment.begins)
     rank.begin(segment)
-    holdings.give("micro")
+    timeline.free("micro-batch")
     for number, most in enumerate(segment.peaks):
-        holdings.at(where, others + most + found)
+        timeline.sample(where, others + most + found)
         if number < len(segment.arrivals):
             size = rank.arrive(segment.arrivals[number])
-            found += size if by_hand else 0
-    holdings.take("micro", others + ends)
-    holdings.at(where, found)
+            found += size if manual else 0
+    timeline.alloc("micro-batch", others + ends)
+    timeline.sample(where, found)
     rank.end(segment, last=last)
-    holdings.give("micro")
+    timeline.free("micro-batch")
 
 
-def _tail(rank: Whole, micro: MicroTrace, num_micros: int) -> None:
-    """So many forwards with their heads' backwards, then block by block the backwards of all of them."""
-    segments = [*zip(micro.segments, micro.ends, strict=True)]
+def _tail(rank: ReplicatedMemory, micro_batch: MicroBatchTrace, num_micro_batches: int) -> None:
+    """Simulate the last micro-batches of a window, whose backwards run together block by block.
+
+    First come the forward and the head's backward of each micro-batch. Then follow, for each block,
+    the backwards of all of them.
+    """
+    segments = [*zip(micro_batch.segments, micro_batch.ends, strict=True)]
     cut = next((i for i, (s, _) in enumerate(segments) if s.backward and s.group >= 0), len(segments))
-    by_hand = rank.setup.strategy == "ddp"
-    for number in range(num_micros):
-        last = number == num_micros - 1
+    manual = rank.setup.strategy == "ddp"
+    for number in range(num_micro_batches):
+        last = number == num_micro_batches - 1
         for segment, ends in segments[:cut]:
-            others = number * micro.to_head
-            _run(rank, segment, ends, last=last, others=others, by_hand=by_hand and not last)
+            others = number * micro_batch.to_head
+            _run(rank, segment, ends, last=last, others=others, manual=manual and not last)
     for segment, ends in segments[cut:]:
-        for number in range(num_micros):
-            last = number == num_micros - 1
-            others = (num_micros - 1) * segment.begins + num_micros * micro.handed_on
-            _run(rank, segment, ends, last=last, others=others, by_hand=by_hand and not last)
-    rank.end_micro(last=True)
+        for number in range(num_micro_batches):
+            last = number == num_micro_batches - 1
+            others = (num_micro_batches - 1) * segment.begins + num_micro_batches * micro_batch.handed_on
+            _run(rank, segment, ends, last=last, others=others, manual=manual and not last)
+    rank.end_micro_batch(last=True)

@@ -1,4 +1,4 @@
-"""A model and the way it is spread, as the predictions see them: sizes, dtypes, counts."""
+"""Describes the sizes and dtypes of a model, and how it is distributed."""
 
 from __future__ import annotations
 
@@ -12,98 +12,115 @@ from torch import nn
 
 from distaccum.core.loss import wide
 
-ROOT = -1  # the group of what belongs to no block
+ROOT = -1  # the group of all parameters that belong to no block
 
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
-Policy = Literal["every", "shard", "boundary", "keep"]
+Policy = Literal["every", "reduce_scatter", "boundary", "gather_once"]
 
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """One parameter."""
+    """Describes one parameter."""
 
     name: str
-    shape: tuple[int, ...]  # of the whole
+    shape: tuple[int, ...]  # of the unsharded parameter
     dtype: torch.dtype
     trained: bool
-    group: int  # the block it is sharded with, from 0, or ROOT
+    group: int  # index of the block that it is sharded with, or ROOT
 
     @property
     def numel(self) -> int:
-        """Numbers in the whole."""
+        """Return the number of elements of the unsharded parameter."""
         return math.prod(self.shape)
 
     def shard(self, shards: int) -> int:
-        """Numbers on rank 0, which holds most: FSDP2 splits the first dimension, rounded up."""
+        """Return the number of elements on rank 0, which holds the most.
+
+        FSDP2 splits the first dimension and rounds up.
+
+        Args:
+            shards: how many ranks the parameter is split over.
+        """
         return math.prod(self.local(shards))
 
     def local(self, shards: int) -> tuple[int, ...]:
-        """The shape of rank 0's shard."""
+        """Return the shape of rank 0's shard if the parameter is split over `shards` ranks."""
         return (-(-self.shape[0] // shards), *self.shape[1:]) if self.shape else ()
 
     def padded(self, shards: int) -> int:
-        """Numbers in the whole with each rank's shard padded to the size of the first."""
+        """Return the number of elements of all shards, each padded to the size of rank 0's."""
         return self.shard(shards) * shards
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All parameters in the order of `model.parameters()`, tied ones once."""
+    """Describes all parameters of a model in the order of `model.parameters()`, tied ones once."""
 
     parameters: tuple[ParameterShape, ...]
-    buffer_bytes: int  # whole on every rank, however parameters are spread
+    buffer_bytes: int  # of all buffers, which every rank holds entirely under any strategy
 
     @property
     def trained(self) -> tuple[ParameterShape, ...]:
-        """Those that have gradients."""
+        """Return the parameters that have gradients."""
         return tuple(p for p in self.parameters if p.trained)
 
     def groups(self) -> Iterator[tuple[int, tuple[ParameterShape, ...]]]:
-        """FSDP2's groups that hold parameters: the root's first, then the blocks in their order."""
+        """Yield FSDP2's non-empty parameter groups: the root's first, then the blocks' in order."""
         for group in sorted({p.group for p in self.parameters}):
             yield group, tuple(p for p in self.parameters if p.group == group)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How a model is spread and summed. A dtype of None is what distaccum chooses: see the methods."""
+    """Describes how a model is distributed and how its gradients are summed.
+
+    A dtype of None leaves the choice to distaccum: the methods return the dtype that it chooses.
+    """
 
     strategy: Strategy
-    sync: Policy  # not auto: what it was resolved to
+    sync: Policy  # the resolved policy, never "auto"
     world_size: int
-    replicas: int  # hsdp: groups of ranks that hold the whole model each; 1 elsewhere
-    compute: torch.dtype | None  # fsdp, hsdp: in which parameters are gathered; None: as they are stored
-    accumulate: torch.dtype | None  # in which gradients are summed over micros
-    reduce: torch.dtype | None  # in which they are summed over ranks
+    replicas: int  # hsdp: number of groups of ranks that each hold the whole model; 1 elsewhere
+    compute: torch.dtype | None  # fsdp, hsdp: dtype of gathered parameters; None: their own
+    accumulate: torch.dtype | None  # dtype of gradient sums over micro-batches
+    reduce: torch.dtype | None  # dtype of gradient sums over ranks
     reshard_after_forward: bool  # fsdp, hsdp
     find_unused_parameters: bool  # ddp
     bucket_mb: float  # ddp
-    apart: bool = False  # ddp: gradients travel after the window, since a shortage of memory is agreed on first
+    # ddp: gradients are sent after the window, once ranks agree that none ran out of memory.
+    apart: bool = False
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 holds the model."""
+        """Return whether FSDP2 shards the model (fsdp, hsdp)."""
         return self.strategy in ("fsdp", "hsdp")
 
     @property
     def shards(self) -> int:
-        """Into how many parts each parameter is split."""
+        """Return the number of shards that each parameter is split into."""
         return self.world_size // (self.replicas if self.strategy == "hsdp" else 1) if self.sharded else 1
 
     def gathered(self, parameter: ParameterShape) -> torch.dtype:
-        """In which a parameter is gathered and computed with."""
+        """Return the dtype in which a parameter is gathered and computed with."""
         return self.compute or parameter.dtype
 
     def accumulated(self, parameter: ParameterShape) -> torch.dtype:
-        """In which sums over micros are, where distaccum makes them."""
+        """Return the dtype of the gradient sums over micro-batches that distaccum keeps itself."""
         return self.accumulate or wide(parameter.dtype)
 
     def reduced(self, parameter: ParameterShape) -> torch.dtype:
-        """In which a gradient is summed over ranks; under FSDP2 over the micros that it does not reduce, too."""
+        """Return the dtype in which a gradient is summed over ranks.
+
+        Under FSDP2 it is also the dtype of sums over micro-batches that are not reduced at once.
+        """
         return self.reduce or wide(self.gathered(parameter) if self.sharded else parameter.dtype)
 
     def own_sums(self, model: ModelShape) -> bool:
-        """Whether distaccum keeps sums beside `.grad`, because those would be in another dtype than asked."""
+        """Return whether distaccum keeps its own gradient sums in addition to `.grad`.
+
+        It does so when the sums in `.grad` would not have the configured dtype, and under DDP when
+        gradients are sent after the window (`apart`).
+        """
         if self.sharded:
             return self.sync == "every" and any(
                 not self.accumulated(p) is p.dtype is wide(p.dtype) for p in model.trained
@@ -113,12 +130,12 @@ class Setup:
 
 
 def describe(model: nn.Module, blocks: Sequence[nn.Module]) -> ModelShape:
-    """The shapes of a model, on any device (meta included), before it is wrapped.
+    """Return the shapes of a model before it is wrapped; it may be on any device, including meta.
 
     Args:
-        model: the whole.
-        blocks: what `fully_shard` is applied to before the whole, in that order. A parameter belongs to the first that
-            has it.
+        model: the whole model.
+        blocks: the modules that `fully_shard` is applied to before the whole model, in this order.
+            A parameter belongs to the first block that contains it.
     """
     group_of: dict[int, int] = {}
     for index, block in enumerate(blocks):

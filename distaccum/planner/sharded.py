@@ -1,33 +1,35 @@
-"""What a rank holds along a window under FSDP2, in the order in which torch takes and frees it.
+"""Simulates the memory of a rank during a window under FSDP2, in the order in which torch uses it.
 
-Read in torch 2.13, fully_shard: its files of groups (unshard, wait_for_unshard,
-pre_backward, post_backward) and of collectives (foreach_all_gather, foreach_reduce).
+The order of allocations and frees was read from fully_shard in torch 2.13: from its parameter
+groups (unshard, wait_for_unshard, pre_backward, post_backward) and its collectives
+(foreach_all_gather, foreach_reduce).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distaccum.planner.holdings import Holdings, Whole, words
 from distaccum.planner.shapes import ROOT, ModelShape, ParameterShape, Setup
+from distaccum.planner.timeline import MemoryTimeline, ReplicatedMemory, words
 from distaccum.planner.trace import LOSS, Segment
 
 
 @dataclass(frozen=True)
 class _Group:
-    """The bytes of one of FSDP2's groups."""
+    """Holds the bytes of one FSDP2 parameter group on rank 0."""
 
-    gathered: int  # its parameters, whole, padded
-    cast: int  # the shards in the dtype in which they are gathered, where that is another one
-    fresh: int  # the gradients of one micro
-    summed: int  # in the dtype in which they are reduced
-    largest: int  # the largest of the former
-    message: int  # what is scattered, padded
-    scattered: int  # what comes back
-    sharded: int  # that in the parameters' own dtype
+    gathered: int  # its unsharded parameters, with padding
+    cast: int  # its shards in the dtype of the all-gather, where that is not their own dtype
+    fresh: int  # the unsharded gradients of one micro-batch
+    summed: int  # the unsharded gradients in the dtype of the reduction
+    largest: int  # the largest gradient in `fresh`
+    message: int  # the input of the reduce-scatter, with padding
+    scattered: int  # the output of the reduce-scatter
+    sharded: int  # the output of the reduce-scatter in the parameters' own dtype
 
     @classmethod
     def of(cls, parameters: tuple[ParameterShape, ...], setup: Setup) -> _Group:
+        """Compute the bytes of the group that holds these parameters."""
         shards, trained = setup.shards, [p for p in parameters if p.trained]
         fresh = [p.numel * setup.gathered(p).itemsize for p in trained]
         return cls(
@@ -44,129 +46,138 @@ class _Group:
         )
 
 
-class Sharded(Whole):
-    """FSDP2 and HSDP."""
+class ShardedMemory(ReplicatedMemory):
+    """Simulates the memory of rank 0 under FSDP2 and HSDP."""
 
-    def __init__(self, model: ModelShape, setup: Setup, holdings: Holdings, device: str) -> None:
-        """Hold nothing but shards yet."""
-        super().__init__(model, setup, holdings)
-        self._copies = device == "cpu" and setup.shards > 1  # gloo scatters by reducing a copy of all
+    def __init__(self, model: ModelShape, setup: Setup, timeline: MemoryTimeline, device: str) -> None:
+        """Start with the parameter shards only; nothing is gathered yet.
+
+        Args:
+            model: the shapes of the model.
+            setup: how the model is distributed.
+            timeline: where bytes are counted.
+            device: the type of the rank's device.
+        """
+        super().__init__(model, setup, timeline)
+        self._copies = (
+            device == "cpu" and setup.shards > 1
+        )  # gloo reduce-scatters by reducing a copy of the whole input
         self._groups = {number: _Group.of(parameters, setup) for number, parameters in model.groups()}
-        self._keeps = setup.sync == "keep"
-        self._reduces_each = setup.sync in ("every", "shard")
+        self._keeps = setup.sync == "gather_once"
+        self._reduces_each = setup.sync in ("every", "reduce_scatter")
         self._in_place = not self._reduces_each and all(setup.gathered(p) is setup.reduced(p) for p in model.trained)
         self._arrived: set[int] = set()  # parameters whose gradients are added to in place
-        self._forwards: list[int] = []  # blocks in the order in which this micro went through them
+        self._runner: list[int] = []  # blocks in the order of this micro-batch's forward
 
     def begin(self, segment: Segment) -> None:
-        """Gather what is not there, and in a backward the block before it, ahead of time."""
+        """Gather missing parameters, and in a backward also prefetch the block that comes next."""
         group = segment.group
         if group == LOSS:
             if not segment.backward:
-                self.holdings.give("arrived")  # the root lets go of the newest message
+                self.timeline.free("arrived")  # the root frees the newest all-gather buffer
             return
         self._gather(segment)
         if not segment.backward:
             if group != ROOT:
-                self._forwards.append(group)
-        elif group in self._forwards:
-            del self._forwards[self._forwards.index(group) :]
+                self._runner.append(group)
+        elif group in self._runner:
+            del self._runner[self._runner.index(group) :]
             self._ahead()
         else:
             self._ahead()
 
     def arrive(self, number: int) -> int:
-        """Gradients are whole until they are reduced."""
+        """Record that a parameter's unsharded gradient has arrived, and return its bytes."""
         parameter = self.parameters[number]
         size = parameter.numel * self.setup.gathered(parameter).itemsize
         if number not in self._arrived:
-            self.holdings.take(("sum" if self._in_place else "fresh", parameter.group), size)
+            self.timeline.alloc(("sum" if self._in_place else "fresh", parameter.group), size)
         if self._in_place:
             self._arrived.add(number)
         return size
 
     def end(self, segment: Segment, *, last: bool) -> None:
-        """A block gives up its parameters; after its backward, its gradients are summed or reduced."""
+        """Free the parameters of a block; after its backward, sum or reduce its gradients."""
         if segment.group >= 0:
             if segment.backward:
                 self._post_backward(segment.group, words(segment), last)
             elif self.setup.reshard_after_forward and not self._keeps:
-                self.holdings.give(("whole", segment.group))
+                self.timeline.free(("whole", segment.group))
 
-    def end_micro(self, *, last: bool) -> None:
-        """The root is the last to reduce."""
+    def end_micro_batch(self, *, last: bool) -> None:
+        """Reduce the gradients of the root, which is the last group, and end the micro-batch."""
         if ROOT in self._groups:
-            self._post_backward(ROOT, "the backward of what is outside of the blocks", last)
-        self.holdings.give("message")
-        self.holdings.give_all("output")
-        self._forwards.clear()
-        super().end_micro(last=last)
+            self._post_backward(ROOT, "the backward of the layers outside the blocks", last)
+        self.timeline.free("message")
+        self.timeline.free_all("output")
+        self._runner.clear()
+        super().end_micro_batch(last=last)
 
     def _gather(self, segment: Segment) -> None:
-        number, holdings = segment.group, self.holdings
-        if number not in self._groups or ("whole", number) in holdings:
+        number, timeline = segment.group, self.timeline
+        if number not in self._groups or ("whole", number) in timeline:
             return
-        size, moment = self._groups[number].gathered, f"gathering for {words(segment)}"
-        if self.setup.shards > 1 and ("ahead", number) not in holdings:
-            holdings.take(("ahead", number), size)
-            holdings.at(moment, self._groups[number].cast)
+        size, moment = self._groups[number].gathered, f"the all-gather for {words(segment)}"
+        if self.setup.shards > 1 and ("ahead", number) not in timeline:
+            timeline.alloc(("ahead", number), size)
+            timeline.sample(moment, self._groups[number].cast)
         if not segment.backward:
-            holdings.give("arrived")
-        holdings.take(("whole", number), size)  # copied out of the message
-        holdings.at(moment)
+            timeline.free("arrived")
+        timeline.alloc(("whole", number), size)  # copied out of the all-gather buffer
+        timeline.sample(moment)
         if segment.backward:
-            holdings.give(("ahead", number))
+            timeline.free(("ahead", number))
         elif self.setup.shards > 1:
-            holdings.move(("ahead", number), "arrived")  # kept until the next one has arrived
+            timeline.rename(("ahead", number), "arrived")  # kept until the next buffer has arrived
 
     def _ahead(self) -> None:
-        """Ask for the block whose backward comes next."""
-        number = self._forwards[-1] if self._forwards else None
-        if number in self._groups and ("whole", number) not in self.holdings and self.setup.shards > 1:
+        """Prefetch the block whose backward comes next."""
+        number = self._runner[-1] if self._runner else None
+        if number in self._groups and ("whole", number) not in self.timeline and self.setup.shards > 1:
             assert number is not None
-            if ("ahead", number) not in self.holdings:
-                self.holdings.take(("ahead", number), self._groups[number].gathered)
-                self.holdings.at(f"gathering block {number} ahead", self._groups[number].cast)
+            if ("ahead", number) not in self.timeline:
+                self.timeline.alloc(("ahead", number), self._groups[number].gathered)
+                self.timeline.sample(f"the prefetch of block {number}", self._groups[number].cast)
 
     def _post_backward(self, number: int, moment: str, last: bool) -> None:
-        holdings, group = self.holdings, self._groups.get(number)
+        timeline, group = self.timeline, self._groups.get(number)
         if group is None:
             return
         if last or not self._keeps:
-            holdings.give(("whole", number))
-        if ("sum", number) in holdings:
-            holdings.give(("fresh", number))  # added
+            timeline.free(("whole", number))
+        if ("sum", number) in timeline:
+            timeline.free(("fresh", number))  # added to the sum
         if not (last or self._reduces_each):
-            if ("fresh", number) in holdings:  # the first micro's, one after the other, in another dtype
-                holdings.give(("fresh", number))
-                holdings.take(("sum", number), group.summed)
-                holdings.at(moment, group.largest)
+            if ("fresh", number) in timeline:  # gradients of the first micro-batch, cast one by one
+                timeline.free(("fresh", number))
+                timeline.alloc(("sum", number), group.summed)
+                timeline.sample(moment, group.largest)
             return
-        holdings.give("message")  # of the group before it
-        holdings.take("message", group.message)
+        timeline.free("message")  # of the previous group
+        timeline.alloc("message", group.message)
         moment = f"the reduction after {moment}"
-        holdings.at(moment)
-        holdings.give(("fresh", number))
-        holdings.give(("sum", number))
-        holdings.at(moment, group.scattered + self._copies * group.message)
-        if self.setup.sync == "shard" and not last:
-            if ("partial", number) not in holdings:
-                holdings.take(("partial", number), group.scattered)
+        timeline.sample(moment)
+        timeline.free(("fresh", number))
+        timeline.free(("sum", number))
+        timeline.sample(moment, group.scattered + self._copies * group.message)
+        if self.setup.sync == "reduce_scatter" and not last:
+            if ("partial", number) not in timeline:
+                timeline.alloc(("partial", number), group.scattered)
             return
         self._shard(number, group, moment)
 
     def _shard(self, number: int, group: _Group, moment: str) -> None:
-        """What came back becomes the gradient's shard, or is added to it."""
-        holdings, name = self.holdings, ("gradient", number)
+        """Turn the output of a reduction into the gradient shard, or add it to that shard."""
+        timeline, name = self.timeline, ("gradient", number)
         cast = any(self.setup.reduced(p) is not p.dtype for p in self.trained if p.group == number)
-        exists = name in holdings
-        holdings.take(("output", number), group.scattered)
-        holdings.at(moment, group.sharded if cast else 0)
-        holdings.give(("partial", number))
+        exists = name in timeline
+        timeline.alloc(("output", number), group.scattered)
+        timeline.sample(moment, group.sharded if cast else 0)
+        timeline.free(("partial", number))
         if cast and not exists:
-            holdings.take(name, group.sharded)
-        if self.setup.strategy != "hsdp":  # which keeps it until the backward is over
-            holdings.give(("output", number))
+            timeline.alloc(name, group.sharded)
+        if self.setup.strategy != "hsdp":  # HSDP keeps the output until the backward is over
+            timeline.free(("output", number))
         if not cast and not exists:
-            holdings.give(("output", number))
-            holdings.take(name, group.scattered)
+            timeline.free(("output", number))
+            timeline.alloc(name, group.scattered)

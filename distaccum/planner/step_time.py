@@ -1,4 +1,7 @@
-"""Seconds of one step, from shapes and from what a machine was measured to do. Pure arithmetic: nothing runs."""
+"""Predicts the seconds of one step from shapes and from the measured speeds of a machine.
+
+This is pure arithmetic: nothing runs.
+"""
 
 from __future__ import annotations
 
@@ -7,115 +10,143 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from distaccum.errors import ConfigError
-from distaccum.planner.hardware import Machine
+from distaccum.planner.hardware import HardwareProfile
 from distaccum.planner.shapes import ModelShape, ParameterShape, Setup
-from distaccum.planner.traffic import MIB, Sends, control_sends, gradient_sends
+from distaccum.planner.traffic import MIB, CollectiveCost, control_sends, gradient_sends
 
-BACKWARD = 2 / 3  # of a micro: two products of matrices for each of the forward
+# The share of the backward in a micro-batch: two matrix products for each one of the forward.
+BACKWARD = 2 / 3
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Where the seconds of one step go, on the slowest rank. Reading samples is not among them."""
+    """Holds the seconds of one step on the slowest rank, part by part.
 
-    compute_s: float  # forwards and backwards of all micros
-    exposed_s: float  # communication that no computation hides
-    hidden_s: float  # communication beside computation; no part of the total
-    update_s: float  # norm, clipping, optimizer
+    Time to read samples is not included.
+    """
+
+    compute_s: float  # forwards and backwards of all micro-batches
+    exposed_s: float  # communication that does not overlap computation
+    hidden_s: float  # communication that overlaps computation; not part of the total
+    update_s: float  # gradient norm, clipping, optimizer
 
     @property
     def total_s(self) -> float:
-        """Of the whole step."""
+        """Return the seconds of the whole step."""
         return self.compute_s + self.exposed_s + self.update_s
 
 
 def step_time(
-    machine: Machine, model: ModelShape, setup: Setup, num_micros: int, micro_flops: int, overlap_micros: int = 1
+    machine: HardwareProfile,
+    model: ModelShape,
+    setup: Setup,
+    num_micro_batches: int,
+    micro_batch_flops: int,
+    overlap_micro_batches: int = 1,
 ) -> StepTime:
-    """The time of one step, as the sum of what cannot hide behind each other.
+    """Compute the time of one step as the sum of the parts that do not overlap.
 
-    DDP sends a bucket as soon as the last backward has completed it: gradients arrive in the reverse order of the
-    parameters, in proportion to their bytes, and the link carries one message after the other. What it carries behind
-    the end of the backward is exposed. With the last T micros block by block there are T backwards to hide behind.
-    Sums of distaccum's own travel after the window, all exposed.
+    DDP sends a bucket as soon as the last backward has completed it. Gradients are assumed to
+    arrive in the reverse order of the parameters, in proportion to their bytes, and the link to
+    carry one message after another. The time that messages take after the end of the backward is
+    exposed. If the last T micro-batches are computed block by block, T backwards overlap the
+    messages. The gradient sums that distaccum keeps itself are sent after the window, so their
+    communication is exposed.
 
-    FSDP2's collectives block where `machine.overlaps` is False: all are exposed. Where it is True those of a micro hide
-    behind its computation, as far as that takes as long; that was not measured on any GPU.
+    If `machine.overlaps` is False, FSDP2's collectives block, and all are exposed. If it is True,
+    the collectives of a micro-batch overlap its computation, up to its duration. This was not
+    measured on any GPU.
 
-    The rates are those of a link among `machine.ranks`. For R others it is taken to be a ring, which keeps the rate of
-    a network card: a message costs (R - 1) / R of a whole pass (Patarasuk and Yuan, "Bandwidth optimal all-reduce
-    algorithms", 2009). Its latency is taken to grow with log2 R, as that of trees does. Links inside and between nodes
-    are not told apart: profile on the ranks that will train.
+    The rates were measured among `machine.ranks` ranks. Another number of ranks R is assumed to
+    form a ring, in which the rate of a network card stays the same: a message costs (R - 1) / R of
+    a whole pass (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). Latency is
+    assumed to grow with log2 R, as in a tree. Links inside nodes and between nodes are not
+    distinguished, so profile on the ranks that will train.
 
     Args:
-        machine: measured with this model in this precision.
-        model: from `describe`.
-        setup: how it is spread.
-        num_micros: per rank; where ranks differ, on the one that has most.
-        micro_flops: of forward and backward of one micro, counted by `predict.trace` as for the machine.
-        overlap_micros: T, see step/overlap/tail.py; more than there are micros are as many.
+        machine: the speeds, measured with this model in this precision.
+        model: the shapes of the model, from `describe`.
+        setup: how the model is distributed.
+        num_micro_batches: micro-batches per rank; if ranks differ, those of the rank with the most.
+        micro_batch_flops: FLOPs of the forward and backward of one micro-batch, counted by
+            `planner.trace`, as `distaccum profile` counts them.
+        overlap_micro_batches: T, see step/overlap/tail.py; at most `num_micro_batches` are used.
 
     Raises:
-        ConfigError: for several ranks, where links were not measured.
+        ConfigError: if there are several ranks and links were not measured.
     """
-    micro_s = machine.micro_overhead_s + micro_flops / machine.flops_per_s
-    compute_s = num_micros * micro_s
+    micro_batch_s = machine.micro_batch_overhead_s + micro_batch_flops / machine.flops_per_s
+    compute_s = num_micro_batches * micro_batch_s
     numbers = sum(p.shard(setup.shards) for p in model.trained)
-    sends = gradient_sends(model, setup, num_micros)
+    sends = gradient_sends(model, setup, num_micro_batches)
     if setup.world_size > 1:
         sends += _control(setup)
     sent_s = _carried_s(machine, sends)
     if setup.strategy == "single":
         exposed_s = 0.0
     elif setup.sharded:
-        exposed_s = _sharded(machine, model, setup, num_micros, micro_s, sent_s)
+        exposed_s = _sharded(machine, model, setup, num_micro_batches, micro_batch_s, sent_s)
     else:
-        exposed_s = _replicated(machine, model, setup, num_micros, micro_s, sent_s, overlap_micros)
+        exposed_s = _replicated(machine, model, setup, num_micro_batches, micro_batch_s, sent_s, overlap_micro_batches)
     return StepTime(compute_s, exposed_s, sent_s - exposed_s, machine.update_s_per_number * numbers)
 
 
 def _sharded(
-    machine: Machine, model: ModelShape, setup: Setup, num_micros: int, micro_s: float, sent_s: float
+    machine: HardwareProfile,
+    model: ModelShape,
+    setup: Setup,
+    num_micro_batches: int,
+    micro_batch_s: float,
+    sent_s: float,
 ) -> float:
+    """Return the exposed seconds of communication in one step under FSDP2."""
     if not machine.overlaps:
         return sent_s
-    # A micro that is the first and the last of its window sends all there is; one more sends what each of them does.
+    # `one` is the time of a window of one micro-batch, which sends everything once. `two - one` is
+    # the time of what each further micro-batch sends.
     one, two = (_carried_s(machine, gradient_sends(model, setup, n)) for n in (1, 2))
-    others_s = (num_micros - 1) * max(0.0, two - one - micro_s)
-    return others_s + max(0.0, one - micro_s) + _carried_s(machine, _control(setup))
+    others_s = (num_micro_batches - 1) * max(0.0, two - one - micro_batch_s)
+    return others_s + max(0.0, one - micro_batch_s) + _carried_s(machine, _control(setup))
 
 
-def _control(setup: Setup) -> tuple[Sends, ...]:
-    """The agreement of the ranks; a shortage of memory is agreed on apart."""
+def _control(setup: Setup) -> tuple[CollectiveCost, ...]:
+    """Return the consensus all-reduces of one step.
+
+    There is a second one if ranks agree separately whether one ran out of memory.
+    """
     return control_sends(setup.world_size, num_terms=1, rows=1 + setup.apart)
 
 
 def _replicated(
-    machine: Machine,
+    machine: HardwareProfile,
     model: ModelShape,
     setup: Setup,
-    num_micros: int,
-    micro_s: float,
+    num_micro_batches: int,
+    micro_batch_s: float,
     sent_s: float,
-    overlap_micros: int,
+    overlap_micro_batches: int,
 ) -> float:
+    """Return the exposed seconds of communication in one step under DDP."""
     if setup.own_sums(model) or setup.world_size == 1:
         return sent_s
-    together = 1 if setup.sync == "every" else min(overlap_micros, num_micros)
-    backward_s = together * BACKWARD * micro_s
+    together = 1 if setup.sync == "every" else min(overlap_micro_batches, num_micro_batches)
+    backward_s = together * BACKWARD * micro_batch_s
     total = sum(_bytes(p) for p in model.trained)
     complete = free_s = 0.0
     for num_bytes in buckets(model, setup):
         complete += num_bytes
         ready_s = backward_s * complete / total
         free_s = max(free_s, ready_s) + _message_s(machine, "all_reduce", num_bytes, setup.world_size)
-    windows = num_micros if setup.sync == "every" else 1
-    gradients = gradient_sends(model, setup, num_micros)[:1]
+    windows = num_micro_batches if setup.sync == "every" else 1
+    gradients = gradient_sends(model, setup, num_micro_batches)[:1]
     return windows * (free_s - backward_s) + sent_s - _carried_s(machine, gradients)
 
 
 def buckets(model: ModelShape, setup: Setup) -> list[int]:
-    """Bytes of DDP's buckets in the order in which they are complete: each takes gradients until it is full."""
+    """Return the bytes of DDP's buckets in the order in which the backward completes them.
+
+    Each bucket takes gradients until it has reached `setup.bucket_mb`.
+    """
     ordered = model.trained[::-1]
     cap = int(setup.bucket_mb * MIB)
     sizes: list[int] = []
@@ -125,6 +156,7 @@ def buckets(model: ModelShape, setup: Setup) -> list[int]:
 
 
 def _filled(sizes: Sequence[int], cap: int) -> list[int]:
+    """Return the bytes of each bucket when gradients of these sizes fill buckets of `cap` bytes."""
     filled: list[int] = []
     for size in sizes:
         if not filled or filled[-1] >= cap:
@@ -133,8 +165,8 @@ def _filled(sizes: Sequence[int], cap: int) -> list[int]:
     return filled
 
 
-def _carried_s(machine: Machine, sends: Iterable[Sends]) -> float:
-    """Seconds that the link is busy with these messages, one after the other."""
+def _carried_s(machine: HardwareProfile, sends: Iterable[CollectiveCost]) -> float:
+    """Return the seconds that the link needs for these messages, one after another."""
     seconds = 0.0
     for entry in sends:
         if entry.ranks > 1 and entry.count:
@@ -142,13 +174,13 @@ def _carried_s(machine: Machine, sends: Iterable[Sends]) -> float:
     return seconds
 
 
-def _message_s(machine: Machine, kind: str, num_bytes: float, ranks: int) -> float:
-    """Seconds of one message among so many ranks, from what was measured among others."""
+def _message_s(machine: HardwareProfile, kind: str, num_bytes: float, ranks: int) -> float:
+    """Return the seconds of one message, scaled from the measured number of ranks to `ranks`."""
     link = machine.links.get(kind)
     if link is None:
         raise ConfigError(
-            f"The machine was measured on {machine.ranks} rank(s) and has no speed of {kind} among {ranks}. Run "
-            "`distaccum profile` on two ranks or more, over the network that will be used."
+            f"The hardware profile was measured on {machine.ranks} rank(s), so it has no speed of {kind} for {ranks} "
+            "ranks. Run `distaccum profile` on two ranks or more, over the network that will be used."
         )
     hops = math.log2(ranks) / math.log2(machine.ranks)
     passes = (1 - 1 / ranks) / (1 - 1 / machine.ranks)

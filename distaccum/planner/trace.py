@@ -1,4 +1,4 @@
-"""One micro, forward and backward, on tensors that have no memory: what is alive when, and how much is computed."""
+"""Runs one micro-batch on fake tensors, and records its memory over time and its FLOPs."""
 
 from __future__ import annotations
 
@@ -15,66 +15,77 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from distaccum._torch import backward, weightless
+from distaccum._torch import backward, fake_tensors
 from distaccum.core.loss import joined
 from distaccum.planner.meter import Tracker
 from distaccum.planner.shapes import ROOT
 
-LOSS = -2  # the group of what is computed behind the model
+LOSS = -2  # the group of all computation after the model
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What a micro does between two cuts: in a block, around the blocks (ROOT) or behind the model (LOSS).
+    """Describes one part of a micro-batch: in a block, outside the blocks or after the model.
 
-    Bytes are those of what operators made: neither parameters, buffers and the micro, nor gradients of parameters once
-    they have arrived in `.grad`.
+    Bytes are those of tensors that operators made. Parameters, buffers, the micro-batch itself and
+    parameter gradients that have arrived in `.grad` are not included.
     """
 
-    group: int
+    group: int  # index of the block, ROOT or LOSS
     backward: bool
-    begins: int  # alive when it begins
-    peaks: tuple[int, ...]  # the most until the first gradient arrives, then until the next one, ... until it ends
-    arrivals: tuple[int, ...]  # whose gradients arrive, as numbers in `model.parameters()`; one less than `peaks`
+    begins: int  # bytes alive at the beginning
+    # Peak bytes until the first gradient arrives, then until each further one, then until the end.
+    peaks: tuple[int, ...]
+    # Positions in `model.parameters()` of the gradients that arrive; one fewer than `peaks`.
+    arrivals: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class MicroTrace:
-    """One micro of so many samples."""
+class MicroBatchTrace:
+    """Holds the memory over time and the FLOPs of one micro-batch."""
 
     samples: int
-    segments: tuple[Segment, ...]  # in their order
-    saved: int  # alive after the forward, for the backward
-    handed_on: int  # what the last block returned
-    micro_bytes: int  # of the samples themselves
-    flops: int  # of matrix products, forward and backward, what checkpointing computes again included
+    segments: tuple[Segment, ...]  # in the order in which they run
+    saved: int  # bytes kept after the forward for the backward
+    handed_on: int  # bytes that the last block returned
+    micro_batch_bytes: int  # bytes of the samples themselves
+    # Of matrix products in forward and backward, including recomputation by checkpointing.
+    flops: int
 
     @property
     def to_head(self) -> int:
-        """What a micro keeps that waits for the backward of its blocks; all of it where there are none."""
+        """Return the bytes of a micro-batch that waits for the backward of its blocks.
+
+        Without blocks these are all bytes kept for the backward.
+        """
         behind = (segment.begins for segment in self.segments if segment.backward and segment.group >= 0)
         return next(behind, self.saved) + self.handed_on
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """What is alive at the end of each segment."""
+        """Return the bytes that are alive at the end of each segment."""
         return (*(segment.begins for segment in self.segments[1:]), 0)
 
     @staticmethod
-    def between(a: MicroTrace, b: MicroTrace, samples: int) -> MicroTrace:
-        """A micro of another size, on the line through two that were traced.
+    def between(a: MicroBatchTrace, b: MicroBatchTrace, samples: int) -> MicroBatchTrace:
+        """Return the trace of a micro-batch of another size, on the line through two traces.
+
+        Args:
+            a: the trace of one size.
+            b: the trace of another size.
+            samples: the size of the micro-batch in question, which need not lie between the two.
 
         Raises:
-            ValueError: where the two were not computed alike.
+            ValueError: if the two traces do not consist of the same segments.
         """
         if [_form(s) for s in a.segments] != [_form(s) for s in b.segments]:
-            raise ValueError(f"micros of {a.samples} and of {b.samples} samples are computed in different ways")
+            raise ValueError(f"micro-batches of {a.samples} and of {b.samples} samples run different segments")
         share = (samples - a.samples) / (b.samples - a.samples) if a.samples != b.samples else 0.0
 
         def at(one: int, other: int) -> int:
             return max(0, math.ceil(one + (other - one) * share))
 
-        return MicroTrace(
+        return MicroBatchTrace(
             samples,
             tuple(
                 replace(s, begins=at(s.begins, t.begins), peaks=tuple(map(at, s.peaks, t.peaks)))
@@ -82,7 +93,7 @@ class MicroTrace:
             ),
             at(a.saved, b.saved),
             at(a.handed_on, b.handed_on),
-            at(a.micro_bytes, b.micro_bytes),
+            at(a.micro_batch_bytes, b.micro_batch_bytes),
             at(a.flops, b.flops),
         )
 
@@ -91,41 +102,44 @@ def trace(
     model: nn.Module,
     blocks_of: Callable[[nn.Module], Sequence[nn.Module]],
     loss_sum: Callable[[nn.Module, Any], Any],
-    micro: Any,
+    micro_batch: Any,
     samples: int,
     device: str | torch.device = "cpu",
     compute: torch.dtype | None = None,
-) -> MicroTrace:
-    """Run a micro without computing anything. Takes about half a second for GPT-2.
+) -> MicroBatchTrace:
+    """Run a micro-batch on fake tensors, and return its memory over time and its FLOPs.
 
-    Tensors behave like those of `device`, autocast and fused attention included; a GPU has to be there to be asked.
-    What a kernel takes and gives back within itself is not seen, nor what compiled code would do.
+    Nothing is computed; GPT-2 takes about half a second. Fake tensors behave like tensors on
+    `device`, including autocast and fused attention, so tracing for a GPU needs a GPU. Memory that
+    a kernel allocates and frees internally is not seen, nor the effect of compilation.
 
     Args:
-        model: on any device, the meta device included, not wrapped and not compiled; stays as it is.
-        blocks_of: finds its blocks, in their order.
-        loss_sum: the objective's, with autocast where the training has it, for the type of `device`.
-        micro: tensors in lists, tuples and dicts; only their shapes and dtypes matter.
-        samples: how many it has.
-        device: whose kernels are asked.
-        compute: in which dtype parameters are given to the model, as FSDP2 gathers them; None: as they are.
+        model: the model on any device, including meta. It must be neither wrapped nor compiled, and
+            is not changed.
+        blocks_of: returns the blocks of a model in their order.
+        loss_sum: the objective's `loss_sum`, with the autocast of the training, for the type of
+            `device`.
+        micro_batch: tensors in lists, tuples and dicts; only their shapes and dtypes matter.
+        samples: the number of samples in `micro_batch`.
+        device: the device whose behavior is simulated.
+        compute: the dtype in which FSDP2 gathers floating-point parameters; None: their own dtype.
     """
     twin, device = copy.deepcopy(model), torch.device(device)
-    with weightless():
+    with fake_tensors():
 
         def fake(tensor: Tensor) -> Tensor:
             chosen = compute if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else None
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=chosen or tensor.dtype, device=device)
 
         _fill(twin, fake)
-        micro = tree_map(lambda leaf: fake(leaf) if isinstance(leaf, Tensor) else leaf, micro)
-        given = [leaf for leaf in tree_leaves(micro) if isinstance(leaf, Tensor)]
-        tracker = Tracker(kind=device.type, weightless=True)
+        micro_batch = tree_map(lambda leaf: fake(leaf) if isinstance(leaf, Tensor) else leaf, micro_batch)
+        given = [leaf for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor)]
+        tracker = Tracker(kind=device.type, fake_tensors=True)
         tracker.count([*twin.parameters(), *twin.buffers(), *given])
         course = _Course(tracker)
         course.watch(twin, blocks_of(twin))
         with _Flops() as flops, tracker:
-            result = loss_sum(twin, micro)
+            result = loss_sum(twin, micro_batch)
             terms = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
             loss = joined(terms)
             own = {id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in [*terms, loss])}
@@ -133,27 +147,28 @@ def trace(
             course.cut(LOSS, True)
             backward(loss, torch.ones_like(loss))
             course.end()
-    micro_bytes = sum(tensor.nbytes for tensor in given)
-    return MicroTrace(samples, tuple(course.segments), saved, course.handed_on, micro_bytes, flops.total)
+    micro_batch_bytes = sum(tensor.nbytes for tensor in given)
+    return MicroBatchTrace(samples, tuple(course.segments), saved, course.handed_on, micro_batch_bytes, flops.total)
 
 
 class _Course:
-    """Cuts a micro into segments as it runs, and takes gradients away as they arrive."""
+    """Cuts a running micro-batch into segments, and frees parameter gradients as they arrive."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
         self._before = tracker.live
         self.segments: list[Segment] = []
         self._now: Segment = Segment(LOSS, False, 0, (), ())
-        self.handed_on = 0  # bytes that the newest block returned
-        self._known: list[int] = []  # these tensors
+        self.handed_on = 0  # bytes that the latest block returned
+        self._known: list[int] = []  # ids of the tensors that the latest block returned
 
     @property
     def alive(self) -> int:
+        """Return the bytes alive now that this micro-batch has allocated."""
         return self._tracker.live - self._before
 
     def watch(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Hook in. The hooks stay, as the model is a copy."""
+        """Register hooks on the model; they are never removed, since the model is a copy."""
         model.register_forward_pre_hook(lambda *_: self.cut(ROOT, False))
         for number, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._entered, number), with_kwargs=True)
@@ -164,13 +179,13 @@ class _Course:
                 parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
 
     def cut(self, group: int, backward: bool, *_: Any) -> None:
-        """Begin another segment. As a hook of a tensor: when its gradient is known."""
+        """Begin another segment; a tensor's hook calls this when its gradient is known."""
         self._measure()
         self.segments.append(self._now)
         self._now = Segment(group, backward, self.alive, (), ())
 
     def end(self) -> None:
-        """The last segment is over."""
+        """End the last segment."""
         self._measure()
         self.segments.append(self._now)
 
@@ -186,7 +201,7 @@ class _Course:
     def _entered(self, block: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.cut(block, False)
         for tensor in _with_graph((args, kwargs)):
-            if id(tensor) not in self._known:  # else the block before it begins there
+            if id(tensor) not in self._known:  # otherwise the previous block's backward begins here
                 tensor.register_hook(partial(self.cut, ROOT, True))
 
     def _left(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -203,15 +218,20 @@ class _Course:
 
 
 def _with_graph(value: Any) -> Iterator[Tensor]:
+    """Return all tensors in a nested value that require gradients."""
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
 def _form(segment: Segment) -> tuple[int, bool, tuple[int, ...]]:
+    """Return all of a segment that must not depend on the size of the micro-batch."""
     return segment.group, segment.backward, segment.arrivals
 
 
 class _Flops(TorchDispatchMode):
-    """Counts by the formulas of torch's own counter, which keeps recomputed activations alive by its hooks."""
+    """Counts FLOPs by the formulas of torch's own counter.
+
+    torch's counter itself is not used, because its hooks keep recomputed activations alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -229,7 +249,7 @@ class _Flops(TorchDispatchMode):
 
 
 def _fill(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Replace all parameters and buffers of a model, tied ones by one and the same."""
+    """Replace all parameters and buffers of a model by the tensors of `make`, and keep ties."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for name, tensor in [*_own(module)]:
@@ -240,5 +260,6 @@ def _fill(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of a module's direct parameters and buffers."""
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
     yield from module.named_buffers(recurse=False, remove_duplicate=False)

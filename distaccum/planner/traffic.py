@@ -1,4 +1,7 @@
-"""Collectives and bytes of one step, from shapes: what the strategies forecast of a model that exists."""
+"""Predicts the collectives and bytes of one step from shapes.
+
+They equal the forecast that the strategies make for a real model.
+"""
 
 from __future__ import annotations
 
@@ -8,57 +11,67 @@ from dataclasses import dataclass
 from distaccum.planner.shapes import ROOT, ModelShape, ParameterShape, Setup
 
 MIB = 2**20
-OWN_BUCKET_BYTES = 25 * MIB  # of distaccum's own reduction, see grads/accumulate.py
+OWN_BUCKET_BYTES = 25 * MIB  # bucket size of distaccum's own reduction, see grads/accumulate.py
 
 
 @dataclass(frozen=True)
-class Sends:
-    """Collectives of one kind in one step, as one rank sees them."""
+class CollectiveCost:
+    """Describes the collectives of one kind in one step, as one rank sees them."""
 
-    what: str  # in words
+    what: str  # what they carry, in words
     kind: str  # all_reduce, all_gather or reduce_scatter
     count: int
-    num_bytes: int  # of all messages, whole: the tensor reduced, the output gathered, the input scattered
-    ranks: int  # that take part in each
+    # Of all whole messages: input of an all-reduce or reduce-scatter, output of an all-gather.
+    num_bytes: int
+    ranks: int  # number of ranks that take part in each collective
 
     @property
-    def card_bytes(self) -> int:
-        """What one rank's network card sends under the ring algorithm (it receives as much).
+    def bytes_sent_per_rank(self) -> int:
+        """Return the bytes that the network card of one rank sends under the ring algorithm.
 
-        Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms" (2009): (R - 1) / R of the message for a gather or
-        a scatter, twice that for an all-reduce. Other algorithms (trees, NVLink SHARP) send other amounts.
+        It receives as many. An all-gather or a reduce-scatter among R ranks sends (R - 1) / R of
+        the message, an all-reduce twice that (Patarasuk and Yuan, "Bandwidth optimal all-reduce
+        algorithms", 2009). Other algorithms (trees, NVLink SHARP) send other amounts.
         """
         passes = 2 if self.kind == "all_reduce" else 1
         return passes * self.num_bytes * (self.ranks - 1) // self.ranks
 
 
-def gradient_sends(model: ModelShape, setup: Setup, num_micros: int) -> tuple[Sends, ...]:
-    """What carries parameters and gradients in one step, once DDP has arranged its buckets (after the first).
+def gradient_sends(model: ModelShape, setup: Setup, num_micro_batches: int) -> tuple[CollectiveCost, ...]:
+    """Return the collectives that carry parameters and gradients in one step.
 
-    Bytes are exact. So is the count under FSDP2; under DDP it takes gradients to arrive in the reverse order of the
-    parameters, and can be off by a bucket or two where they do not. BatchNorm's statistics are not among it.
+    The step is any after the first, when DDP has rebuilt its buckets. Bytes are exact, and so is
+    the count under FSDP2. Under DDP the count assumes that gradients arrive in the reverse order of
+    the parameters; otherwise it can be off by a bucket or two. BatchNorm's statistics are not
+    included.
 
     Args:
-        model: from `describe`.
-        setup: how it is spread.
-        num_micros: per rank; where ranks differ, on the one that has most.
+        model: the shapes of the model, from `describe`.
+        setup: how the model is distributed.
+        num_micro_batches: micro-batches per rank; if ranks differ, those of the rank with the most.
     """
     if setup.strategy == "single":
         return ()
-    return _sharded(model, setup, num_micros) if setup.sharded else _replicated(model, setup, num_micros)
+    return _sharded(model, setup, num_micro_batches) if setup.sharded else _replicated(model, setup, num_micro_batches)
 
 
-def control_sends(world_size: int, num_terms: int, rows: int = 1) -> tuple[Sends, ...]:
-    """The small all-reduce by which ranks agree: a float64 row a rank, of 4 numbers and 2 for each term of the loss.
+def control_sends(world_size: int, num_terms: int, rows: int = 1) -> tuple[CollectiveCost, ...]:
+    """Return the small all-reduces by which ranks reach consensus in one step.
 
-    `rows` is 2 where the window after it is not known ahead, or a shortage of memory is agreed on apart.
+    Each rank contributes one float64 row: 4 numbers, and 2 for each term of the loss.
+
+    Args:
+        world_size: the number of ranks.
+        num_terms: the number of terms of the loss.
+        rows: all-reduces per step. It is 2 if the next window is not known in advance, or if ranks
+            agree separately whether one ran out of memory.
     """
     num_bytes = 8 * world_size * (4 + 2 * num_terms)
-    return (Sends("agreement of the ranks", "all_reduce", rows, rows * num_bytes, world_size),)
+    return (CollectiveCost("consensus (all-reduce)", "all_reduce", rows, rows * num_bytes, world_size),)
 
 
-def by_kind(sends: Iterable[Sends]) -> dict[str, tuple[int, int]]:
-    """Collectives and bytes by kind."""
+def by_kind(sends: Iterable[CollectiveCost]) -> dict[str, tuple[int, int]]:
+    """Return the number of collectives and their bytes, by kind."""
     totals: dict[str, tuple[int, int]] = {}
     for entry in sends:
         count, num_bytes = totals.get(entry.kind, (0, 0))
@@ -66,41 +79,52 @@ def by_kind(sends: Iterable[Sends]) -> dict[str, tuple[int, int]]:
     return totals
 
 
-def _sharded(model: ModelShape, setup: Setup, num_micros: int) -> tuple[Sends, ...]:
+def _sharded(model: ModelShape, setup: Setup, num_micro_batches: int) -> tuple[CollectiveCost, ...]:
     shards = setup.shards
     gathers, gathered = 0, 0
     scatters, scattered, reduced = 0, 0, 0
     for group, parameters in model.groups():
-        # The root is kept from its forward to its backward, blocks only where they are not resharded in between.
+        # The root stays gathered from its forward to its backward. So do blocks that are not
+        # resharded after their forward.
         twice = group != ROOT and setup.reshard_after_forward
-        times = 1 if setup.sync == "keep" else num_micros * (2 if twice else 1)
+        times = 1 if setup.sync == "gather_once" else num_micro_batches * (2 if twice else 1)
         gathers += times
         gathered += times * sum(p.padded(shards) * setup.gathered(p).itemsize for p in parameters)
         trained = [p for p in parameters if p.trained]
         scatters += bool(trained)
         scattered += sum(p.padded(shards) * setup.reduced(p).itemsize for p in trained)
         reduced += sum(p.shard(shards) * setup.reduced(p).itemsize for p in trained)
-    per_micro = num_micros if setup.sync in ("every", "shard") else 1
-    between = num_micros if setup.sync == "every" else 1
+    per_micro_batch = num_micro_batches if setup.sync in ("every", "reduce_scatter") else 1
+    between = num_micro_batches if setup.sync == "every" else 1
     sends = []
     if shards > 1 and gathers:
-        sends.append(Sends("parameters, gathered", "all_gather", gathers, gathered, shards))
+        sends.append(CollectiveCost("parameters (all-gather)", "all_gather", gathers, gathered, shards))
     if shards > 1 and scatters:
-        entry = Sends("gradients, to shards", "reduce_scatter", scatters * per_micro, scattered * per_micro, shards)
+        entry = CollectiveCost(
+            "gradients (reduce-scatter)",
+            "reduce_scatter",
+            scatters * per_micro_batch,
+            scattered * per_micro_batch,
+            shards,
+        )
         sends.append(entry)
     if setup.strategy == "hsdp" and scatters:
-        entry = Sends(
-            "gradients, between replicas", "all_reduce", scatters * between, reduced * between, setup.replicas
+        entry = CollectiveCost(
+            "gradients (all-reduce between replicas)",
+            "all_reduce",
+            scatters * between,
+            reduced * between,
+            setup.replicas,
         )
         sends.append(entry)
     return tuple(sends)
 
 
-def _replicated(model: ModelShape, setup: Setup, num_micros: int) -> tuple[Sends, ...]:
+def _replicated(model: ModelShape, setup: Setup, num_micro_batches: int) -> tuple[CollectiveCost, ...]:
     trained = model.trained
     if not trained:
         return ()
-    synced = num_micros if setup.sync == "every" else 1
+    synced = num_micro_batches if setup.sync == "every" else 1
     own_sums = setup.own_sums(model)
     if own_sums:
         sizes = [p.numel * setup.reduced(p).itemsize for p in reversed(trained)]
@@ -108,24 +132,28 @@ def _replicated(model: ModelShape, setup: Setup, num_micros: int) -> tuple[Sends
     else:
         sizes = [p.numel * p.dtype.itemsize for p in trained]
         num_buckets = _ddp_buckets(trained, setup)
-    sends = [Sends("gradients", "all_reduce", num_buckets * synced, sum(sizes) * synced, setup.world_size)]
-    if setup.find_unused_parameters and not own_sums:  # one int32 a parameter
-        told = Sends("which were used", "all_reduce", synced, 4 * len(trained) * synced, setup.world_size)
-        sends.append(told)
+    num_bytes = sum(sizes) * synced
+    sends = [CollectiveCost("gradients (all-reduce)", "all_reduce", num_buckets * synced, num_bytes, setup.world_size)]
+    if setup.find_unused_parameters and not own_sums:  # one int32 per parameter
+        num_bytes = 4 * len(trained) * synced
+        sends.append(
+            CollectiveCost("flags of used parameters (all-reduce)", "all_reduce", synced, num_bytes, setup.world_size)
+        )
     return tuple(sends)
 
 
 def _ddp_buckets(trained: Sequence[ParameterShape], setup: Setup) -> int:
-    """Parameters in the order in which DDP fills its buckets, those of each dtype in buckets of their own."""
-    # With find_unused_parameters DDP never learns the order of arrival.
+    """Count the buckets that DDP makes of the parameters; each dtype has its own buckets."""
+    # With find_unused_parameters DDP never rebuilds its buckets in the order of gradient arrival.
     ordered = trained if setup.find_unused_parameters else tuple(reversed(trained))
-    cap = int(setup.bucket_mb * MIB)  # of the first bucket too, since it is given and not DDP's default
+    # The cap holds for the first bucket too: only DDP's default makes that one smaller.
+    cap = int(setup.bucket_mb * MIB)
     dtypes = dict.fromkeys(p.dtype for p in ordered)
     return sum(_filled([p.numel * p.dtype.itemsize for p in ordered if p.dtype is t], cap) for t in dtypes)
 
 
 def _filled(sizes: Sequence[int], cap: int) -> int:
-    """How many buckets so many messages fill: each takes messages until it has reached the cap."""
+    """Count the buckets that messages fill; each bucket takes messages until it has `cap` bytes."""
     buckets, filled = 0, cap
     for size in sizes:
         if filled >= cap:

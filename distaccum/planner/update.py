@@ -1,4 +1,4 @@
-"""What an optimizer keeps and what its update takes on the way, asked of the optimizer itself without computing."""
+"""Measures the memory of an optimizer's state and update by running it on fake tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from distaccum._torch import weightless
+from distaccum._torch import fake_tensors
 from distaccum.planner.meter import Tracker
 
 
 @dataclass(frozen=True)
 class Update:
-    """Bytes on one rank."""
+    """Holds the bytes of an optimizer on one rank."""
 
-    kept: int  # the optimizer's state, from the first update on
-    transient: int  # beside it, at the high point of an update
+    kept: int  # optimizer state after the first update
+    transient: int  # further bytes at the peak of an update
 
 
 def update(
@@ -27,24 +27,26 @@ def update(
     shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
     device: str | torch.device = "cpu",
 ) -> Update:
-    """Run two updates of parameters that have no memory.
+    """Run two optimizer updates on fake parameters, and return the bytes that they take.
 
     Args:
-        make: an optimizer over the parameters of a module.
-        shapes: of what this rank holds of each trained parameter, and its dtype.
-        device: whose memory is counted: counts of updates stay on the host, except for a fused optimizer's.
+        make: makes an optimizer for the parameters of a module.
+        shapes: shape and dtype of this rank's part of each trained parameter.
+        device: the device whose memory is counted. Counts of updates are on the host, except for
+            those of a fused optimizer.
     """
     device = torch.device(device)
-    without_memory = weightless()
+    without_memory = fake_tensors()
     with without_memory:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         module = nn.ParameterList([nn.Parameter(tensor) for tensor in tensors])
         for parameter in module:
             parameter.grad = torch.empty_like(parameter)
     optimizer = make(module)
-    # Counts on the host are read as numbers, so they must be real; a fused kernel reads them itself, with the rest.
+    # Python reads the values of update counts on the host, so these tensors must be real. A fused
+    # kernel reads its counts on the device, so they may be fake.
     fused = any(group.get("fused") for group in optimizer.param_groups)
-    tracker = Tracker(kind=device.type, weightless=True)
+    tracker = Tracker(kind=device.type, fake_tensors=True)
     tracker.count([tensor for p in module for tensor in (p, p.grad) if tensor is not None])
     before = tracker.live
     with without_memory if fused else nullcontext(), tracker:

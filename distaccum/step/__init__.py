@@ -1,1 +1,4 @@
-"""One optimizer step of one window. Reading order: accumulator, consensus, micro_batches, plain_order, record."""
+"""Runs one optimizer step per window of micro-batches.
+
+Reading order: accumulator, consensus, micro_batches, plain_order, record.
+"""

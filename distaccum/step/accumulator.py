@@ -1,4 +1,4 @@
-"""ONE optimizer step: K micro-batches on R ranks make exactly one big batch."""
+"""Runs one optimizer step: K micro-batches on R ranks make exactly one big batch."""
 
 from __future__ import annotations
 
@@ -21,40 +21,32 @@ from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
 from distaccum.nn.blocks import blocks_of
 from distaccum.parallel.base import Sync
-from distaccum.parallel.detect import in_shards, recognise
+from distaccum.parallel.detect import in_shards, strategy_for
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
-from distaccum.step import oom, plain_order
-from distaccum.step.checks import (
-    check_schedule_left,
-    check_surroundings,
-    check_window,
-    move,
-    own_optimizer,
-    own_scheduler,
-)
-from distaccum.step.consensus import Agreement, Announced, Asking, Outcome
+from distaccum.step import checks, oom, plain_order
+from distaccum.step.consensus import Consensus, RequestSource, StepStats, WindowTotals
 from distaccum.step.first_window import FirstLook
-from distaccum.step.micro_batches import Forwards
+from distaccum.step.micro_batches import MicroBatchRunner
 from distaccum.step.overlap.schedule import Overlap
 from distaccum.step.ownership import Parameters, outside
 from distaccum.step.randomness import kept
 from distaccum.step.record import StepRecord
 from distaccum.step.timing import mark
 
-# What to do with a window whose loss or gradient norm is not finite, on all ranks alike: a DivergenceError before
-# anything is updated, or no update and on to the next window. (`raise` cannot be written in a class body.)
+# What all ranks do if a window's loss or gradient norm is not finite: raise DivergenceError before
+# anything is updated, or skip the update. (A class body cannot contain the name `raise`.)
 NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
 
 
 class Scheduler(Protocol):
-    """Anything that moves the learning rate once per optimizer step, such as torch's LR schedulers."""
+    """Changes the learning rate once per optimizer step, as torch's LR schedulers do."""
 
     def step(self) -> Any:
-        """Called after each update: never after a micro-batch, never after a window that was skipped."""
+        """Change the learning rate after an update; not called for a window that is skipped."""
 
 
 class Accumulator:
-    """Makes optimizer steps of windows of micro-batches, in anybody's own loop."""
+    """Runs one optimizer step per window of micro-batches, in your own training loop."""
 
     def __init__(
         self,
@@ -71,106 +63,114 @@ class Accumulator:
         accum_dtype: torch.dtype | None = None,
         reduce_dtype: torch.dtype | None = None,
         loss_scale: LossScale | None = None,
-        overlap_micros: int | str = 1,
+        overlap_micro_batches: int | str = 1,
         overlap_limit: int | None = None,
         blocks: Sequence[nn.Module] | None = None,
         agree_on_oom: bool = False,
         check_cut: bool = True,
     ) -> None:
-        """Recognise the model; nothing is wrapped, nothing is sent.
+        """Recognize the model and check the options; nothing is wrapped and nothing is sent.
 
         Args:
-            model: a plain module on one process, a DistributedDataParallel, or an FSDP2 (`fully_shard`) module.
+            model: a plain module on one process, a DistributedDataParallel or an FSDP2 module.
             optimizer: over this model's parameters.
-            objective: what is summed and what is counted.
-            sync: when gradients travel, see `Sync`.
-            clip_norm: the largest L2 norm of a window's gradient; None clips nothing.
-            scheduler: stepped once per update.
-            seed: makes the randomness inside each micro (dropout) a function of (seed, step, global micro number), the
-                same on any world size; None leaves torch's generators alone.
-            nonfinite: whether to `raise` or to `skip`, see `NonFinite`.
+            objective: computes the loss sum and the denominator of a micro-batch.
+            sync: when gradients are communicated, see `Sync`.
+            clip_norm: the largest L2 norm of a window's gradient; None: no clipping.
+            scheduler: is stepped once per update.
+            seed: makes the randomness in each micro-batch (dropout) a function of (seed, step,
+                global micro-batch number) on any world size. None: nothing is seeded.
+            nonfinite: `raise` or `skip` if a loss or norm is not finite, see `NonFinite`.
             audit: which windows the ledger counts and compares with its forecast.
-            accum_dtype: in which gradients are summed over micros; None: float32, or the parameters' where wider.
-            reduce_dtype: in which they are summed over ranks, and so what travels; None: likewise.
-            loss_scale: for float16. A window that overflows is skipped and halves it, while it can be halved.
-            overlap_micros: T: the last T micros of a window are computed block by block, so that gradients travel
-                beside more computation, for the activations of T micros; same results. "auto": by measured times.
+            accum_dtype: dtype of gradient sums over micro-batches; None: float32, or the
+                parameter's own dtype if that is wider.
+            reduce_dtype: dtype of gradient sums over ranks, and of what is sent; None: float32, or
+                the parameter's own dtype if that is wider.
+            loss_scale: for float16. A window that overflows halves it, if possible, and is skipped.
+            overlap_micro_batches: T, the number of micro-batches at the end of a window that are
+                computed block by block. More computation then hides communication, at the cost of
+                T micro-batches' activations. Results are the same. "auto": T from measured times.
             overlap_limit: the largest T that "auto" may choose.
-            blocks: along which they are computed, in the model's order; None: as `nn.blocks.blocks_of` finds them.
-            agree_on_oom: where memory runs out in the micros of a window, on any rank, all ranks raise OutOfMemoryError
-                and stand as before it. Costs a small collective a window, and under DDP the overlap with the backward.
-            check_cut: whether the first micro-batch is also computed in two halves, so that a mean in the place of a
-                sum is refused. False: samples are meant to meet in the loss.
+            blocks: the model's blocks, in order; None: those that `nn.blocks.blocks_of` finds.
+            agree_on_oom: if a rank runs out of memory in a window's micro-batches, all ranks raise
+                OutOfMemoryError and return to the state before the window. It costs one small
+                collective per window, and under DDP communication no longer overlaps the backward.
+            check_cut: also compute the first micro-batch in two halves, to refuse an objective that
+                returns a mean. False: for losses in which samples interact.
 
         Raises:
-            ConfigError: for a model, an optimizer, a scheduler, a policy or an option that cannot be served.
+            ConfigError: for a model, optimizer, scheduler, policy or option that is not supported.
         """
         if clip_norm is not None and not clip_norm > 0:
-            raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None to clip nothing.")
-        self.optimizer = own_optimizer(optimizer)
+            raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None for no clipping.")
+        self.optimizer = checks.own_optimizer(optimizer)
         dtypes = GradientDtypes(accum_dtype, reduce_dtype)
-        self.strategy = recognise(
+        self.strategy = strategy_for(
             model, sync, dtypes, apart=agree_on_oom, others=outside(in_shards(model), self.optimizer)
         )
         self.objective = objective
         self.clip_norm = clip_norm
-        self.scheduler = own_scheduler(scheduler)
+        self.scheduler = checks.own_scheduler(scheduler)
         self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
         self.audit = choice(Audit, audit, "audit")
         self.agree_on_oom = agree_on_oom
         self.steps = 0  # optimizer updates so far
-        self.num_windows = 0  # the skipped ones included
-        self.verdict: Verdict | None = None  # the ledger's on the newest audited window
-        self._agreement = Agreement(self.strategy.world, objective)
+        self.num_windows = 0  # skipped ones included
+        self.verdict: Verdict | None = None  # the ledger's, for the latest audited window
+        self._consensus = Consensus(self.strategy.world, objective)
         blocks = blocks_of(self.strategy.evaluation_model) if blocks is None else blocks
-        self.overlap = Overlap(self.strategy, overlap_micros, blocks, overlap_limit)
-        self._settled = True  # whether the strategy is as it is after a window
+        self.overlap = Overlap(self.strategy, overlap_micro_batches, blocks, overlap_limit)
+        self._settled = True  # False between `load_state_dict` and `_settle`
         self._first_look = FirstLook(self.strategy, check_cut=check_cut)
         self._parameters = Parameters(self.optimizer, self.strategy)
 
-    def step(self, window: MicroBatches | Sequence[Any], asking: Asking | None = None) -> StepRecord:
-        """Forward and backward of all micros, one reduction, clip, optimizer, scheduler, zero. Call it on every rank.
+    def step(self, window: MicroBatches | Sequence[Any], requests: RequestSource | None = None) -> StepRecord:
+        """Run one optimizer step on a window; every rank must call it.
+
+        It runs all forwards and backwards, one reduction, clipping, optimizer and scheduler, then
+        clears the gradients and returns a record of the window.
 
         Args:
-            window: this rank's micro-batches, from `windows()` or any sequence. It may be empty while others' are not.
-            asking: what this rank asks of all, such as to stop; told on the way, and `requested` in all ranks' records.
+            window: this rank's micro-batches, from `windows()` or any sequence. It may be empty.
+            requests: what this rank asks of all ranks, such as to stop. It is sent with the
+                window's small collective and becomes `requested` in the records of all ranks.
 
         Raises:
-            DivergenceError: on all ranks, for a loss or gradient norm that is not finite; nothing was updated.
+            DivergenceError: on all ranks, if a loss or norm is not finite. Nothing was updated.
             ConfigError: for an objective that does not return sums and counts.
-            OutOfMemoryError: on all ranks, with `agree_on_oom`; the window may be tried again in smaller micros.
-            LedgerError: when an audited window sent something else than its forecast.
+            OutOfMemoryError: on all ranks, with `agree_on_oom`; retry with smaller micro-batches.
+            LedgerError: if the traffic of an audited window differs from its forecast.
         """
-        agreement, strategy = self._agreement, self.strategy
-        check_surroundings(strategy.world.device)
-        check_schedule_left(self.scheduler)
-        window = window if isinstance(window, MicroBatches) else MicroBatches(check_window(window), len(window))
+        consensus, strategy = self._consensus, self.strategy
+        checks.check_surroundings(strategy.world.device)
+        checks.check_schedule_left(self.scheduler)
+        window = window if isinstance(window, MicroBatches) else MicroBatches(checks.check_window(window), len(window))
         parameters = self._parameters.updated()
-        agreement.asking = asking
+        consensus.requests = requests
         with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
-            agreement.meet(window)
-            self._first_look.at_the_loss(self.objective, agreement.padding)
+            consensus.handshake(window)
+            self._first_look.at_the_loss(self.objective, consensus.padding)
             self._settle()
             chosen = self.overlap.choose()
-            asked_before = agreement.asked
+            rows_before = consensus.rows_sent
             with self._ledger() as ledger:
-                announced = agreement.on(window)
-                if not announced.denominator.counts:
-                    return self._skip(window, announced, chosen)
+                totals = consensus.totals_of(window)
+                if not totals.denominator.counts:
+                    return self._skip(window, totals, chosen)
                 if any(parameter.grad is not None for parameter in parameters):
-                    self._parameters.clear()  # what ran through this model before is not the window's
-                forwards = self._forwards(window, announced, self.seed)
-                if self.agree_on_oom:  # all of it, the last backward too
-                    last_backward = oom.run(strategy, agreement, forwards, self.overlap.run)
+                    self._parameters.clear()  # gradients from before the window
+                runner = self._runner(window, totals, self.seed)
+                if self.agree_on_oom:  # this runs the last backward too
+                    last_backward = oom.run(strategy, consensus, runner, self.overlap.run)
                 else:
-                    last_backward = self.overlap.run(forwards)
-                agreement.padding, sums = forwards.last_micro, forwards.sums
+                    last_backward = self.overlap.run(runner)
+                consensus.padding, sums = runner.last_micro_batch, runner.sums
                 strategy.send_statistics()
-                # The one small collective of the window. It hides behind the last backward; only where gradients are
-                # sharded it comes after, because their norm takes a collective anyway and rides on this one.
-                told = None if strategy.sharded else agreement.ask(window.upcoming, sums)
+                # The one small collective of the window. The last backward hides it. With sharded
+                # gradients it comes after that backward, since it also carries the shards' norms.
+                pending = None if strategy.sharded else consensus.start(window.upcoming, sums)
                 last_backward()
                 self._first_look.at_the_buffers()
                 strategy.deliver()
@@ -178,103 +178,103 @@ class Accumulator:
                 if self.loss_scale is not None:
                     self.loss_scale.unscale(gradients)
                 norm = squared_norm(gradients, strategy.world.device)
-                told = told or agreement.ask(window.upcoming, sums, norm / strategy.replicas)
+                pending = pending or consensus.start(window.upcoming, sums, norm / strategy.replicas)
                 end = mark(strategy.world.device)
-                outcome = agreement.conclude(told, norm)
-            self._judge(ledger, announced.rounds, agreement.asked - asked_before)
-            if outcome.trouble is not None and not self._may_skip(outcome):
-                raise DivergenceError(f"Step {self.steps + 1}: {outcome.trouble}. Nothing was updated.")
-            losses = announced.denominator.means(outcome.sums)
+                stats = consensus.finish(pending, norm)
+            self._judge(ledger, totals.rounds, consensus.rows_sent - rows_before)
+            if stats.trouble is not None and not self._may_skip(stats):
+                raise DivergenceError(f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated.")
+            losses = totals.denominator.means(stats.sums)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            if outcome.trouble is None:
+            if stats.trouble is None:
                 if self.clip_norm is not None:
-                    clip(gradients, outcome.grad_norm, self.clip_norm)
+                    clip(gradients, stats.grad_norm, self.clip_norm)
                 self.optimizer.step()
-            strategy.keep_statistics(outcome.trouble is None)
+            strategy.keep_statistics(stats.trouble is None)
 
         window.stepped = True
-        self._end_window(outcome, sum(losses.values()))
+        self._end_window(stats, sum(losses.values()))
         return StepRecord(
             step=self.steps,
             loss=sum(losses.values()),
             losses=losses,
-            weights=announced.denominator.weights,
-            grad_norm=outcome.grad_norm,
+            denominators=totals.denominator.by_term,
+            grad_norm=stats.grad_norm,
             lr=lr,
-            num_micros=announced.num_micros,
-            skipped=outcome.trouble,
-            exposed_s=self.overlap.observe(forwards, end),
+            num_micro_batches=totals.num_micro_batches,
+            skipped=stats.trouble,
+            exposed_s=self.overlap.observe(runner, end),
             verdict=self.verdict if ledger is not None else None,
-            requested=agreement.requested,
+            requested=consensus.requested,
             chosen=chosen,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the steps stand at a boundary, in plain numbers; model and optimizer have state dicts of their own."""
+        """Return counters and loss scale as plain numbers; save model and optimizer separately."""
         scale = None if self.loss_scale is None else self.loss_scale.state_dict()
         return {"steps": self.steps, "num_windows": self.num_windows, "loss_scale": scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there, before the first window. Call it on every rank."""
+        """Restore a `state_dict()` before the first window, on every rank."""
         self.steps, self.num_windows = int(state["steps"]), int(state["num_windows"])
         if self.loss_scale is not None and state["loss_scale"] is not None:
             self.loss_scale.load_state_dict(state["loss_scale"])
         self._settled = False
 
     def abort(self) -> None:
-        """Forget an unfinished window: no gradient, partial sum or sync state of it is left. For all ranks alike."""
+        """Discard gradients, partial sums and sync state of an unfinished window, on all ranks."""
         self.strategy.abort()
         self._parameters.clear()
         self._parameters.renew()
-        self._agreement.forget()
+        self._consensus.reset()
 
     def control_traffic(self) -> Traffic:
-        """What the small collectives of a step send: one. Another precedes it where a window is not read ahead."""
-        return self._agreement.traffic(1 + self.agree_on_oom)
+        """Return what a step's small collectives send, if its window was read ahead."""
+        return self._consensus.traffic(1 + self.agree_on_oom)  # one more if it was not
 
-    def _skip(self, window: MicroBatches, announced: Announced, chosen: str | None) -> StepRecord:
-        """Nothing counts anywhere: no forward, no update. Windows after it are announced as always."""
-        deque(window, maxlen=0)  # a stream goes on behind it
-        self._agreement.skip(window.upcoming)
-        self.num_windows += announced.rounds > 0  # what no rank has a micro-batch of is no window
+    def _skip(self, window: MicroBatches, totals: WindowTotals, chosen: str | None) -> StepRecord:
+        """Skip a window in which no rank counts anything; announce the next window as usual."""
+        deque(window, maxlen=0)  # read it to its end: the next window may continue the same stream
+        self._consensus.skip(window.upcoming)
+        self.num_windows += totals.rounds > 0  # not if no rank has a micro-batch
         window.stepped = True
-        weights = announced.denominator.weights
+        denominators = totals.denominator.by_term
         lr = float(self.optimizer.param_groups[0]["lr"])
         return StepRecord(
-            self.steps, math.nan, dict.fromkeys(weights, math.nan), weights, math.nan, lr, announced.num_micros,
-            skipped="weight 0", requested=self._agreement.requested, chosen=chosen,
+            self.steps, math.nan, dict.fromkeys(denominators, math.nan), denominators, math.nan, lr,
+            totals.num_micro_batches, skipped="denominator 0", requested=self._consensus.requested, chosen=chosen,
         )  # fmt: skip
 
     def _settle(self) -> None:
-        """A resumed run goes on in the order of addition that DDP takes up after its first synchronised backward."""
-        agreement, strategy = self._agreement, self.strategy
-        if self._settled or agreement.padding is None or not strategy.first_window_differs:
+        """Make a resumed DDP sum in the order of later windows instead of that of its first one."""
+        consensus, strategy = self._consensus, self.strategy
+        if self._settled or consensus.padding is None or not strategy.first_window_differs:
             return
-        nothing = Announced(Denominator(dict.fromkeys(agreement.terms or [], 1.0)), rounds=1, num_micros=0)
-        empty = MicroBatches([], 0)  # a padding micro is computed in its place, and adds nothing
-        plain_order.run(strategy, self._forwards(empty, nothing, None))()
+        nothing = WindowTotals(Denominator(dict.fromkeys(consensus.terms or [], 1.0)), rounds=1, num_micro_batches=0)
+        empty = MicroBatches([], 0)  # so one padding micro-batch is computed, and adds nothing
+        plain_order.run(strategy, self._runner(empty, nothing, None))()
         self._settled = True
 
-    def _forwards(self, window: MicroBatches, announced: Announced, seed: int | None) -> Forwards:
-        return Forwards(
-            self.strategy, self.objective, window, announced, self._agreement.padding, seed=seed,
+    def _runner(self, window: MicroBatches, totals: WindowTotals, seed: int | None) -> MicroBatchRunner:
+        return MicroBatchRunner(
+            self.strategy, self.objective, window, totals, self._consensus.padding, seed=seed,
             num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
         )  # fmt: skip
 
-    def _end_window(self, outcome: Outcome, loss: float) -> None:
-        """Leave the boundary whole before anything may fail: gradients cleared, all counted, then the schedule."""
-        updated = outcome.trouble is None
+    def _end_window(self, stats: StepStats, loss: float) -> None:
+        """Clear gradients and count the window, then step the scheduler, which may fail."""
+        updated = stats.trouble is None
         self._parameters.clear()
         self.num_windows += 1
         self.steps += updated
-        if self.loss_scale is not None and (updated or outcome.loss_finite):
+        if self.loss_scale is not None and (updated or stats.loss_finite):
             self.loss_scale.update(updated)
         if updated:
-            move(self.scheduler, loss)
+            checks.move(self.scheduler, loss)
 
-    def _may_skip(self, outcome: Outcome) -> bool:
-        """Whether a window that is not finite is passed over: as asked for, or as a smaller loss scale may cure it."""
-        may_cure = outcome.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
+    def _may_skip(self, stats: StepStats) -> bool:
+        """Return whether to skip a non-finite window, by option or to halve the loss scale."""
+        may_cure = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
         return self.nonfinite is NonFinite.skip or may_cure
 
     @contextmanager
@@ -284,7 +284,7 @@ class Accumulator:
         except BaseException as error:
             try:
                 self.abort()
-            except Exception as another:  # the first one is what happened
+            except Exception as another:  # the first error is the one to raise
                 error.add_note(f"Clearing the window failed too: {type(another).__name__}: {another}")
             raise
 
@@ -293,8 +293,8 @@ class Accumulator:
         return nullcontext() if pauses else Ledger()
 
     def _judge(self, ledger: Ledger | None, rounds: int, rows: int) -> None:
-        """Compare after the window: DDP arranges its buckets anew within one."""
-        if ledger is not None:
-            forecast = self.strategy.forecast(rounds) + self._agreement.traffic(rows)
+        """Compare the window's traffic with its forecast."""
+        if ledger is not None:  # after the window, in which DDP may rebuild its buckets
+            forecast = self.strategy.forecast(rounds) + self._consensus.traffic(rows)
             self.verdict = Verdict(forecast, ledger.traffic)
             self.verdict.require(self.steps + 1)

@@ -1,4 +1,4 @@
-"""What is checked of all that is handed to an accumulator, when it is made and before each window."""
+"""Checks what is handed to an accumulator, when it is made and before each window."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from distaccum.errors import ConfigError
 
-# Packages whose wrappers of optimizers and schedulers do more than one step per call, or none, by rules of their own.
+# Packages that wrap optimizers and schedulers in objects whose step() may make no step, or several.
 _WRAPPING = ("accelerate.", "lightning.", "lightning_fabric.")
 
 
 def own_optimizer(optimizer: Any) -> Optimizer:
-    """Return the plain optimizer that Accelerate or Fabric may have wrapped.
+    """Return the optimizer without a wrapper of Accelerate or Fabric.
 
     Raises:
-        ConfigError: for anything else than one optimizer whose `step()` makes one update.
+        ConfigError: for anything but one optimizer whose `step()` needs no arguments.
     """
     optimizer = _inside(optimizer, "optimizer")
     if not isinstance(optimizer, Optimizer):
@@ -41,10 +41,11 @@ def own_optimizer(optimizer: Any) -> Optimizer:
 
 
 def own_scheduler(scheduler: Any) -> Any:
-    """Return the plain scheduler that Accelerate may have wrapped (its wrapper steps once per rank).
+    """Return the scheduler without Accelerate's wrapper, which steps once per rank.
 
     Raises:
-        ConfigError: for what has no `step()` that can be called once per update.
+        ConfigError: for anything without a `step()` that needs no arguments, except
+            ReduceLROnPlateau.
     """
     scheduler = _inside(scheduler, "scheduler")
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
@@ -57,14 +58,17 @@ def own_scheduler(scheduler: Any) -> Any:
         )
     if _wants_arguments(scheduler):
         raise ConfigError(
-            f"{type(scheduler).__name__}.step() requires arguments, but is called without any after each update. Give "
-            "torch's LR schedulers, or step yours after Accumulator.step with what it needs."
+            f"{type(scheduler).__name__}.step() requires arguments, but it is called without any after each update. "
+            "Give one of torch's LR schedulers, or call step() of yours after Accumulator.step with its arguments."
         )
     return scheduler
 
 
 def move(scheduler: Any, loss: float) -> None:
-    """Move the learning rate once, after an update; on a plateau by the window's loss, which all ranks agree on."""
+    """Step the scheduler once, after an update.
+
+    ReduceLROnPlateau gets the window's loss, which is the same on all ranks.
+    """
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(loss)
     elif scheduler is not None:
@@ -72,10 +76,12 @@ def move(scheduler: Any, loss: float) -> None:
 
 
 def check_schedule_left(scheduler: Any) -> None:
-    """Refuse a window whose update is one more than the schedule was made for.
+    """Raise ConfigError if the schedule has no step left for the window's update.
+
+    OneCycleLR itself would raise only after the update has been made.
 
     Raises:
-        ConfigError: for OneCycleLR, which raises behind its last step, when the update has been made.
+        ConfigError: for a OneCycleLR that has made all its steps.
     """
     if isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps:
         raise ConfigError(
@@ -85,10 +91,10 @@ def check_schedule_left(scheduler: Any) -> None:
 
 
 def check_surroundings(device: torch.device) -> None:
-    """Refuse contexts around a window that would change what it computes.
+    """Raise ConfigError inside contexts that would change what a window computes.
 
     Raises:
-        ConfigError: for gradients that are switched off, and for autocast around the step.
+        ConfigError: inside `no_grad`, `inference_mode` or `autocast`.
     """
     if not torch.is_grad_enabled():
         name = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
@@ -104,10 +110,10 @@ def check_surroundings(device: torch.device) -> None:
 
 
 def check_window(window: Any) -> Sequence[Any]:
-    """Return a window that is a sequence of micro-batches.
+    """Return the window if it is a sequence of micro-batches.
 
     Raises:
-        ConfigError: for a generator, and for what is one batch.
+        ConfigError: for anything else, such as a generator or a single micro-batch.
     """
     if isinstance(window, Tensor | Mapping | str) or not isinstance(window, Sequence):
         what = "one micro-batch" if isinstance(window, Tensor | Mapping) else "not a list"
@@ -119,14 +125,15 @@ def check_window(window: Any) -> Sequence[Any]:
 
 
 def _inside(wrapper: Any, name: str) -> Any:
+    """Return what the wrappers of other packages hold as the attribute `name`."""
     while type(wrapper).__module__.startswith(_WRAPPING) and hasattr(wrapper, name):
         wrapper = getattr(wrapper, name)
     return wrapper
 
 
 def _wants_arguments(owner: Any) -> bool:
-    """Tell whether `owner.step()` cannot be called without arguments; one of unknown signature can."""
-    try:  # of the class: schedulers put a counter around their optimizer's own step
+    """Return whether `owner.step()` needs arguments; False if its signature is unknown."""
+    try:  # of the class, since schedulers wrap the `step` of their optimizer instance in a counter
         _, *parameters = inspect.signature(type(owner).step).parameters.values()
     except (AttributeError, TypeError, ValueError):
         return False

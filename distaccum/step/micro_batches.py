@@ -1,4 +1,7 @@
-"""The forwards of one window on one rank. A schedule decides in which order they and their backwards are run."""
+"""Runs the forwards of one window on one rank.
+
+The order of forwards and backwards is decided elsewhere: in plain_order or in overlap.tail.
+"""
 
 from __future__ import annotations
 
@@ -8,91 +11,104 @@ import torch
 from torch import Tensor
 
 from distaccum._torch import issued
-from distaccum.core.loss import SupportsObjective, checked_weights, joined, sums_of, weights_of
+from distaccum.core.loss import SupportsObjective, checked_denominators, denominators_of, joined, sums_of
 from distaccum.core.rng import random_key
 from distaccum.core.window import MicroBatches
 from distaccum.data.device import halved, one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.nn.one_sample import explained
 from distaccum.parallel.base import Strategy
-from distaccum.step.consensus import Announced
+from distaccum.step.consensus import WindowTotals
 from distaccum.step.randomness import seed_all
 from distaccum.step.timing import Mark, mark, seconds_between
 
 
-class Forwards:
-    """One round after the other: a micro of this rank, or padding where it has none left."""
+class MicroBatchRunner:
+    """Runs the forwards of one window, one round after the other.
+
+    A round is a micro-batch of this rank, or padding if it has none left.
+    """
 
     def __init__(
         self,
         strategy: Strategy,
         objective: SupportsObjective,
         window: MicroBatches,
-        announced: Announced,
+        totals: WindowTotals,
         padding: Any,
         *,
         seed: int | None,
         num_windows: int,
         loss_scale: float,
     ) -> None:
-        """Nothing is computed yet.
+        """Prepare the rounds of a window; nothing is computed yet.
 
         Args:
-            strategy: observes the forwards, and scales the losses as it wants them.
-            objective: what is summed.
-            window: this rank's micros.
-            announced: the weights of the whole window, and the rounds of forward and backward that every rank makes.
-            padding: any micro-batch, computed with weight 0 in the rounds that this rank has no micro for.
-            seed: of the randomness inside micros; None leaves torch's generators alone.
-            num_windows: the window's number where no plan gives it one.
-            loss_scale: what losses are multiplied by before their backward, beside the strategy's own factor.
+            strategy: how the model is distributed; its `grad_scale` multiplies the losses.
+            objective: computes the loss sums.
+            window: this rank's micro-batches.
+            totals: the denominators of the whole window, and the number of rounds, which is the
+                same on every rank.
+            padding: any micro-batch, computed with gradient 0 in the rounds for which this rank has
+                no micro-batch.
+            seed: the training's seed of the randomness inside micro-batches; None: nothing is
+                seeded.
+            num_windows: the window's number if there is no plan that numbers it.
+            loss_scale: a further factor that losses are multiplied by before their backward.
         """
-        self.rounds = announced.rounds
+        self.rounds = totals.rounds
         self.began = mark(strategy.world.device)
-        self.last_micro = padding  # as it was read: padding for a later window
+        self.last_micro_batch = padding  # the latest one that was read; padding for a later window
         self._strategy = strategy
         self._objective = objective
         self._window = window
-        self._denominator = announced.denominator
-        self._terms = list(announced.denominator.weights)
+        self._denominator = totals.denominator
+        self._terms = list(totals.denominator.by_term)
         self._padding = padding
         self._seed = seed
         self._step = num_windows if window.step is None else window.step
         self._factor = strategy.grad_scale * loss_scale
         self._device = strategy.world.device
-        self._micros = one_ahead(window, self._device)
+        self._micro_batches = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
-        self.done = 0  # rounds whose forward was begun
-        self.sent_before: list[int] = []  # the newest of them, in each of the strategy's groups
-        self._unsent = 0  # rounds that send nothing
-        self._sending = self.began  # when the others began
-        self._gradient: Tensor | None = None  # what every micro's backward begins with
+        self.num_started = 0  # rounds whose forward has started
+        self.sent_before: list[int] = []  # collectives issued before the latest round, by process group
+        self._unsent = 0  # rounds that send no gradients
+        self._sending = self.began  # start of the rounds that send gradients
+        self._gradient: Tensor | None = None  # gradient of the window's loss with respect to a micro-batch's sums
 
-    def root(self) -> tuple[Tensor, Tensor]:
-        """Where the next round's backward begins and with what gradient, as the strategy wants it scaled."""
-        self.done += 1
-        self.sent_before = issued(self._strategy.groups)
-        return self._micro(self.done - 1) if self.done <= len(self._window) else self._nothing()
-
-    def give_up(self) -> None:
-        """From here on all rounds are padding, of half a micro."""
-        self._window, self._micros, self._sums = MicroBatches([], 0), iter(()), []
-        self._padding = self.last_micro = halved(self.last_micro)
-
-    def mark_sending(self) -> None:
-        """Call before the micros that send gradients, the last ones of the window."""
-        self._unsent, self._sending = self.done, mark(self._device)
-
-    def exposed_s(self, end: Mark) -> float | None:
-        """Seconds that the window waited for communication: how much longer its last micros took than as many others.
-
-        What hides behind computation is not waited for and not counted, nor are FSDP2's gathers in the other micros.
-
-        Args:
-            end: of the last micro; passed on the device.
+    def forward_next(self) -> tuple[Tensor, Tensor]:
+        """Run the next round's forward and return where its backward begins.
 
         Returns:
-            None where there is no other micro to compare with.
+            The loss sums as one tensor, [] or [terms], and the gradient to start their backward
+            with, already scaled.
+        """
+        self.num_started += 1
+        self.sent_before = issued(self._strategy.groups)
+        return self._micro_batch(self.num_started - 1) if self.num_started <= len(self._window) else self._nothing()
+
+    def switch_to_padding(self) -> None:
+        """Make all further rounds padding, of half a micro-batch."""
+        self._window, self._micro_batches, self._sums = MicroBatches([], 0), iter(()), []
+        self._padding = self.last_micro_batch = halved(self.last_micro_batch)
+
+    def mark_sending(self) -> None:
+        """Note the time before the last micro-batches of the window, which send gradients."""
+        self._unsent, self._sending = self.num_started, mark(self._device)
+
+    def exposed_s(self, end: Mark) -> float | None:
+        """Return how many seconds the window waited for communication.
+
+        It is how much longer the micro-batches that send gradients took than the same number of the
+        others. Communication that computation hides is not included, nor are FSDP2's all-gathers
+        in the other micro-batches.
+
+        Args:
+            end: the end of the last micro-batch, which the device has already passed.
+
+        Returns:
+            Seconds, or None if there is no other micro-batch to compare with.
         """
         if not self._unsent:
             return None
@@ -101,20 +117,24 @@ class Forwards:
 
     @property
     def sums(self) -> Tensor:
-        """The loss sums so far, [micros of this rank, terms] float64, on the device, without graph."""
+        """Return this rank's loss sums so far, without graph.
+
+        They are [micro-batches, terms] float64 on the device.
+        """
         if not self._sums:
             return torch.zeros(0, len(self._terms), dtype=torch.float64, device=self._device)
         return torch.stack(self._sums).double().view(-1, len(self._terms))
 
-    def _micro(self, index: int) -> tuple[Tensor, Tensor]:
+    def _micro_batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """Run the forward of this rank's micro-batch `index`."""
         world, window = self._strategy.world, self._window
-        self.last_micro, micro = next(self._micros, (None, None))
-        _check(self._objective, window, index, self.last_micro)
+        self.last_micro_batch, micro_batch = next(self._micro_batches, (None, None))
+        _check(self._objective, window, index, self.last_micro_batch)
         if self._seed is not None:
             seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
         try:
             with self._strategy.observing():
-                own = sums_of(self._objective, self._strategy.called, micro, self._terms)
+                own = sums_of(self._objective, self._strategy.called, micro_batch, self._terms)
         except ValueError as error:
             raise explained(error, index) from error.__cause__
         self._sums += [value.detach() for value in own]
@@ -123,19 +143,23 @@ class Forwards:
         return joined(own), self._gradient
 
     def _nothing(self) -> tuple[Tensor, Tensor]:
+        """Run the forward of a padding round, whose gradient is 0."""
         with self._strategy.padding():
             own = sums_of(self._objective, self._strategy.called, to_device(self._padding, self._device), self._terms)
         return joined(own), self._denominator.gradient(own, 0.0)
 
 
-def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro: Any) -> None:
-    """A window that is streamed must be what it was announced to be."""
-    if micro is None:
-        raise ConfigError(f"The window was announced with {len(window)} micro-batches and has only {index}.")
-    if window.weights is not None:
-        told, found = checked_weights(window.weights[index]), weights_of(objective, micro)
-        if told != found:
+def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro_batch: Any) -> None:
+    """Raise ConfigError if a streamed window differs from what was announced."""
+    if micro_batch is None:
+        raise ConfigError(
+            f"The window was announced with {len(window)} micro-batches, but its stream ended after {index}. Give the "
+            "number of micro-batches that the stream has."
+        )
+    if window.denominators is not None:
+        announced, found = checked_denominators(window.denominators[index]), denominators_of(objective, micro_batch)
+        if announced != found:
             raise ConfigError(
-                f"Micro-batch {index} was announced with the weight {told} and the objective counts {found} in it. "
-                "The data set's counted() must say what the objective's weight() says, or None."
+                f"Micro-batch {index} was announced with the denominator {announced}, but the objective counts {found} "
+                "in it. Make the data set's num_targets() return what the objective's denominator() returns, or None."
             )

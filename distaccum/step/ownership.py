@@ -1,4 +1,4 @@
-"""Whose gradients a window completes: each trained parameter of an optimizer must be among them."""
+"""Checks that a window completes the gradient of every trained parameter of the optimizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distaccum.parallel.base import Strategy
 
 
 class Parameters:
-    """The parameters of one accumulator: the optimizer's, which are updated, and the model's others."""
+    """Holds the parameters of one accumulator: the optimizer's, and the others of the model."""
 
     def __init__(self, optimizer: Optimizer, strategy: Strategy) -> None:
-        """Check that the strategy completes the gradients of all that is trained, and warn of what no update reads.
+        """Check the optimizer's parameters, and warn of trained ones that it does not have.
 
         Raises:
-            ConfigError: for parameters whose gradients would stay on each rank.
+            ConfigError: for parameters whose gradients would not be reduced over ranks.
         """
         self._optimizer = optimizer
         self._strategy = strategy
@@ -29,14 +29,14 @@ class Parameters:
         if unread and strategy.world.rank == 0:
             warnings.warn(
                 f"{unread} trainable parameter(s) of the model are not in the optimizer. Their gradients are computed, "
-                "sent and thrown away in each window. If nothing else trains them, call requires_grad_(False) before "
+                "reduced and discarded in each window. If nothing else trains them, call requires_grad_(False) before "
                 "wrapping the model.",
                 StateWarning,
                 stacklevel=3,
             )
 
     def renew(self) -> None:
-        """Note what the strategy completes. It changes where an interrupted DDP is made anew."""
+        """Record which gradients the strategy completes; a new reducer of DDP changes that."""
         owned = self._strategy.owned()
         self._owned = None if owned is None else frozenset(map(id, owned))
         own = set(map(id, parameters_of(self._optimizer)))
@@ -46,7 +46,8 @@ class Parameters:
         """List the optimizer's parameters, in its order.
 
         Raises:
-            ConfigError: for trained ones whose gradients would stay on each rank; groups may have been added.
+            ConfigError: for trained ones whose gradients would not be reduced over ranks, such as
+                those of a parameter group that was added later.
         """
         parameters = parameters_of(self._optimizer)
         if self._owned is not None and not self._owned.issuperset(map(id, parameters)):
@@ -54,7 +55,7 @@ class Parameters:
         return parameters
 
     def clear(self) -> None:
-        """Forget all gradients, those that no update reads too, which would grow from window to window."""
+        """Clear all gradients, also those that no update reads and that would keep growing."""
         self._optimizer.zero_grad()
         for parameter in self._others:
             parameter.grad = None
@@ -64,21 +65,21 @@ def outside(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     """List the trained parameters of the optimizer that the model does not have.
 
     Raises:
-        ConfigError: when none of its parameters belongs to the model.
+        ConfigError: if none of its parameters belongs to the model.
     """
     own = {id(parameter) for parameter in model.parameters()}
     parameters = parameters_of(optimizer)
     if not any(id(parameter) in own for parameter in parameters):
         raise ConfigError(
-            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so that nothing of it would "
-            "be trained. Make the optimizer after the model was wrapped (fully_shard makes new parameters), and over "
-            "model.parameters() of this very model, not of a copy."
+            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so the model would not be "
+            "trained. Make the optimizer after wrapping the model (fully_shard makes new parameters), and over the "
+            "model.parameters() of this model, not of a copy."
         )
     return [parameter for parameter in parameters if id(parameter) not in own and parameter.requires_grad]
 
 
 def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned: frozenset[int]) -> None:
-    """Raise ConfigError for trained parameters whose gradients nobody sums over ranks."""
+    """Raise ConfigError for trained parameters whose gradients are not reduced over ranks."""
     strange = [p for p in parameters if id(p) not in owned and p.requires_grad]
     if not strange:
         return
@@ -86,15 +87,15 @@ def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned:
     known = [names[id(p)] for p in strange if id(p) in names]
     if known:
         raise ConfigError(
-            f"{len(known)} trainable parameter(s), e.g. {known[0]}, would keep gradients of this rank only: they were "
-            "frozen or missing when the model was wrapped, or DistributedDataParallel ignores them. Unfreeze or add "
-            "parameters first, then wrap the model, then make the accumulator."
+            f"{len(known)} trainable parameter(s), e.g. {known[0]}, would get the gradients of this rank only: they "
+            "were frozen or missing when the model was wrapped, or DistributedDataParallel ignores them. Unfreeze or "
+            "add parameters first, then wrap the model, then make the accumulator."
         )
     raise ConfigError(
         f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the first of shape "
-        f"{list(strange[0].shape)}, so their gradients would stay on each rank. Put what they belong to (a criterion, "
-        "a temperature) into the module that is wrapped, and compute the loss in its forward; or leave them out of the "
-        "optimizer."
+        f"{list(strange[0].shape)}, so their gradients would not be reduced over ranks. Put what they belong to (a "
+        "criterion, a temperature) into the module that is wrapped, and compute the loss in its forward, or leave them "
+        "out of the optimizer."
     )
 
 

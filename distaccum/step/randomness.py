@@ -1,4 +1,4 @@
-"""Randomness inside micro-batches: a function of what is computed, and no trace in the generators of the user."""
+"""Seeds the randomness inside micro-batches and restores the states of torch's generators."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def kept(device: torch.device) -> Iterator[None]:
-    """Give torch's generators, of the CPU and of this device, the states back that they had."""
+    """Restore the states of torch's generators, of the CPU and of this device, on leaving."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
@@ -24,5 +24,6 @@ def kept(device: torch.device) -> Iterator[None]:
 
 def seed_all(seed: int, device: torch.device) -> None:
     """Seed torch's generators of the CPU and of this device."""
-    # torch.manual_seed also looks for every other kind of device, and that takes longer than a small micro-batch.
+    # torch.manual_seed also looks for every other kind of device, which takes longer than a small
+    # micro-batch.
     (torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed)(seed)

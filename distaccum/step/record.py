@@ -1,4 +1,4 @@
-"""What is known of a window after its step."""
+"""Defines the record that a step returns."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from distaccum.step.consensus import Request
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one window did. But for the time, the same on every rank."""
+    """Holds the results of one window.
+
+    They are the same on every rank, except for `exposed_s`.
+    """
 
     step: int  # optimizer updates so far, this one included
-    loss: float  # the global weighted mean that was optimised, its terms added; nan where nothing was counted
-    losses: Mapping[str, float]  # the same by term
-    weights: Mapping[str, float]  # what each term was averaged over: all micros, all ranks
-    grad_norm: float  # L2, before clipping; nan where there was no backward
+    loss: float  # sum of the terms' means, which was optimized; nan if nothing was counted
+    losses: Mapping[str, float]  # mean of each term over all micro-batches and ranks
+    denominators: Mapping[str, float]  # what each term's sum over all micro-batches and ranks was divided by
+    grad_norm: float  # L2 norm before clipping; nan if there was no backward
     lr: float  # of the first parameter group, in this update
-    num_micros: int  # over all ranks
-    skipped: str | None = None  # why there was no update
-    exposed_s: float | None = (
-        None  # seconds that this rank waited for communication, see timing.py; differs between ranks
-    )
-    verdict: Verdict | None = None  # the ledger's, where the window was audited
-    requested: Request = Request.none  # what any rank asked of all
-    chosen: str | None = None  # how overlap_micros=auto chose, in the windows before which it did
+    num_micro_batches: int  # in this window, over all ranks
+    skipped: str | None = None  # why there was no update; None if there was one
+    exposed_s: float | None = None  # seconds that this rank waited for communication; None: not known
+    verdict: Verdict | None = None  # the ledger's, if the window was audited
+    requested: Request = Request.none  # what any rank asked of all ranks
+    chosen: str | None = None  # what overlap_micro_batches=auto chose before this window, if it did
 
     @property
-    def weight(self) -> float:
-        """The weight of the first term; of the only one, where there is one."""
-        return next(iter(self.weights.values()), 0.0)
+    def denominator(self) -> float:
+        """Return the denominator of the first term, or 0 if there are no terms."""
+        return next(iter(self.denominators.values()), 0.0)

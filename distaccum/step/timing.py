@@ -1,4 +1,7 @@
-"""How long micros took, without a host sync: on a GPU by events that are read after the boundary."""
+"""Measures how long micro-batches take, without a host sync.
+
+On a GPU it records events, which are read after the boundary.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ Mark = float | torch.cuda.Event
 
 
 def mark(device: torch.device) -> Mark:
-    """The current moment in this device's work."""
+    """Return a mark of the current moment in this device's work."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -19,7 +22,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(first: Mark, second: Mark) -> float:
-    """Between two moments that have passed."""
+    """Return the seconds between two marks that the device has passed."""
     if isinstance(first, float) and isinstance(second, float):
         return second - first
     assert isinstance(first, torch.cuda.Event)

@@ -1,1 +1,4 @@
-"""A configuration proven by one window. Reading order: prove, capture, reference, compare, result."""
+"""Proves a configuration by comparing one of its windows with one big batch.
+
+Reading order: prove, capture, reference, compare, result.
+"""

@@ -1,4 +1,4 @@
-"""One window as the accumulator computes it, with what went in and came out, whole; nothing of it remains."""
+"""Captures one window as the accumulator computes it, and restores all state afterwards."""
 
 from __future__ import annotations
 
@@ -23,24 +23,32 @@ from distaccum.verify.state import Kept
 
 
 @dataclass(frozen=True)
-class Observed:
-    """A window as configured."""
+class Captured:
+    """Holds the inputs and results of a window that the accumulator computed as configured."""
 
     record: StepRecord
-    network: str
-    network_agrees: bool
-    before: Mapping[str, Tensor]  # whole parameters
+    network: str  # the traffic that the ledger counted
+    network_agrees: bool  # whether it equals the forecast
+    before: Mapping[str, Tensor]  # whole parameters before the update
     gradients: Mapping[str, Tensor]  # whole, as the optimizer got them
-    after: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]  # after the window
-    optimizer_state: Mapping[str, Mapping[str, Any]]  # before, by parameter
+    after: Mapping[str, Tensor]  # whole parameters after the update
+    buffers: Mapping[str, Tensor]  # whole buffers after the window
+    optimizer_state: Mapping[str, Mapping[str, Any]]  # before the update, by parameter
     loss_scale: float
 
 
-def observe(accumulator: Accumulator, micros: Sequence[Any], window: Any) -> Observed:
-    """Compute the window on all ranks and keep what went in and came out, whole.
+def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any) -> Captured:
+    """Compute the window on all ranks, and keep its inputs and results unsharded.
 
-    A window that overflows in float16 is computed again with the smaller scale that follows.
+    A window that overflows in float16 is computed again with the next smaller loss scale.
+
+    Args:
+        accumulator: the accumulator, as it trains.
+        micro_batches: this rank's micro-batches.
+        window: the object that held them; a `MicroBatches` also gives its step and denominators.
+
+    Raises:
+        ConfigError: if the window is skipped.
     """
     strategy, optimizer = accumulator.strategy, accumulator.optimizer
     named = dict(strategy.evaluation_model.named_parameters())
@@ -58,11 +66,13 @@ def observe(accumulator: Accumulator, micros: Sequence[Any], window: Any) -> Obs
         if p in optimizer.state
     }
     handle = optimizer.register_step_pre_hook(keep)
-    weights = window.weights if isinstance(window, MicroBatches) else None
+    denominators = window.denominators if isinstance(window, MicroBatches) else None
     network_agrees, network = True, ""
     try:
         while not gradients:
-            held = MicroBatches(micros, len(micros), step=getattr(window, "step", None), weights=weights)
+            held = MicroBatches(
+                micro_batches, len(micro_batches), step=getattr(window, "step", None), denominators=denominators
+            )
             try:
                 record = accumulator.step(held)
             except LedgerError as error:
@@ -71,7 +81,10 @@ def observe(accumulator: Accumulator, micros: Sequence[Any], window: Any) -> Obs
                 continue
             overflowed = accumulator.loss_scale is not None and "gradient norm" in (record.skipped or "")
             if record.skipped is not None and not overflowed:
-                raise ConfigError(f"verify() cannot compare a window that is skipped ({record.skipped}).")
+                raise ConfigError(
+                    f"verify() cannot compare a window that is skipped ({record.skipped}). Give it a window that makes "
+                    "an update."
+                )
     finally:
         handle.remove()
     if record.verdict is not None:
@@ -79,16 +92,18 @@ def observe(accumulator: Accumulator, micros: Sequence[Any], window: Any) -> Obs
     after = {name: whole(parameter) for name, parameter in named.items()}
     buffers = {name: whole(buffer) for name, buffer in strategy.evaluation_model.named_buffers()}
     scale = accumulator.loss_scale.value if accumulator.loss_scale is not None else 1.0
-    return Observed(record, network, network_agrees, before, gradients, after, buffers, state, scale)
+    return Captured(record, network, network_agrees, before, gradients, after, buffers, state, scale)
 
 
 @contextmanager
-def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
-    """Enter for a window that leaves no trace: dropout is off, every window audited; afterwards all is as before.
+def state_preserved(accumulator: Accumulator, *others: Any) -> Iterator[None]:
+    """Return a context that restores all state on exit, so that windows inside leave no trace.
+
+    Inside, dropout is off and every window is audited.
 
     Args:
-        accumulator: whose model, optimizer, objective, counters and schedule stay as they are.
-        others: further objectives that are called meanwhile.
+        accumulator: its model, optimizer, objective, counters and schedule are restored.
+        others: further objectives that are called inside, whose state is restored too.
     """
     strategy = accumulator.strategy
     model = strategy.model
@@ -99,7 +114,8 @@ def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
     accumulator.scheduler, accumulator.audit = None, Audit.always
     accumulator.loss_scale = copy.copy(loss_scale)
     first_look = accumulator._first_look
-    # The first window of the training is still to come, and what a loss is worth the proof says.
+    # A new object, because the checks of the training's own first window are still to come. Whether
+    # the loss is a sum is not checked here, because the proof judges the loss.
     accumulator._first_look = FirstLook(strategy, check_cut=False)
     model.eval()
     for module, training in modes:
@@ -107,7 +123,7 @@ def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
             module.training = training
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", StateWarning)  # the proof says it
+            warnings.simplefilter("ignore", StateWarning)  # the proof reports it
             yield
     finally:
         try:
@@ -122,7 +138,7 @@ def restored(accumulator: Accumulator, *others: Any) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A plain copy of a tensor that may be sharded. All ranks call it alike."""
+    """Return a plain copy of a tensor that may be sharded; all ranks must call it."""
     full = getattr(tensor, "full_tensor", None)
     plain: Tensor = tensor if full is None else full()
     return plain.detach().clone()

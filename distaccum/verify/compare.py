@@ -1,4 +1,7 @@
-"""Rank 0: the window on one process, in float64 and in its own precision, and what comes of the comparison."""
+"""Compares a window with its computation on one process, in float64 and in its own precision.
+
+All of this runs on rank 0, except `in_own_precision`.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +15,39 @@ import torch
 from torch import Tensor, nn
 
 from distaccum import _torch
-from distaccum.core.loss import SupportsObjective, weights_of, wide
+from distaccum.core.loss import SupportsObjective, denominators_of, wide
 from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.step.accumulator import Accumulator
 from distaccum.verify import reference
-from distaccum.verify.capture import Observed
-from distaccum.verify.result import Line, Proof
+from distaccum.verify.capture import Captured
+from distaccum.verify.result import Check, Proof
 
-# A result may be so many times as far from float64 as the same batch on one process in the same precision is, ...
+# The tolerance of a result is the sum of three parts. The first is this multiple of the error that
+# the same batch has on one process in the same precision, compared with float64.
 TIMES_ROUNDING = 8.0
-# ... and so many unit roundoffs of the dtype in which gradients are summed further, as the order of a sum is another,
+# The second is this many unit roundoffs of the dtype in which gradients are summed, because the
+# order of the sums differs.
 ROUNDOFFS = 64.0
-# ... and so many of the parameters' dtype, in which gradients are handed to the optimizer.
+# The third is this many unit roundoffs of the parameters' dtype, in which the optimizer gets them.
 PARAMETER_ROUNDOFFS = 2.0
-# A parameter whose gradient is smaller than this part of the whole gradient is judged by the whole: gradients that are
-# zero in exact arithmetic (biases before a softmax or a norm) are nothing but rounding.
+# A gradient whose norm is below this fraction of the whole gradient's norm is judged relative to
+# that fraction: gradients that are zero in exact arithmetic (biases before a softmax or a norm)
+# consist of rounding errors only.
 SMALL = 1e-2
-# A gradient that rounding alone moves by more proves nothing (BatchNorm over two values does that) and is not accepted.
+# The largest tolerance of a gradient. If rounding alone changes it by more, as in BatchNorm over
+# two values, a comparison proves nothing.
 LARGEST_TOLERANCE = 0.5
-TINY = 1e-300  # in place of a division by zero
+TINY = 1e-300  # avoids a division by zero
 
 
-class Judge:
-    """Rank 0: the window on one process, three times, and what comes of it."""
+class Comparison:
+    """Computes a window again on one process and compares the results; used on rank 0 only.
+
+    The window is computed in float64 and in the accumulator's precision. If it must equal several
+    batches instead of one, it is also computed as one big batch in float64.
+    """
 
     def __init__(
         self,
@@ -53,30 +64,38 @@ class Judge:
         self.mode = mode
         self.device = accumulator.strategy.world.device
 
-    def proof(self, done: Observed, rounds: list[list[Any]], state: Line | None) -> Proof:
-        """Compare; `rounds` are the micro-batches of all ranks, those of one round together; `state`: what moves."""
-        micros = [micro for row in rounds for micro in row]
-        big = self.combine(micros)
-        weights = reference.combined_weights(self.objective, micros)
-        additive = weights_of(self.objective, big) == weights
-        # What meets inside the model, or is averaged over micro-batches, makes several batches of the window.
+    def proof(self, done: Captured, rounds: list[list[Any]], state: Check | None) -> Proof:
+        """Compare the captured window with one process, and return the outcome.
+
+        Args:
+            done: the window, as the accumulator computed it.
+            rounds: the micro-batches of all ranks, one list per round.
+            state: the check of state that each forward changes, or None.
+        """
+        micro_batches = [micro_batch for row in rounds for micro_batch in row]
+        big = self.combine(micro_batches)
+        denominators = reference.combined_denominators(self.objective, micro_batches)
+        additive = denominators_of(self.objective, big) == denominators
+        # The window must equal several batches instead of one if BatchNorm takes its statistics
+        # over a part of the samples, or if a term is averaged over micro-batches.
         if self.mode is BatchNormMode.sync:
             groups = [self.combine(row) for row in rounds]
-        elif self.mode in (BatchNormMode.pooled, BatchNormMode.micro) or not additive:
-            groups = micros
+        elif self.mode in (BatchNormMode.pooled, BatchNormMode.micro_batch) or not additive:
+            groups = micro_batches
         else:
             groups = [big]
-        exact = self._exact(groups, weights)
-        rounded = self._rounded(groups, weights, done.loss_scale)
+        exact = self._exact(groups, denominators)
+        rounded = self._rounded(groups, denominators, done.loss_scale)
         clipped = self._clipped(exact.gradients)
         parameters = self._parameters(done.gradients, clipped, self._clipped(rounded.gradients))
         worst = _worst(parameters)
-        # One number may be right by chance, so that its own error says little: the whole gradient's stands for it.
+        # A single number may be right by chance, so its own rounding error says little. Use the
+        # rounding error of the whole gradient instead.
         rounding = _distance(rounded.gradients, exact.gradients)
         norm = done.record.grad_norm
         what = "one big batch" if len(groups) == 1 else f"{len(groups)} batches"
         lines = [
-            Line("gradient", *parameters[worst], f"{worst}, the worst of {len(parameters)} parameters"),
+            Check("gradient", *parameters[worst], f"{worst}, the worst of {len(parameters)} parameters"),
             self._number("loss", done.record.loss, exact.loss, rounding, f"{done.record.loss:.6f}"),
             self._number("gradient norm", norm, _norm(exact.gradients), rounding, f"{norm:.6g} before clipping"),
             self._update(done),
@@ -86,12 +105,12 @@ class Judge:
         if state is not None:
             lines.append(state)
         if len(groups) > 1:
-            one = self._clipped(self._exact([big], weights).gradients)
+            one = self._clipped(self._exact([big], denominators).gradients)
             distance = max(_relative(done.gradients[name], one[name], SMALL * _norm(one)) for name in one)
             why = f"BatchNorm: {self.mode.value}" if self.mode is not None else "a term is averaged over micro-batches"
-            lines.append(Line("from one big batch", distance, None, f"what differs by design ({why})"))
+            lines.append(Check("from one big batch", distance, None, f"what differs by design ({why})"))
         ranks = self.accumulator.strategy.world.size
-        samples = f"{len(micros)} micro-batch(es) on {ranks} rank(s) against {what} on one process in float64"
+        samples = f"{len(micro_batches)} micro-batch(es) on {ranks} rank(s) against {what} on one process in float64"
         tolerance = (
             f"{TIMES_ROUNDING:g} x the error of the same samples on one process in the same precision, "
             f"and {self._order:.1e} for sums in another order"
@@ -100,25 +119,25 @@ class Judge:
 
     @property
     def _order(self) -> float:
-        """What a sum in another order may differ by, whatever the precision of the forward."""
+        """Return the tolerance for sums in another order, whatever the precision of the forward."""
         dtype = next(self.accumulator.strategy.model.parameters()).dtype
         summed = self.accumulator.strategy.dtypes.accumulate or wide(dtype)
         return ROUNDOFFS * _roundoff(summed) + PARAMETER_ROUNDOFFS * _roundoff(dtype)
 
-    def _exact(self, groups: Sequence[Any], weights: Mapping[str, float]) -> reference.Computed:
+    def _exact(self, groups: Sequence[Any], denominators: Mapping[str, float]) -> reference.Computed:
         cast = [reference.cast(group, self.device, torch.float64) for group in groups]
         try:
-            return reference.compute(copy.deepcopy(self.model), self.objective, cast, weights, 1.0)
+            return reference.compute(copy.deepcopy(self.model), self.objective, cast, denominators, 1.0)
         except RuntimeError as error:
             raise ConfigError(
-                f"verify() compares with float64, and this model cannot compute in it: {error}. Give plain= with "
-                "layers that can (experts of transformers: model.set_experts_implementation('eager'))."
+                f"verify() compares with float64, but this model cannot compute in it: {error}. Pass plain=, a model "
+                "with layers that can (for experts of transformers: model.set_experts_implementation('eager'))."
             ) from error
 
-    def _rounded(self, groups: Sequence[Any], weights: Mapping[str, float], scale: float) -> reference.Computed:
-        """The same in the precision of the accumulator: how far rounding alone leads away."""
+    def _rounded(self, groups: Sequence[Any], denominators: Mapping[str, float], scale: float) -> reference.Computed:
+        """Compute the window in the accumulator's precision, to measure rounding alone."""
         model, cast = in_own_precision(self.accumulator, self.model, groups)
-        return reference.compute(model, self.accumulator.objective, cast, weights, scale)
+        return reference.compute(model, self.accumulator.objective, cast, denominators, scale)
 
     def _clipped(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         clip_norm = self.accumulator.clip_norm
@@ -137,12 +156,12 @@ class Judge:
             for name, gradient in exact.items()
         }
 
-    def _number(self, name: str, found: float, exact: float, rounding: float, note: str) -> Line:
+    def _number(self, name: str, found: float, exact: float, rounding: float, note: str) -> Check:
         error = abs(found - exact) / max(abs(exact), TINY)
-        return Line(name, error, TIMES_ROUNDING * rounding + self._order, note)
+        return Check(name, error, TIMES_ROUNDING * rounding + self._order, note)
 
-    def _running(self, done: Observed, exact: reference.Computed, rounded: reference.Computed) -> Line:
-        """BatchNorm's running statistics: those that all samples of the window would have written."""
+    def _running(self, done: Captured, exact: reference.Computed, rounded: reference.Computed) -> Check:
+        """Check BatchNorm's running statistics against those of all samples of the window."""
         judged = {
             name: (
                 _relative(done.buffers[name], value),
@@ -151,10 +170,13 @@ class Judge:
             for name, value in exact.running.items()
         }
         worst = _worst(judged)
-        return Line("running statistics", *judged[worst], f"{worst}, the worst of {len(judged)} buffers")
+        return Check("running statistics", *judged[worst], f"{worst}, the worst of {len(judged)} buffers")
 
-    def _update(self, done: Observed) -> Line:
-        """The optimizer on one process in float64, given the window's gradient."""
+    def _update(self, done: Captured) -> Check:
+        """Check the update against the optimizer on one process in float64.
+
+        This optimizer is given the gradient that the accumulator's optimizer got.
+        """
         names = {id(p): name for name, p in self.accumulator.strategy.evaluation_model.named_parameters()}
         parameters = {name: nn.Parameter(value.double().clone()) for name, value in done.before.items()}
         groups = [
@@ -165,8 +187,8 @@ class Judge:
         known = inspect.signature(kind).parameters
         try:
             optimizer = kind(groups, **{name: value for name, value in defaults.items() if name in known})
-        except Exception as reason:  # an optimizer of the user's own, which wants other arguments
-            return Line("update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}")
+        except Exception as reason:  # a custom optimizer with other arguments
+            return Check("update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}")
         for name, parameter in parameters.items():
             if name in done.gradients:
                 parameter.grad = done.gradients[name].double()
@@ -182,24 +204,28 @@ class Judge:
         # New parameters are rounded once, whatever the update's size.
         weights = {name: done.before[name] for name in moved}
         stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / size
-        return Line("update", error, 2 * stored + self._order, "optimizer on one process, same gradient")
+        return Check("update", error, 2 * stored + self._order, "optimizer on one process, same gradient")
 
 
 def in_own_precision(
-    accumulator: Accumulator, model: nn.Module, micros: Sequence[Any]
+    accumulator: Accumulator, model: nn.Module, micro_batches: Sequence[Any]
 ) -> tuple[nn.Module, list[Any]]:  # fmt: skip
-    """Copy a plain model, and micro-batches to its device, in the precision in which the accumulator computes."""
+    """Return copies of a plain model and of micro-batches in the accumulator's own precision.
+
+    The micro-batches are moved to the accumulator's device.
+    """
     strategy = accumulator.strategy
     stored, device = next(strategy.model.parameters()).dtype, strategy.world.device
     sharded = next(_torch.sharded_groups(strategy.model), None)
-    computed = stored if sharded is None else sharded.compute_dtype  # FSDP2 casts parameters and inputs itself
-    moved = [to_device(micro, device) for micro in micros]
-    cast = moved if computed is stored else [reference.cast(micro, device, computed) for micro in moved]
+    # FSDP2 casts parameters and inputs itself.
+    computed = stored if sharded is None else sharded.compute_dtype
+    moved = [to_device(micro_batch, device) for micro_batch in micro_batches]
+    cast = moved if computed is stored else [reference.cast(micro_batch, device, computed) for micro_batch in moved]
     return copy.deepcopy(model).to(computed), cast
 
 
 def _worst(judged: Mapping[str, tuple[float, float]]) -> str:
-    """The name whose error is the largest part of its tolerance; one that is no number before all others."""
+    """Return the name whose error is the largest fraction of its tolerance; nan is the largest."""
     shares = {name: error / tolerance for name, (error, tolerance) in judged.items()}
     return max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
 

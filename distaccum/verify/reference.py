@@ -1,4 +1,7 @@
-"""One process, plain autograd: what a window must equal. Shares nothing with the step but the objective."""
+"""Computes on one process, with plain autograd, what a window must equal.
+
+It shares nothing with the step but the objective.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distaccum.core.loss import SupportsObjective, sums_of, weights_of
+from distaccum.core.loss import SupportsObjective, denominators_of, sums_of
 from distaccum.data.containers import Parts, mapped, parts, rebuilt, tensors_in
 from distaccum.data.device import moves_itself, to_device
 from distaccum.errors import ConfigError
 
-# What pads sequences of different lengths, by the names that the field's collators use.
+# Values that pad sequences of different lengths, by the names that common collators use.
 PADDING = {"input_ids": 0, "attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 
 @dataclass(frozen=True)
 class Computed:
-    """A window on one process."""
+    """Holds the results of a window that was computed on one process."""
 
-    loss: float  # weighted mean, its terms added
-    gradients: Mapping[str, Tensor]  # by parameter, of those that are trained; zeros where unused
-    running: Mapping[str, Tensor]  # BatchNorm's running mean and variance after the window, by buffer
+    loss: float  # the loss sum divided by its denominator, added up over terms
+    gradients: Mapping[str, Tensor]  # of trained parameters, by name; zeros where unused
+    running: Mapping[str, Tensor]  # BatchNorm's running mean and variance afterwards, by buffer
 
 
 def compute(
-    model: nn.Module, objective: SupportsObjective, groups: Sequence[Any], weights: Mapping[str, float], scale: float
+    model: nn.Module,
+    objective: SupportsObjective,
+    groups: Sequence[Any],
+    denominators: Mapping[str, float],
+    scale: float,
 ) -> Computed:
-    """Forward and backward of each group, in order, with one denominator for all of them.
+    """Compute the loss and gradients of all groups, with one denominator per term.
+
+    Each group gets one forward and one backward, in order.
 
     Args:
-        model: a plain module in the dtype of the computation. BatchNorm normalises within a group.
-        objective: what is summed.
-        groups: micro-batches on the model's device: one big batch, or several whose samples meet in BatchNorm.
-        weights: the denominators by term.
-        scale: losses are multiplied by it before the backward and gradients divided afterwards.
+        model: a plain module in the dtype of the computation. BatchNorm normalizes within a group.
+        objective: the objective whose loss sums are computed.
+        groups: micro-batches on the model's device: one big batch, or the several batches that the
+            window must equal, over each of which BatchNorm takes its own statistics.
+        denominators: the denominators of all groups together, by term.
+        scale: the factor by which losses are multiplied before the backward, and gradients divided
+            afterwards.
     """
     loss = 0.0
     before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with _Inputs(model) as inputs:
         for group in groups:
-            sums = sums_of(objective, model, group, list(weights))
-            shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, weights.values(), strict=True)]
+            sums = sums_of(objective, model, group, list(denominators))
+            shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, denominators.values(), strict=True)]
             share = torch.stack(shares).sum()
             loss += float(share.detach())
             (share * scale).backward()
@@ -60,7 +71,7 @@ def compute(
 
 
 class _Inputs:
-    """Remembers what each BatchNorm layer of a model has read while it trains."""
+    """Records the inputs of each BatchNorm layer of a model while it trains."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
@@ -78,7 +89,7 @@ class _Inputs:
             handle.remove()
 
     def running(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The running statistics that one update with everything that was read gives, in float64."""
+        """Return the running statistics after one update with all recorded inputs, in float64."""
         result = {}
         for name, layer in self._layers.items():
             if layer.running_mean is None or not self._read[name]:
@@ -95,28 +106,33 @@ class _Inputs:
         return result
 
 
-def combined(micros: Sequence[Any]) -> Any:
-    """Make one micro-batch of several: tensors joined along their first dimension, containers in their own class.
+def combined(micro_batches: Sequence[Any]) -> Any:
+    """Join micro-batches into one, with tensors joined along their first dimension.
 
-    Sequences of different lengths are padded at their end, under the names in `PADDING`.
+    Containers keep their class. Sequences of different lengths are padded at their end, under the
+    names in `PADDING`.
 
     Raises:
-        ConfigError: for micro-batches of other structure, and other tensors that differ in shape.
+        ConfigError: for micro-batches of different structure, and for other tensors that differ in
+            shape.
     """
-    return _joined("the micro-batch", micros)
+    return _joined("the micro-batch", micro_batches)
 
 
-def combined_weights(objective: SupportsObjective, micros: Sequence[Any]) -> dict[str, float]:
-    """The weights of all micro-batches together."""
+def combined_denominators(objective: SupportsObjective, micro_batches: Sequence[Any]) -> dict[str, float]:
+    """Return the sum of the denominators of all micro-batches, by term."""
     totals: dict[str, float] = {}
-    for micro in micros:
-        for name, weight in weights_of(objective, micro).items():
-            totals[name] = totals.get(name, 0.0) + weight
+    for micro_batch in micro_batches:
+        for name, denominator in denominators_of(objective, micro_batch).items():
+            totals[name] = totals.get(name, 0.0) + denominator
     return totals
 
 
-def cast(micro: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Move a micro-batch to a device, with the floating-point tensors that can be seen in it in a dtype."""
+def cast(micro_batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move a micro-batch to a device, and cast its floating-point tensors to a dtype.
+
+    This includes tensors in the attributes of objects that have a method `to` of their own.
+    """
 
     def change(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -129,7 +145,7 @@ def cast(micro: Any, device: torch.device, dtype: torch.dtype) -> Any:
         own = parts(value) is None and moves_itself(value) and hasattr(value, "__dict__")
         return isinstance(value, Tensor) or own
 
-    return mapped(to_device(micro, device), change, is_leaf)
+    return mapped(to_device(micro_batch, device), change, is_leaf)
 
 
 def _joined(name: str, values: Sequence[Any]) -> Any:
@@ -143,24 +159,24 @@ def _joined(name: str, values: Sequence[Any]) -> Any:
     if not all(isinstance(value, Tensor) and value.ndim for value in values):
         if next(tensors_in(list(values)), None) is None and all(value == values[0] for value in values):
             return values[0]
-        raise ConfigError(_advice(f"'{name}' is {type(values[0]).__name__}, and differs between micro-batches"))
+        raise ConfigError(_advice(f"'{name}' is of type {type(values[0]).__name__} and differs between micro-batches"))
     shapes = {tuple(value.shape[1:]) for value in values}
     if len(shapes) == 1:
         return torch.cat(list(values))
     if name not in PADDING or any(value.ndim != 2 for value in values):
-        raise ConfigError(_advice(f"'{name}' has the shapes {sorted(shapes)} in different micro-batches"))
+        raise ConfigError(_advice(f"'{name}' has samples of different shapes {sorted(shapes)}"))
     width = max(value.shape[1] for value in values)
     return torch.cat([nn.functional.pad(v, (0, width - v.shape[1]), value=PADDING[name]) for v in values])
 
 
 def _together(name: str, first: Any, opened: Sequence[Parts]) -> Any:
-    """Join containers of one class, each of their parts for itself."""
+    """Join containers of one class, part by part."""
     if any(one.keys() != other.keys() for those in opened for one, other in zip(those, opened[0], strict=True)):
-        raise ConfigError(_advice(f"'{name}' holds other names in different micro-batches"))
+        raise ConfigError(_advice(f"'{name}' does not hold the same names in all micro-batches"))
     items = {key: _joined(str(key), [those.items[key] for those in opened]) for key in opened[0].items}
     attributes = {}
     for key, value in opened[0].attributes.items():
-        # What a class keeps for itself belongs to no sample, unless it holds the tensors.
+        # Private attributes of a class belong to no sample, unless they hold tensors.
         own = key.startswith("_") and next(tensors_in(value), None) is None
         attributes[key] = value if own else _joined(key, [those.attributes[key] for those in opened])
     return rebuilt(first, Parts(items, attributes))
@@ -168,8 +184,8 @@ def _together(name: str, first: Any, opened: Sequence[Parts]) -> Any:
 
 def _advice(reason: str) -> str:
     return (
-        f"The micro-batches of this window cannot be made one big batch: {reason}. Give verify(..., combine=function), "
-        "which makes one micro-batch of a list of them."
+        f"The micro-batches of this window cannot be joined into one big batch: {reason}. Pass "
+        "verify(..., combine=function) with a function that makes one micro-batch of a list of micro-batches."
     )
 
 

@@ -1,4 +1,4 @@
-"""State beside the weights: what forwards move, and putting everything back after a window."""
+"""Finds state other than weights that forwards change, and restores all state after a window."""
 
 from __future__ import annotations
 
@@ -15,53 +15,63 @@ from torch.optim import Optimizer
 from distaccum.data.containers import parts
 from distaccum.nn.buffers import same
 
-# What torch keeps in every module for itself.
+# The attributes that torch keeps in every module for itself.
 _TORCH_OWN = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Copy a module whole; tensors with a graph, which a forward may have left in an attribute, without theirs."""
+    """Return a deep copy of a module, with tensors in its attributes detached from their graph.
+
+    A forward may have left a tensor with a graph in an attribute.
+    """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
 
 
 def state_of(value: Any) -> dict[str, Tensor | float]:
-    """Copy all tensors and numbers that a module or another object holds, by name: parameters, buffers, attributes."""
+    """Copy all tensors and numbers that a module or another object holds, by name.
+
+    For a module these are parameters, buffers and attributes.
+    """
     root = value if isinstance(value, nn.Module) else getattr(value, "__dict__", {})
     found = _places(root, "", set())
     return {name: held.detach().clone() if isinstance(held, Tensor) else held for name, held in found}
 
 
 def saved_names(model: nn.Module) -> set[str]:
-    """The names of what a checkpoint of this module holds: parameters and persistent buffers."""
+    """Return the names of the parameters and persistent buffers that a checkpoint holds."""
     return set(model.state_dict(keep_vars=True))
 
 
 def differing(one: Mapping[str, Tensor | float], other: Mapping[str, Tensor | float]) -> set[str]:
-    """The names under which two states hold different values, of those that both hold."""
+    """Return the names under which two states hold different values, of those that both hold."""
     return {name for name in one.keys() & other.keys() if not _equal(one[name], other[name])}
 
 
 class Kept:
-    """What modules, optimizers and objectives hold, their gradients, and the state of the random generators."""
+    """Keeps a copy of what modules, optimizers and objectives hold, to restore it later.
+
+    It includes their gradients and the state of the random generators.
+    """
 
     def __init__(self, *roots: Any) -> None:
-        """Copy everything; `put_back` writes it into the same tensors, dicts and lists."""
-        self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}  # with a copy and the gradient
-        self._holders: dict[int, tuple[Any, Any]] = {}  # dicts and lists with what was in them
-        self._objects: dict[int, tuple[Any, dict[str, Any]]] = {}  # with their attributes
+        """Copy the state of these modules, optimizers and objectives."""
+        # By id: a tensor, its copy and its gradient.
+        self._tensors: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._holders: dict[int, tuple[Any, Any]] = {}  # by id: a dict or list and its former items
+        self._objects: dict[int, tuple[Any, dict[str, Any]]] = {}  # by id: object, attributes
         for root in roots:
             self._keep(root)
             if id(root) not in self._objects and hasattr(root, "__dict__"):
-                self._keep_attributes(root)  # an objective, of whatever class
+                self._keep_attributes(root)  # an objective of any class
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         self._python = random.getstate()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
     def put_back(self) -> None:
-        """Write everything back."""
+        """Write the copied state back into the same tensors, dicts and lists."""
         for thing, attributes in self._objects.values():
             own = vars(thing)
             made = [name for name in own.keys() - attributes.keys() - _TORCH_OWN if _is_value(own[name])]
@@ -120,12 +130,15 @@ def _is_value(value: Any) -> bool:
 
 
 def _moves(value: Any) -> bool:
-    """Whether an attribute with such a value may be state."""
+    """Return whether an attribute with this value may be state that changes."""
     return value is None or _is_value(value) or isinstance(value, dict | list | tuple)
 
 
 def _is_writable(tensor: Tensor) -> bool:
-    """Whether anybody can have written into it in place; not if several numbers of it are one in memory."""
+    """Return whether a tensor can have been written to in place.
+
+    torch refuses that for inference tensors, and if several elements share one place in memory.
+    """
     if tensor.is_inference() or tensor.layout is not torch.strided:
         return False
     return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -1,4 +1,4 @@
-"""Evaluation of held-out samples: the host reads results once, at the end."""
+"""Evaluation of validation samples: the host reads results once, at the end."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from worlds import World as Ranks
 
-from distaccum.app.validation import Heldout, evaluate
+from distaccum.app.validation import Validation, evaluate
 from distaccum.core.plan import Plan
 from distaccum.parallel.base import Strategy
-from distaccum.parallel.detect import recognise
+from distaccum.parallel.detect import strategy_for
 
 ROWS = torch.arange(1.0, 12.0, dtype=torch.float64)[:, None]  # 11 samples
 
@@ -28,21 +28,21 @@ class Rows:
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Mapping[str, Tensor]:
         return {"x": ROWS[list(indices)]}
 
-    def counted(self, indices: Sequence[int]) -> int:
+    def num_targets(self, indices: Sequence[int]) -> int:
         return len(indices)
 
-    def longest(self, count: int) -> list[int]:
+    def longest_samples(self, count: int) -> list[int]:
         return list(range(count))
 
 
 class Two:
     """Two terms: the mean of x, and that of x squared over half as much."""
 
-    def weight(self, micro: Any) -> dict[str, float]:
-        return {"x": float(len(micro["x"])), "squares": 0.5 * len(micro["x"])}
+    def denominator(self, micro_batch: Any) -> dict[str, float]:
+        return {"x": float(len(micro_batch["x"])), "squares": 0.5 * len(micro_batch["x"])}
 
-    def loss_sum(self, model: nn.Module, micro: Any) -> dict[str, Tensor]:
-        y = model(micro["x"])
+    def loss_sum(self, model: nn.Module, micro_batch: Any) -> dict[str, Tensor]:
+        y = model(micro_batch["x"])
         return {"x": y.sum(), "squares": (y * y).sum()}
 
 
@@ -69,10 +69,10 @@ def counted_reads() -> Iterator[list[str]]:
 def evaluated() -> tuple[dict[str, float], list[str]]:
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.ones_(model.weight)
-    strategy: Strategy = recognise(_spread(model))
-    heldout = Heldout(Rows(), Plan(len(ROWS), len(ROWS), 2, shuffle=False), Two())
+    strategy: Strategy = strategy_for(_spread(model))
+    validation = Validation(Rows(), Plan(len(ROWS), len(ROWS), 2, shuffle=False), Two())
     with counted_reads() as reads:
-        return evaluate(strategy, heldout), reads
+        return evaluate(strategy, validation), reads
 
 
 def _spread(model: nn.Module) -> nn.Module:
@@ -82,7 +82,7 @@ def _spread(model: nn.Module) -> nn.Module:
 
 
 def test_means_are_exact_and_read_once(any_world: Ranks) -> None:
-    """11 samples in 6 micros: with 4 ranks, two have a micro less."""
+    """11 samples in 6 micro-batches: with 4 ranks, two have a micro-batch less."""
     for means, reads in any_world.run(evaluated):
         assert means == {"x": 6.0, "squares": 506 / 5.5}
         assert reads == ["tolist"]

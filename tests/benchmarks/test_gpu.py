@@ -60,7 +60,7 @@ def test_flops_are_those_of_the_formula(sizes: Any) -> None:
     # Weights of all matrices: 12 width^2 a layer, and the head. 2 FLOPs each and token, three times with the backward
     # for inputs and for weights. Attention: two products of T x T x width, three times.
     weights = 12 * sizes.layers * sizes.width**2 + sizes.vocab * sizes.width
-    tokens = sizes.micro * sizes.length
+    tokens = sizes.micro_batch_size * sizes.length
     assert sizes.flops() == 6 * weights * tokens + 12 * sizes.layers * sizes.length * sizes.width * tokens
 
 
@@ -106,7 +106,7 @@ class Fake:
         pass
 
 
-SETTING = gpu.Setting("cuda", TINY, num_micros=4, rounds=5, turn_windows=2, backend="inductor", limit_s=0.0)
+SETTING = gpu.Setting("cuda", TINY, num_micro_batches=4, rounds=5, turn_windows=2, backend="inductor", limit_s=0.0)
 
 
 def rows_in(limit_s: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu.Row]:
@@ -130,10 +130,10 @@ def test_all_arms_but_those_that_fail_are_measured(monkeypatch: pytest.MonkeyPat
     assert gpu.judge(list(rows.values())) == [
         "HF Trainer: RuntimeError: fault", "Lightning Trainer: its process ended with exit code 1"
     ]  # fmt: skip
-    told = gpu.table(list(rows.values()), window_tokens=1000, window_flops=10**12, peak_tflops=10.0)
-    assert "distaccum          1,000 (1,000, 1,000)    1.000       10.0%  1,024     1           22.0" in told
-    assert "failed: RuntimeError: fault" in told
-    assert "not installed: needs lightning" in told
+    printed = gpu.table(list(rows.values()), window_tokens=1000, window_flops=10**12, peak_tflops=10.0)
+    assert "distaccum          1,000 (1,000, 1,000)  1.000       10.0%  1,024     1           22.0" in printed
+    assert "failed: RuntimeError: fault" in printed
+    assert "not installed: needs lightning" in printed
 
 
 # Each arm needs 20 s and two windows to warm up, three windows a round, and two at the end.

@@ -53,7 +53,7 @@ def test_dry_run_with_torch_and_numpy_alone(tmp_path: Path) -> None:
         assert {name.split()[0] for name in figures} - {"worst", "windows,"} == strategies
         assert 0 < figures["worst"] <= 1e-12
         assert figures["windows, each as the ledger forecast"] >= 30
-        assert checks["bf16", ranks]["figures"]["update of 512 equal micros, fsdp boundary"] == 1.0
+        assert checks["bf16", ranks]["figures"]["update of 512 equal micro-batches, fsdp boundary"] == 1.0
     assert checks["host syncs", 1]["reasons"] == ["torch.cuda.set_sync_debug_mode needs CUDA"]
     assert 0.3 < checks["speed and memory", 1]["figures"]["ratio of tokens/s, ours to by hand"] < 3
     assert "5 passed, 0 failed, 1 not run" in done.stdout

@@ -50,20 +50,20 @@ def test_every_way_sends_what_it_should(tmp_path: Path) -> None:
     # The least of the rounds: a segment that the full queue of a link has dropped is sent, and counted, once more.
     sent = {name: min(max(one["bytes"]) for one in taken) for name, taken in samples.items()}
     gradients = 4 * found["parameters"]
-    micros = found["settings"]["num_micros"]
+    micro_batches = found["settings"]["num_micro_batches"]
     # On two ranks an all-reduce sends each host's gradients once. Headers, acknowledgements and the messages in which
     # ranks meet come on top: some 40 bytes for each segment of up to 64 KiB, and as many for each that is received.
     assert gradients < sent["DDP no_sync"] < 1.05 * gradients
     assert sent["compute alone"] < 0.01 * gradients
     assert sent["ours DDP"] == pytest.approx(sent["DDP no_sync"], rel=0.01)
-    assert sent["DDP naive"] == pytest.approx(micros * sent["DDP no_sync"], rel=0.02)
+    assert sent["DDP naive"] == pytest.approx(micro_batches * sent["DDP no_sync"], rel=0.02)
     for peer in {"Accelerate", "Fabric"} - set(world["missing"]):
         assert sent[peer] == pytest.approx(sent["DDP no_sync"], rel=0.01)
     # An all-gather sends the half of the parameters that this host has; gloo's reduce-scatter as much as an all-reduce.
     assert sent["ours FSDP2 keep"] < 1.55 * gradients
     assert sent["ours FSDP2 keep"] < sent["ours FSDP2 boundary"] / 4
-    assert sent["ours FSDP2 boundary"] <= 1.01 * sent["FSDP2 last micro"]
-    assert sent["FSDP2 last micro"] < sent["FSDP2 each micro"] - (micros - 1) * gradients / 2
+    assert sent["ours FSDP2 boundary"] <= 1.01 * sent["FSDP2 last micro-batch"]
+    assert sent["FSDP2 last micro-batch"] < sent["FSDP2 each micro-batch"] - (micro_batches - 1) * gradients / 2
 
 
 def test_without_root_it_says_what_it_needs(monkeypatch, capsys) -> None:

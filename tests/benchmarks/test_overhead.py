@@ -34,6 +34,6 @@ def test_it_measures_loops_that_train_the_same(tmp_path: Path) -> None:
             arm = measured[name]
             assert arm["status"] == "measured", (title, name, arm)
             assert arm["equal"], (title, name, arm)
-            assert len(arm["us_per_micro"]) == len(arm["ratio"]) == found["rounds"]
+            assert len(arm["us_per_micro_batch"]) == len(arm["ratio"]) == found["rounds"]
         assert measured["DeepSpeed"]["status"] in ("measured", "not installed (deepspeed)")
         assert measured["hand loop"]["ratio"] == [1.0] * found["rounds"]

@@ -15,7 +15,7 @@ def test_it_measures_what_is_predicted(tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=115)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["num_micros"] for row in found["flat"]] == [1, 2, 4]
+    assert [row["num_micro_batches"] for row in found["flat"]] == [1, 2, 4]
     assert len(found["table"]) == 8
     assert len(found["spread"]) == 9
     for row in [*found["flat"], *found["table"], *found["spread"]]:

@@ -29,7 +29,7 @@ from precisions import CASES, Case  # noqa: E402
 PAGE = (ROOT / "docs" / "precisions.md").read_text(encoding="utf-8")
 STORED = json.loads(precisions.RESULTS.read_text(encoding="utf-8"))
 FP32, BF16, FP16, PURE, SUMS, PURE_SUMS, REDUCED = CASES
-MICROS = (1, 16)
+MICRO_BATCHES = (1, 16)
 # A gradient is made of sums of up to 32 tokens x 257 logits. Errors of 2^-24 that do not conspire grow by the root of
 # the number of terms, 91, to 5e-6; conspiring ones would make 5e-4.
 SINGLE = 1e-5
@@ -37,8 +37,8 @@ ROUNDOFF = 2.0**-8  # bfloat16
 
 
 def on_rank(case: Case, cache_dir: str) -> dict[str, Any]:
-    samples, _ = precisions.read_samples(2 * max(MICROS), cache_dir)
-    return precisions.run(case, samples, MICROS)
+    samples, _ = precisions.read_samples(2 * max(MICRO_BATCHES), cache_dir)
+    return precisions.run(case, samples, MICRO_BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,18 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def samples(cache_dir: str) -> list[dict[str, torch.Tensor]]:
-    return precisions.read_samples(2 * max(MICROS), cache_dir)[0]
+    return precisions.read_samples(2 * max(MICRO_BATCHES), cache_dir)[0]
 
 
 @pytest.fixture(scope="module")
 def rows(two_ranks: World, samples: list[dict[str, torch.Tensor]], cache_dir: str) -> dict[Case, dict[str, Any]]:
     found = {}
     for case in CASES:
-        ran = precisions.run(case, samples, MICROS) if case.ranks == 1 else two_ranks.run(on_rank, case, cache_dir)[0]
+        ran = (
+            precisions.run(case, samples, MICRO_BATCHES)
+            if case.ranks == 1
+            else two_ranks.run(on_rank, case, cache_dir)[0]
+        )
         found[case] = precisions.row(case, ran, samples)
     return found
 
@@ -67,35 +71,38 @@ def spread(terms: list[np.ndarray[Any, Any]]) -> float:
 
 def test_errors_keep_to_what_is_derived(rows: dict[Case, dict[str, Any]], samples: list[Any]) -> None:
     gradients = [precisions.exact([sample]) for sample in samples]
-    for num_micros in MICROS:
-        errors = {case: rows[case]["errors"][str(num_micros)] for case in CASES}
+    for num_micro_batches in MICRO_BATCHES:
+        errors = {case: rows[case]["errors"][str(num_micro_batches)] for case in CASES}
         assert 0 < errors[FP32] < SINGLE
         # The same operations are rounded, to 11 bits and to 8: a ratio of 8, within a factor of 2 for chance.
         assert 4 * errors[FP16] < errors[BF16] < 16 * errors[FP16]
         # Rounded once more at the end, by up to 2^-8 of each number.
         assert errors[BF16] < errors[PURE] < 2 * errors[BF16] + ROUNDOFF
         # K numbers rounded on their way into the sum, K - 1 additions rounded (Higham, section 4.2).
-        rounded = ((1 + ROUNDOFF) ** num_micros - 1) * spread(gradients[:num_micros])
+        rounded = ((1 + ROUNDOFF) ** num_micro_batches - 1) * spread(gradients[:num_micro_batches])
         assert 100 * errors[FP32] < errors[SUMS] < rounded + SINGLE
         assert errors[PURE_SUMS] < rounded + errors[PURE]
         # Two ranks' numbers are rounded, and their sum.
-        own = [sum(gradients[rank : 2 * num_micros : 2]) for rank in range(2)]
+        own = [sum(gradients[rank : 2 * num_micro_batches : 2]) for rank in range(2)]
         twice = ((1 + ROUNDOFF) ** 2 - 1) * spread(own)
         assert 100 * errors[FP32] < errors[REDUCED] < twice + SINGLE
-    # Over micros the errors of bf16 products average out, and those of a bf16 sum add up.
-    of = {case: [rows[case]["errors"][str(num_micros)] for num_micros in MICROS] for case in (BF16, SUMS)}
+    # Over micro-batches the errors of bf16 products average out, and those of a bf16 sum add up.
+    of = {
+        case: [rows[case]["errors"][str(num_micro_batches)] for num_micro_batches in MICRO_BATCHES]
+        for case in (BF16, SUMS)
+    }
     assert of[BF16][0] > of[BF16][1]
     assert of[SUMS][0] < of[SUMS][1]
 
 
 @pytest.mark.parametrize(
-    ("case", "num_micros", "update"),
+    ("case", "num_micro_batches", "update"),
     [(case, 1024, 1.0) for case in (FP32, BF16, FP16, PURE)]
     + [(case, num, update) for case in (SUMS, PURE_SUMS) for num, update in ((256, 1.0), (512, 0.5), (1024, 0.25))],
 )
-def test_trap_14_a_constant_gradient(case: Case, num_micros: int, update: float) -> None:
+def test_trap_14_a_constant_gradient(case: Case, num_micro_batches: int, update: float) -> None:
     # 256 times 1 / K is exact in 8 bits; the next 1 / K is half an ulp of that and is lost, for good.
-    assert precisions.constant_gradient(case, num_micros) == update
+    assert precisions.constant_gradient(case, num_micro_batches) == update
 
 
 def test_bytes_are_those_of_real_tensors_and_by_hand(rows: dict[Case, dict[str, Any]]) -> None:
@@ -124,7 +131,7 @@ def test_the_page_has_the_stored_table_and_it_is_of_these_cases(rows: dict[Case,
     assert f"{STORED['parameters']:,} parameters" in PAGE
     assert [(row["case"], row["ranks"]) for row in STORED["rows"]] == [(case.overrides, case.ranks) for case in CASES]
     for case, row in zip(CASES, STORED["rows"], strict=True):
-        assert [int(num) for num in row["errors"]] == list(precisions.NUMS_MICROS)
+        assert [int(num) for num in row["errors"]] == list(precisions.NUMS_MICRO_BATCHES)
         assert row["bytes"] == rows[case]["bytes"]  # these depend on no machine
         assert precisions.is_held(row)
         stalls = case in (SUMS, PURE_SUMS)

@@ -32,7 +32,7 @@ def test_import_time(tmp_path: Path) -> None:
 def test_verify_all(tmp_path: Path) -> None:
     found = smoke("verify_all", tmp_path)
     assert [(row["strategy"], row["sync"]) for row in found["rows"]] == [
-        ("ddp", "boundary"), ("fsdp", "keep"), ("ddp", "every"), ("hsdp", "shard"),
+        ("ddp", "boundary"), ("fsdp", "gather_once"), ("ddp", "every"), ("hsdp", "reduce_scatter"),
     ]  # fmt: skip
     assert all(row["holds"] and row["network_agrees"] for row in found["rows"])
     assert found["ranks"] == 2

@@ -22,9 +22,9 @@ def test_every_way_is_predicted_and_measured(tmp_path: Path) -> None:
     found = json.loads(found_file.read_text())
     (rate,) = found["rates"].values()
     ways = ["ddp", "ddp, T = 4", "fsdp boundary", "fsdp keep", "fsdp every"]
-    assert [(row["way"], row["num_micros"]) for row in rate["rows"]] == list(itertools.product(ways, [2, 8]))
+    assert [(row["way"], row["num_micro_batches"]) for row in rate["rows"]] == list(itertools.product(ways, [2, 8]))
     assert rate["profile"]["ranks"] == 2
-    assert len(rate["micro"]["seconds"]) == 2  # before the windows of each K
+    assert len(rate["micro_batch"]["seconds"]) == 2  # before the windows of each K
     for row in rate["rows"]:
         assert len(row["seconds"]) == 1
         assert row["predicted_s"] > 0

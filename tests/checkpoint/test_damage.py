@@ -96,23 +96,29 @@ DAMAGE = {
     "not UTF-8": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
     "too deep": (manifest("[" * 100_000), "is not JSON"),
     "too long a number": (manifest("1" * 10_000), "is not JSON"),
-    "another JSON": (manifest("[1, 2]"), "not that of a checkpoint"),
-    "a newer version": (changed("version", to=2), "has version 2, and this reads version 1"),
-    "a step that is no number": (changed("step", to="2"), "step is 2, not a count"),
-    "a step below zero": (changed("step", to=-2), "step is -2, not a count"),
-    "facts that are a list": (changed("facts", to=[]), "facts is not a table"),
+    "another JSON": (manifest("[1, 2]"), "is not the manifest of a checkpoint"),
+    "a newer version": (changed("version", to=2), "has version 2; only version 1 can be read"),
+    "a step that is no number": (changed("step", to="2"), "step is '2', which is not a count"),
+    "a step below zero": (changed("step", to=-2), "step is -2, which is not a count"),
+    "facts that are a list": (changed("facts", to=[]), "facts is not a JSON object"),
     "another folder": (lies_at("../step-00000001/" + SHARD), r"names the file '\.\./step-00000001"),
     "an absolute path": (lies_at("/etc/passwd"), "names the file '/etc/passwd'"),
     "a newline in a name": (lies_at(SHARD + "\n"), "names the file"),
     "no checksum": (changed("files", SHARD, to={"bytes": 3}), f"{SHARD} has no sha256"),
     "an unknown dtype": (changed("tensors", "model.a", "dtype", to="Tensor"), "the unknown dtype 'Tensor'"),
     "a true shape": (changed("tensors", "model.a", "shape", to=[True, 3]), "shape of model.a is True"),
-    "offsets outside": (changed(*CHUNK, 0, "offsets", to=[1, 0]), r"a chunk at \[1, 0\].*outside \[1000, 3\]"),
+    "offsets outside": (
+        changed(*CHUNK, 0, "offsets", to=[1, 0]),
+        r"a chunk at \[1, 0\].*outside its shape \[1000, 3\]",
+    ),
     "offsets below zero": (changed(*CHUNK, 0, "offsets", to=[-1, 0]), "offsets of model.a is -1"),
     "too few dimensions": (changed(*CHUNK, 0, "offsets", to=[0]), "outside"),
-    "a chunk missing": (changed(*CHUNK, to=[]), "has 3000 elements, and its chunks hold 0"),
+    "a chunk missing": (changed(*CHUNK, to=[]), "has 3000 elements, but its chunks hold 0"),
     "a chunk twice": (changed(*CHUNK, to=lambda chunks: chunks * 2), "its chunks hold 6000"),
-    "a file that is not listed": (changed(*CHUNK, 0, "file", to="shard-00009.safetensors"), "which is not listed"),
+    "a file that is not listed": (
+        changed(*CHUNK, 0, "file", to="shard-00009.safetensors"),
+        "which the manifest does not list",
+    ),
     "another shape": (
         changed(
             "tensors",
@@ -191,7 +197,7 @@ def test_torchs_own_checkpoint_is_refused(tmp_path):
     bad.mkdir()
     for name in (".metadata", "__0_0.distcp"):
         (bad / name).write_bytes(pickle.dumps(Malice(marker)))
-    with pytest.raises(CheckpointError, match=r"manifest.json is missing; \.metadata is a pickle of torch"):
+    with pytest.raises(CheckpointError, match=r"manifest.json is missing; \.metadata is a PyTorch pickle"):
         Checkpoint.open(bad, ALONE)
     with pytest.raises(CheckpointError, match="has no good checkpoint"):
         Checkpoint.open(tmp_path, ALONE)
@@ -207,7 +213,7 @@ def test_latest_that_leads_nowhere(tmp_path, content):
         (tmp_path / "latest").write_bytes(content.encode("latin-1"))
     checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
     assert checkpoints.newest().step == 2
-    gone = [f"{tmp_path / 'latest'}: names step-00000009, which is not there"]
+    gone = [f"{tmp_path / 'latest'}: names step-00000009, which does not exist"]
     assert checkpoints.passed_over == (gone if content == "step-00000009" else [])
 
 
@@ -226,7 +232,7 @@ def test_nothing_there(tmp_path):
     assert checkpoints.newest() is None
     assert checkpoints.clean() == []
     for path in (tmp_path, tmp_path / "checkpoints", tmp_path / "none"):
-        with pytest.raises(CheckpointError, match=r"is no checkpoint|manifest\.json is missing"):
+        with pytest.raises(CheckpointError, match=r"is not a checkpoint|manifest\.json is missing"):
             Checkpoint.open(path, ALONE)
 
 

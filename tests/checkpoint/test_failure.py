@@ -46,7 +46,7 @@ def test_a_name_is_never_used_again(tmp_path):
 
 
 def test_keep_at_least_one(tmp_path):
-    with pytest.raises(ConfigError, match="at least 1, got keep=0"):
+    with pytest.raises(ConfigError, match="At least one checkpoint must be kept, got keep=0"):
         Checkpoints(tmp_path, ALONE, keep=0)
 
 
@@ -59,7 +59,7 @@ def test_an_old_one_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
     assert saved.remarks == (
         f"the old checkpoint {tmp_path / 'step-00000001'} could not be removed: [Errno 13] not yours",
     )
-    assert saved.told().endswith(saved.remarks[0])
+    assert saved.message().endswith(saved.remarks[0])
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def test_a_full_disk(two_ranks: Ranks, tmp_path, asynchronous):
     message, left, step, differ, passed_over = told[0]
     assert f"The checkpoint of step 2 was not saved in {folder}: rank" in message
     assert ("No space left on device" if disk else "File too large") in message
-    assert message.endswith("The last good one is step-00000001, as it was.")
+    assert message.endswith("The last good one is step-00000001, which is unchanged.")
     assert [name for name in left if name != "ballast"] == ["best", "latest", "step-00000001"]
     assert (step, differ, passed_over) == (3, [], [])
 

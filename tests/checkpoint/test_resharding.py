@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from worlds import World as Ranks
 from worlds import world as ranks_of
 
-from distaccum.checkpoint.storage import Piece, write_file
+from distaccum.checkpoint.storage import LocalChunk, write_file
 from distaccum.checkpoint.store import Checkpoint, Checkpoints
 from distaccum.errors import CheckpointError
 from distaccum.parallel.world import World
@@ -53,7 +53,7 @@ def pieces_alive(folder):
 
     def counting(*args):
         gc.collect()
-        counts.append(sum(type(thing) is Piece for thing in gc.get_objects()))
+        counts.append(sum(type(thing) is LocalChunk for thing in gc.get_objects()))
         return write_file(*args)
 
     with mock.patch("distaccum.checkpoint.store.write_file", counting):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distaccum.core.batch_schedule import BatchSchedule, Ramp, ScheduleUnit, entries_of
-from distaccum.core.batch_size import DEFAULT_MICRO, Ragged, samples_of_tokens, solve
-from distaccum.core.plan import LastWindow, Micro, Plan
+from distaccum.core.batch_size import DEFAULT_MICRO_BATCH_SIZE, Ragged, samples_of_tokens, solve
+from distaccum.core.plan import LastWindow, MicroBatch, Plan
 from distaccum.core.rng import random_key
 from distaccum.errors import ConfigError
 
@@ -31,8 +31,8 @@ schedules = st.builds(
 def planned(batch: int | BatchSchedule, **others: Any) -> Plan:
     """A plan of one effective batch, or of a schedule."""
     if isinstance(batch, int):
-        return Plan(effective_batch=batch, **others)
-    return Plan(effective_batch=batch.entries[0][1], schedule=batch, **others)
+        return Plan(effective_batch_size=batch, **others)
+    return Plan(effective_batch_size=batch.entries[0][1], schedule=batch, **others)
 
 
 def plans_of(*last: LastWindow, at_least: int) -> st.SearchStrategy[Plan]:
@@ -40,7 +40,7 @@ def plans_of(*last: LastWindow, at_least: int) -> st.SearchStrategy[Plan]:
         planned,
         batch=st.one_of(sizes, schedules),
         num_samples=st.integers(at_least, 200),
-        micro_size=st.integers(1, 12),
+        micro_batch_size=st.integers(1, 12),
         seed=st.integers(0, 5),
         last_window=st.sampled_from(last),
     )
@@ -54,7 +54,7 @@ def samples_of(plan: Plan, windows: int, world_size: int, step: int = 0, start: 
     """All samples of some windows, gathered rank by rank."""
     found = []
     for window in islice(plan.windows(step, start), windows):
-        by_number = {m.number: m for rank in range(world_size) for m in window.deal(rank, world_size)}
+        by_number = {m.number: m for rank in range(world_size) for m in window.of_rank(rank, world_size)}
         assert sorted(by_number) == list(range(len(by_number)))
         for number in sorted(by_number):
             found += plan.samples(by_number[number])
@@ -89,33 +89,35 @@ def test_a_resumed_run_continues_where_it_stopped_on_any_world_size(
 
 @settings(deadline=None)
 @given(plan=plans, world_size=st.integers(1, 9))
-def test_micros_do_not_depend_on_the_world_size(plan: Plan, world_size: int) -> None:
+def test_micro_batches_do_not_depend_on_the_world_size(plan: Plan, world_size: int) -> None:
     for window in islice(plan.windows(), 5):
-        dealt = [window.deal(rank, world_size) for rank in range(world_size)]
-        assert sorted((m for micros in dealt for m in micros), key=lambda m: m.number) == list(window.micros)
-        counts = [len(micros) for micros in dealt]
+        dealt = [window.of_rank(rank, world_size) for rank in range(world_size)]
+        assert sorted((m for micro_batches in dealt for m in micro_batches), key=lambda m: m.number) == list(
+            window.micro_batches
+        )
+        counts = [len(micro_batches) for micro_batches in dealt]
         assert max(counts) - min(counts) <= 1
-        micro_sizes = [m.size for m in window.micros]
-        assert sum(micro_sizes) == window.size
-        assert max(micro_sizes) <= plan.micro_size
-        assert max(micro_sizes) - min(micro_sizes) <= 1
+        micro_batch_sizes = [m.size for m in window.micro_batches]
+        assert sum(micro_batch_sizes) == window.size
+        assert max(micro_batch_sizes) <= plan.micro_batch_size
+        assert max(micro_batch_sizes) - min(micro_batch_sizes) <= 1
 
 
 @settings(deadline=None)
-@given(num_samples=st.integers(1, 200), effective_batch=sizes, seed=st.integers(0, 3))
+@given(num_samples=st.integers(1, 200), effective_batch_size=sizes, seed=st.integers(0, 3))
 def test_drop_uses_each_sample_at_most_once_and_only_full_windows(
-    num_samples: int, effective_batch: int, seed: int
+    num_samples: int, effective_batch_size: int, seed: int
 ) -> None:
-    if num_samples < effective_batch:
+    if num_samples < effective_batch_size:
         with pytest.raises(ConfigError, match="leaves nothing"):
-            Plan(num_samples, effective_batch, 4, seed, LastWindow.drop)
+            Plan(num_samples, effective_batch_size, 4, seed, LastWindow.drop)
         return
-    plan = Plan(num_samples, effective_batch, 4, seed, LastWindow.drop)
+    plan = Plan(num_samples, effective_batch_size, 4, seed, LastWindow.drop)
     for epoch in range(2):
         windows = [w for w in islice(plan.windows(), plan.num_steps(2)) if w.epoch == epoch]
-        assert [w.size for w in windows] == [effective_batch] * plan.windows_per_epoch
-        found = [s for w in windows for m in w.micros for s in plan.samples(m)]
-        assert len(found) == len(set(found)) == num_samples // effective_batch * effective_batch
+        assert [w.size for w in windows] == [effective_batch_size] * plan.windows_per_epoch
+        found = [s for w in windows for m in w.micro_batches for s in plan.samples(m)]
+        assert len(found) == len(set(found)) == num_samples // effective_batch_size * effective_batch_size
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
@@ -132,28 +134,32 @@ GOLDEN = "3775d29cde2e21d0982c3df05f057fb5"  # of the plans below before there w
 
 @pytest.mark.parametrize("in_one_entry", [False, True])
 def test_one_effective_batch_all_along_makes_the_windows_it_always_made(in_one_entry: bool) -> None:
-    """Without a schedule, and with one that never changes: windows, micros, samples and counts."""
+    """Without a schedule, and with one that never changes: windows, micro-batches, samples and counts."""
     seen = hashlib.blake2b(digest_size=16)
     for n in (1, 7, 25, 150):
         for batch in (1, 7, 16, 100):
-            for micro in (1, 8):
+            for micro_batch in (1, 8):
                 for last in LastWindow:
                     if last is LastWindow.drop and n < batch:
                         continue
                     plan = planned(
                         BatchSchedule(((0, batch),)) if in_one_entry else batch,
                         num_samples=n,
-                        micro_size=micro,
+                        micro_batch_size=micro_batch,
                         seed=n + batch,
                         last_window=last,
                     )
                     seen.update(repr((plan.windows_per_epoch, plan.last_window_size, plan.num_steps(3))).encode())
                     for step, start in ((0, 0), (5, 3 * n - 2), (9, n // 2)):
                         for w in islice(plan.windows(step, start), 6):
-                            assert w.effective_batch == batch
-                            seen.update(repr((w.step, w.epoch, w.start, w.size, w.micro_size, w.next_start)).encode())
-                            micros = [(m.step, m.number, m.start, m.size, plan.samples(m)) for m in w.micros]
-                            seen.update(repr(micros).encode())
+                            assert w.effective_batch_size == batch
+                            seen.update(
+                                repr((w.step, w.epoch, w.start, w.size, w.micro_batch_size, w.next_start)).encode()
+                            )
+                            micro_batches = [
+                                (m.step, m.number, m.start, m.size, plan.samples(m)) for m in w.micro_batches
+                            ]
+                            seen.update(repr(micro_batches).encode())
     assert seen.hexdigest() == GOLDEN
 
 
@@ -161,34 +167,36 @@ def test_one_effective_batch_all_along_makes_the_windows_it_always_made(in_one_e
 
 
 def batches_of(plan: Plan, steps: int) -> list[int]:
-    return [window.effective_batch for window in islice(plan.windows(), steps)]
+    return [window.effective_batch_size for window in islice(plan.windows(), steps)]
 
 
 def test_a_jump_and_a_ramp_by_hand() -> None:
     entries = ((0, 16), (4, 64), (6, 8))
-    jump = planned(BatchSchedule(entries), num_samples=10_000, micro_size=8)
+    jump = planned(BatchSchedule(entries), num_samples=10_000, micro_batch_size=8)
     assert batches_of(jump, 8) == [16, 16, 16, 16, 64, 64, 8, 8]
     assert [w.start for w in islice(jump.windows(), 8)] == [0, 16, 32, 48, 64, 128, 192, 200]
-    ramp = planned(BatchSchedule(entries, ramp=Ramp.linear), num_samples=10_000, micro_size=8)
+    ramp = planned(BatchSchedule(entries, ramp=Ramp.linear), num_samples=10_000, micro_batch_size=8)
     # 16, 28, 40, 52, then 64, 36, then 8: 28 and 36 are half-way between multiples of 8, 52 as well.
     assert batches_of(ramp, 8) == [16, 32, 40, 56, 64, 40, 8, 8]
-    by_position = planned(BatchSchedule(((0, 16), (40, 64)), ScheduleUnit.samples), num_samples=10_000, micro_size=8)
+    by_position = planned(
+        BatchSchedule(((0, 16), (40, 64)), ScheduleUnit.samples), num_samples=10_000, micro_batch_size=8
+    )
     assert [(w.start, w.size) for w in islice(by_position.windows(), 4)] == [(0, 16), (16, 16), (32, 16), (48, 64)]
 
 
-def test_a_ramp_keeps_its_ends_where_the_micro_size_does_not_divide_them() -> None:
-    plan = planned(BatchSchedule(((0, 3), (4, 21)), ramp=Ramp.linear), num_samples=10_000, micro_size=8)
+def test_a_ramp_keeps_its_ends_where_the_micro_batch_size_does_not_divide_them() -> None:
+    plan = planned(BatchSchedule(((0, 3), (4, 21)), ramp=Ramp.linear), num_samples=10_000, micro_batch_size=8)
     assert batches_of(plan, 6) == [3, 8, 16, 16, 21, 21]  # 3, 7.5, 12, 16.5, 21
 
 
 @settings(deadline=None)
-@given(schedule=schedules, micro_size=st.integers(1, 12), step=st.integers(0, 200), start=st.integers(0, 200))
+@given(schedule=schedules, micro_batch_size=st.integers(1, 12), step=st.integers(0, 200), start=st.integers(0, 200))
 def test_a_ramp_is_exact_at_its_entries_and_monotone_between(
-    schedule: BatchSchedule, micro_size: int, step: int, start: int
+    schedule: BatchSchedule, micro_batch_size: int, step: int, start: int
 ) -> None:
     def at(position: int) -> int:
         in_steps = schedule.unit is ScheduleUnit.steps
-        return schedule.at(position if in_steps else step, start if in_steps else position, micro_size)
+        return schedule.at(position if in_steps else step, start if in_steps else position, micro_batch_size)
 
     assert [at(begin) for begin, _ in schedule.entries] == [size for _, size in schedule.entries]
     for (begin, size), (end, goal) in pairwise(schedule.entries):
@@ -199,18 +207,18 @@ def test_a_ramp_is_exact_at_its_entries_and_monotone_between(
         assert [*between, goal] == sorted([*between, goal], reverse=goal < size)
         for position, batch in enumerate(between[1:], begin + 1):
             exact = size + (goal - size) * (position - begin) / (end - begin)
-            assert abs(batch - exact) <= micro_size / 2 + 1e-9  # nearest; a bound is nearer than what it bounds
-            assert batch % micro_size == 0 or batch in (size, goal)
+            assert abs(batch - exact) <= micro_batch_size / 2 + 1e-9  # nearest; a bound is nearer than what it bounds
+            assert batch % micro_batch_size == 0 or batch in (size, goal)
     assert at(10**9) == schedule.entries[-1][1] <= schedule.largest
 
 
 @settings(deadline=None)
-@given(schedule=schedules, micro_size=st.integers(1, 12), step=st.integers(0, 100), start=st.integers(0, 100))
-def test_windows_said_to_be_alike_are(schedule: BatchSchedule, micro_size: int, step: int, start: int) -> None:
-    alike, batch = schedule.alike(step, start, micro_size), schedule.at(step, start, micro_size)
+@given(schedule=schedules, micro_batch_size=st.integers(1, 12), step=st.integers(0, 100), start=st.integers(0, 100))
+def test_windows_said_to_be_alike_are(schedule: BatchSchedule, micro_batch_size: int, step: int, start: int) -> None:
+    alike, batch = schedule.alike(step, start, micro_batch_size), schedule.at(step, start, micro_batch_size)
     assert alike >= 1
     for index in range(min(alike, 50)):
-        assert schedule.at(step + index, start + index * batch, micro_size) == batch
+        assert schedule.at(step + index, start + index * batch, micro_batch_size) == batch
 
 
 @settings(deadline=None)
@@ -226,18 +234,18 @@ def test_counts_and_starts_are_those_of_the_windows_one_by_one(plan: Plan, epoch
     assert plan.window(step, plan.start_of(step)) == windows[step]
 
 
-def test_a_rank_makes_its_own_micros_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_makes_its_own_micro_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
 
-    class Counted(Micro):
+    class Counted(MicroBatch):
         def __init__(self, *args: int) -> None:
             nonlocal made
             made += 1
             super().__init__(*args)
 
-    monkeypatch.setattr("distaccum.core.plan.Micro", Counted)
-    window = Plan(num_samples=10**7, effective_batch=16384 * 8 * 3 - 1, micro_size=3).window()
-    last = window.deal(16383, 16384)
+    monkeypatch.setattr("distaccum.core.plan.MicroBatch", Counted)
+    window = Plan(num_samples=10**7, effective_batch_size=16384 * 8 * 3 - 1, micro_batch_size=3).window()
+    last = window.of_rank(16383, 16384)
     assert made == len(last) == 8
     assert (last[-1].number, last[-1].start + last[-1].size, last[-1].size) == (131071, window.size, 2)
 
@@ -246,19 +254,21 @@ def test_a_rank_makes_its_own_micros_only(monkeypatch: pytest.MonkeyPatch) -> No
 @given(plan=dropping)
 def test_drop_with_a_schedule_leaves_out_only_what_is_too_short(plan: Plan) -> None:
     for window, following in pairwise(islice(plan.windows(), 60)):
-        assert window.size == window.effective_batch
+        assert window.size == window.effective_batch_size
         assert following.start == window.next_start
         end = window.start + window.size
         assert following.epoch == window.epoch or following.start == following.epoch * plan.num_samples
         if following.start > end:  # the gap is smaller than what a window there would have been asked for
-            asked = planned(plan.schedule or plan.effective_batch, num_samples=10**6, micro_size=plan.micro_size)
-            assert following.start - end < asked.window(following.step, end).effective_batch
+            asked = planned(
+                plan.schedule or plan.effective_batch_size, num_samples=10**6, micro_batch_size=plan.micro_batch_size
+            )
+            assert following.start - end < asked.window(following.step, end).effective_batch_size
 
 
 def test_drop_with_a_schedule_by_hand() -> None:
     """Epochs of 20 samples: 6, 6, 6 and a gap of 2, then 8, 8 and a gap of 4; also from within the first gap."""
     growing = BatchSchedule(((0, 6), (20, 8)), ScheduleUnit.samples)
-    plan = planned(growing, num_samples=20, micro_size=2, last_window=LastWindow.drop)
+    plan = planned(growing, num_samples=20, micro_batch_size=2, last_window=LastWindow.drop)
     assert [(w.start, w.size) for w in islice(plan.windows(), 6)] == [
         (0, 6),
         (6, 6),
@@ -273,7 +283,7 @@ def test_drop_with_a_schedule_by_hand() -> None:
 
 def test_millions_of_windows_are_counted_without_making_them() -> None:
     growing = BatchSchedule(((0, 64), (10**6, 4096)), ramp=Ramp.linear)
-    plan = planned(growing, num_samples=10**12, micro_size=1024)
+    plan = planned(growing, num_samples=10**12, micro_batch_size=1024)
     # By hand: on [0, 10^6) the exact batch is 64 + 0.004032 s. Nearest multiples of 1024, at least 64: 64 at 64 + ... <
     # 512, then 1024, 2048, 3072, and 4096 from 3584 on.
     bounds = [-(-(middle - 64) * 1000_000 // 4032) for middle in (512, 1536, 2560, 3584)]
@@ -288,11 +298,11 @@ def test_millions_of_windows_are_counted_without_making_them() -> None:
     ("entries", "message"),
     [
         ((), r"accum.schedule has no entries\. Write at least \{from: 0"),
-        (((5, 16),), r"accum.schedule\[0\].from is 5.*\{from: 0, effective_batch: 16\}"),
+        (((5, 16),), r"accum.schedule\[0\].from is 5.*\{from: 0, effective_batch_size: 16\}"),
         (((-1, 16),), r"accum.schedule\[0\].from is -1"),
         (((0, 16), (9, 32), (9, 64)), r"accum.schedule\[2\].from \(9\) does not come after .* \(9\)"),
         (((0, 16), (9, 32), (4, 64)), r"accum.schedule\[2\].from \(4\) .* rising order, each position \(steps\)"),
-        (((0, 16), (9, 0)), r"accum.schedule\[1\].effective_batch is 0; .* at least 1"),
+        (((0, 16), (9, 0)), r"accum.schedule\[1\].effective_batch_size is 0; .* at least 1"),
     ],
 )
 def test_schedules_that_make_no_sense(entries: tuple[tuple[int, int], ...], message: str) -> None:
@@ -302,7 +312,7 @@ def test_schedules_that_make_no_sense(entries: tuple[tuple[int, int], ...], mess
 
 def test_a_plan_and_its_schedule_agree() -> None:
     schedule = BatchSchedule(((0, 4), (9, 30)))
-    with pytest.raises(ConfigError, match="effective_batch is 5, but the schedule begins with 4"):
+    with pytest.raises(ConfigError, match="effective_batch_size is 5, but the schedule begins with 4"):
         Plan(100, 5, 2, schedule=schedule)
     with pytest.raises(ConfigError, match="an epoch has 20 samples and a window needs 30"):
         Plan(20, 4, 2, last_window=LastWindow.drop, schedule=schedule)
@@ -316,15 +326,15 @@ def test_a_schedule_in_tokens() -> None:
     assert in_samples.in_samples(None) is in_samples
     with pytest.raises(ConfigError, match="schedule_unit=tokens needs samples of one length"):
         in_tokens.in_samples(None)
-    with pytest.raises(ValueError, match="a plan knows no tokens"):
+    with pytest.raises(ValueError, match="A plan does not count tokens"):
         Plan(100, 4, 2, schedule=in_tokens)
 
 
 def test_entries_as_users_write_them() -> None:
-    written = [{"from": 0, "effective_batch": 16}, {"from": 100, "effective_batch": 64}]
+    written = [{"from": 0, "effective_batch_size": 16}, {"from": 100, "effective_batch_size": 64}]
     assert entries_of(written) == ((0, 16), (100, 64))
-    with pytest.raises(ConfigError, match=r"accum.schedule\[1\] has the keys at, effective_batch; an entry is"):
-        entries_of([written[0], {"at": 100, "effective_batch": 64}])
+    with pytest.raises(ConfigError, match=r"accum.schedule\[1\] has the keys at, effective_batch_size. Write an entry"):
+        entries_of([written[0], {"at": 100, "effective_batch_size": 64}])
 
 
 def test_windows_per_epoch_and_the_last_window() -> None:
@@ -345,51 +355,64 @@ def test_random_keys_depend_on_all_three_numbers() -> None:
 
 @given(
     world_size=st.integers(1, 9),
-    effective_batch=st.integers(1, 300),
-    micro=st.integers(1, 20),
-    micros=st.integers(1, 9),
+    effective_batch_size=st.integers(1, 300),
+    micro_batch=st.integers(1, 20),
+    micro_batches=st.integers(1, 9),
 )
-def test_any_two_give_the_third(world_size: int, effective_batch: int, micro: int, micros: int) -> None:
-    one = solve(world_size, effective_batch=effective_batch, micro_size=micro)
-    assert one.effective_batch == effective_batch
-    assert (one.num_micros - 1) * micro * world_size < effective_batch <= one.num_micros * micro * world_size
-    window = Plan(effective_batch, effective_batch, one.micro_size).window()
-    assert len(window.deal(0, world_size)) == one.num_micros
-    two = solve(world_size, micro_size=micro, num_micros=micros)
-    assert two.effective_batch == micro * micros * world_size
+def test_any_two_give_the_third(
+    world_size: int, effective_batch_size: int, micro_batch: int, micro_batches: int
+) -> None:
+    one = solve(world_size, effective_batch_size=effective_batch_size, micro_batch_size=micro_batch)
+    assert one.effective_batch_size == effective_batch_size
+    assert (
+        (one.gradient_accumulation_steps - 1) * micro_batch * world_size
+        < effective_batch_size
+        <= one.gradient_accumulation_steps * micro_batch * world_size
+    )
+    window = Plan(effective_batch_size, effective_batch_size, one.micro_batch_size).window()
+    assert len(window.of_rank(0, world_size)) == one.gradient_accumulation_steps
+    two = solve(world_size, micro_batch_size=micro_batch, gradient_accumulation_steps=micro_batches)
+    assert two.effective_batch_size == micro_batch * micro_batches * world_size
     assert two.even
     try:
-        three = solve(world_size, effective_batch=effective_batch, num_micros=micros)
+        three = solve(world_size, effective_batch_size=effective_batch_size, gradient_accumulation_steps=micro_batches)
     except ConfigError:
-        sizes = {solve(world_size, effective_batch, size).num_micros for size in range(1, effective_batch + 1)}
-        assert micros not in sizes  # no micro size gives so many
+        sizes = {
+            solve(world_size, effective_batch_size, size).gradient_accumulation_steps
+            for size in range(1, effective_batch_size + 1)
+        }
+        assert micro_batches not in sizes  # no micro-batch size gives so many
     else:
-        assert (three.effective_batch, three.num_micros) == (effective_batch, micros)
-        assert Plan(effective_batch, effective_batch, three.micro_size).window().deal(0, world_size)
+        assert (three.effective_batch_size, three.gradient_accumulation_steps) == (effective_batch_size, micro_batches)
+        assert Plan(effective_batch_size, effective_batch_size, three.micro_batch_size).window().of_rank(0, world_size)
 
 
 def test_with_fewer_than_two_the_rest_has_defaults() -> None:
-    assert solve(2).effective_batch == 2 * DEFAULT_MICRO
-    assert solve(2, num_micros=3).effective_batch == 6 * DEFAULT_MICRO
-    assert solve(2, micro_size=5).effective_batch == 10
-    assert solve(2, effective_batch=64).num_micros == 4
-    assert solve(1, effective_batch=3).micro_size == 3
+    assert solve(2).effective_batch_size == 2 * DEFAULT_MICRO_BATCH_SIZE
+    assert solve(2, gradient_accumulation_steps=3).effective_batch_size == 6 * DEFAULT_MICRO_BATCH_SIZE
+    assert solve(2, micro_batch_size=5).effective_batch_size == 10
+    assert solve(2, effective_batch_size=64).gradient_accumulation_steps == 4
+    assert solve(1, effective_batch_size=3).micro_batch_size == 3
 
 
 def test_all_three_must_agree() -> None:
-    assert solve(2, effective_batch=48, micro_size=8, num_micros=3).even
-    with pytest.raises(ConfigError, match=r"num_micros=4 contradicts accum.effective_batch=48.*effective_batch=64"):
-        solve(2, effective_batch=48, micro_size=8, num_micros=4)
+    assert solve(2, effective_batch_size=48, micro_batch_size=8, gradient_accumulation_steps=3).even
+    with pytest.raises(
+        ConfigError,
+        match=r"gradient_accumulation_steps=4 contradicts accum.effective_batch_size=48.*effective_batch_size=64",
+    ):
+        solve(2, effective_batch_size=48, micro_batch_size=8, gradient_accumulation_steps=4)
 
 
 def test_a_refusal_names_the_nearest_plans() -> None:
     with pytest.raises(
-        ConfigError, match=r"needs 12\.5 micro-batches of 8 .* accum.effective_batch=96 or 104, or accum.micro=5"
+        ConfigError,
+        match=r"needs 12\.5 micro-batches of 8 .* accum.effective_batch_size=96 or 104, or accum.micro_batch_size=5",
     ):
-        solve(1, effective_batch=100, micro_size=8, ragged=Ragged.refuse)
-    with pytest.raises(ConfigError, match=r"use 16|effective_batch=16"):
-        solve(2, effective_batch=3, micro_size=8, ragged=Ragged.refuse)
-    assert solve(4, effective_batch=64, micro_size=4, ragged=Ragged.refuse).num_micros == 4
+        solve(1, effective_batch_size=100, micro_batch_size=8, ragged=Ragged.refuse)
+    with pytest.raises(ConfigError, match=r"use 16|effective_batch_size=16"):
+        solve(2, effective_batch_size=3, micro_batch_size=8, ragged=Ragged.refuse)
+    assert solve(4, effective_batch_size=64, micro_batch_size=4, ragged=Ragged.refuse).gradient_accumulation_steps == 4
 
 
 def test_effective_batch_in_tokens() -> None:
@@ -400,7 +423,7 @@ def test_effective_batch_in_tokens() -> None:
         samples_of_tokens(1000, None)
 
 
-@pytest.mark.parametrize("name", ["effective_batch", "micro_size", "num_micros"])
+@pytest.mark.parametrize("name", ["effective_batch_size", "micro_batch_size", "gradient_accumulation_steps"])
 def test_counts_are_positive(name: str) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         solve(2, **{name: 0})

@@ -131,31 +131,31 @@ KINDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-def held(micro: Any) -> tuple[Tensor, Tensor]:
+def held(micro_batch: Any) -> tuple[Tensor, Tensor]:
     """The tensors x and y of a micro-batch of any kind."""
-    if isinstance(micro, Mapping) and "inputs" in micro:
-        return micro["inputs"]["x"], micro["targets"][0]
-    if isinstance(micro, Mapping | UserDict):
-        return micro["x"], micro["y"]
-    return (micro[0], micro[1]) if isinstance(micro, tuple | list) else (micro.x, micro.y)
+    if isinstance(micro_batch, Mapping) and "inputs" in micro_batch:
+        return micro_batch["inputs"]["x"], micro_batch["targets"][0]
+    if isinstance(micro_batch, Mapping | UserDict):
+        return micro_batch["x"], micro_batch["y"]
+    return (micro_batch[0], micro_batch[1]) if isinstance(micro_batch, tuple | list) else (micro_batch.x, micro_batch.y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_classes_keep_their_class_on_a_device(kind: str) -> None:
     x, y = xy()
-    micro = KINDS[kind](x, y)
-    moved = to_device(micro, META)
-    assert type(moved) is type(micro)
+    micro_batch = KINDS[kind](x, y)
+    moved = to_device(micro_batch, META)
+    assert type(moved) is type(micro_batch)
     assert [tensor.device for tensor in held(moved)] == [META, META]
-    assert held(micro)[0] is x  # what was read stays where it is
-    assert held(micro)[1] is y
-    assert getattr(moved, "note", None) == getattr(micro, "note", None)
+    assert held(micro_batch)[0] is x  # what was read stays where it is
+    assert held(micro_batch)[1] is y
+    assert getattr(moved, "note", None) == getattr(micro_batch, "note", None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_touched_where_the_device_is_right(kind: str) -> None:
-    micro = KINDS[kind](*xy())
-    assert to_device(micro, CPU) is micro
+    micro_batch = KINDS[kind](*xy())
+    assert to_device(micro_batch, CPU) is micro_batch
 
 
 def test_what_classes_hold_beside_their_items_is_kept() -> None:
@@ -171,11 +171,11 @@ def test_objects_move_themselves() -> None:
     returned = to_device(Returns(x), META)
     assert isinstance(returned, Returns)
     assert returned.x.device == META
-    micro = InPlace(x)
-    changed = to_device({"batch": micro}, META)["batch"]
+    micro_batch = InPlace(x)
+    changed = to_device({"batch": micro_batch}, META)["batch"]
     assert isinstance(changed, InPlace)
     assert (changed.x.device, changed.asked) == (META, True)
-    assert (micro.x.device, micro.asked) == (CPU, None)  # as it was read
+    assert (micro_batch.x.device, micro_batch.asked) == (CPU, None)  # as it was read
     for own in (Returns(x), InPlace(x)):
         assert to_device(own, CPU) is own
 
@@ -193,14 +193,14 @@ def test_what_cannot_be_made_again_is_passed_through() -> None:
     class Unknown:
         x = torch.ones(2)
 
-    for micro in (Unknown(), MappingProxyType({"x": torch.ones(2)}), "text", None, 3, range(3)):
-        assert to_device(micro, META) is micro
+    for micro_batch in (Unknown(), MappingProxyType({"x": torch.ones(2)}), "text", None, 3, range(3)):
+        assert to_device(micro_batch, META) is micro_batch
 
 
-def test_micros_ahead_keep_what_was_read() -> None:
-    micros = [BatchEncoding({"x": torch.ones(2)}), BatchEncoding({"x": torch.ones(3)})]
-    for (read, moved), micro in zip(one_ahead(micros, META), micros, strict=True):
-        assert read is micro
+def test_micro_batches_ahead_keep_what_was_read() -> None:
+    micro_batches = [BatchEncoding({"x": torch.ones(2)}), BatchEncoding({"x": torch.ones(3)})]
+    for (read, moved), micro_batch in zip(one_ahead(micro_batches, META), micro_batches, strict=True):
+        assert read is micro_batch
         assert read["x"].device == CPU
         assert isinstance(moved, BatchEncoding)
         assert moved["x"].device == META
@@ -213,15 +213,15 @@ def steps_of_uneven_windows() -> list[float]:
     accumulator = da.Accumulator(
         DistributedDataParallel(model),
         torch.optim.SGD(model.parameters(), lr=1.0),
-        da.Objective(lambda model, micro: model(micro.x).sum(), lambda micro: len(micro.x)),
+        da.Objective(lambda model, micro_batch: model(micro_batch.x).sum(), lambda micro_batch: len(micro_batch.x)),
     )
     kinds: tuple[Callable[[Tensor], Any], ...] = (InPlace, lambda x: Named("kept", x=x), lambda x: UserDict(x=x))
     found = []
     for make in kinds:
-        micros = [make(torch.tensor([[value]], dtype=torch.float64)) for value in (1.0, 2.0, 6.0)]
-        for micro in micros:
-            micro.x = micro["x"] if isinstance(micro, Mapping) else micro.x
-        for share in (micros[:2], micros[2:]) if dist.get_rank() == 0 else (micros[2:], []):
+        micro_batches = [make(torch.tensor([[value]], dtype=torch.float64)) for value in (1.0, 2.0, 6.0)]
+        for micro_batch in micro_batches:
+            micro_batch.x = micro_batch["x"] if isinstance(micro_batch, Mapping) else micro_batch.x
+        for share in (micro_batches[:2], micro_batches[2:]) if dist.get_rank() == 0 else (micro_batches[2:], []):
             before = float(model.weight.detach())
             accumulator.step(share)
             found.append(before - float(model.weight.detach()))
@@ -234,29 +234,29 @@ def test_ranks_with_padding_keep_batch_classes(two_ranks: World) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_halves_keep_classes_and_all_samples(kind: str) -> None:
-    micro = KINDS[kind](*xy())
-    both = halves(micro)
+    micro_batch = KINDS[kind](*xy())
+    both = halves(micro_batch)
     assert both is not None
-    assert [type(half) for half in both] == [type(micro)] * 2
-    for whole, parts in zip(held(micro), zip(*map(held, both), strict=True), strict=True):
+    assert [type(half) for half in both] == [type(micro_batch)] * 2
+    for whole, parts in zip(held(micro_batch), zip(*map(held, both), strict=True), strict=True):
         assert [len(part) for part in parts] == [3, 2]
         assert torch.equal(torch.cat(parts), whole)
-    assert type(halved(micro)) is type(micro)
-    assert torch.equal(held(halved(micro))[0], held(both[0])[0])
+    assert type(halved(micro_batch)) is type(micro_batch)
+    assert torch.equal(held(halved(micro_batch))[0], held(both[0])[0])
 
 
 def test_halves_of_lists_of_samples() -> None:
     """As detection has it: images of several sizes and their targets; and text beside tensors."""
     images = [torch.zeros(3, size, size) for size in (4, 5, 6)]
     targets = [{"boxes": torch.zeros(n, 4)} for n in (1, 2, 3)]
-    for micro in ((images, targets), [images, targets]):
-        first, second = halves(micro) or ((), ())
+    for micro_batch in ((images, targets), [images, targets]):
+        first, second = halves(micro_batch) or ((), ())
         assert [len(part) for part in (*first, *second)] == [2, 2, 1, 1]
     first, second = halves({"x": torch.zeros(3, 1), "texts": ["a", "b", "c"]}) or ({}, {})
     assert (first["texts"], second["texts"]) == (["a", "b"], ["c"])
 
 
-@pytest.mark.parametrize(("why", "micro"), [
+@pytest.mark.parametrize(("why", "micro_batch"), [
     ("no tensors", {"x": [1, 2]}),
     ("one sample", {"x": torch.ones(1, 3)}),
     ("other first dimensions", {"x": torch.ones(4), "y": torch.ones(3)}),
@@ -271,6 +271,6 @@ def test_halves_of_lists_of_samples() -> None:
     ("a mapping that cannot be made again", {"x": torch.ones(4), "more": MappingProxyType({"y": torch.ones(4)})}),
     ("nested", torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)),
 ])  # fmt: skip
-def test_what_cannot_be_cut_for_certain_is_whole(why: str, micro: Any) -> None:
-    assert halves(micro) is None, why
-    assert halved(micro) is micro
+def test_what_cannot_be_cut_for_certain_is_whole(why: str, micro_batch: Any) -> None:
+    assert halves(micro_batch) is None, why
+    assert halved(micro_batch) is micro_batch

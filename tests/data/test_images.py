@@ -23,14 +23,14 @@ from distaccum.errors import ConfigError
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def digits(augment: bool = False, heldout_fraction: float = 0.2) -> tuple[ImageDataset, ImageDataset]:
-    return load_images(ImagesConfig("images", ImageSource.digits, None, None, augment, heldout_fraction))
+def digits(augment: bool = False, validation_fraction: float = 0.2) -> tuple[ImageDataset, ImageDataset]:
+    return load_images(ImagesConfig("images", ImageSource.digits, None, None, augment, validation_fraction))
 
 
 def folder(
-    path: Path, size_px: int | None = 6, augment: bool = False, heldout_fraction: float = 0.3
+    path: Path, size_px: int | None = 6, augment: bool = False, validation_fraction: float = 0.3
 ) -> tuple[ImageDataset, ImageDataset]:
-    return load_images(ImagesConfig("images", ImageSource.folder, str(path), size_px, augment, heldout_fraction))
+    return load_images(ImagesConfig("images", ImageSource.folder, str(path), size_px, augment, validation_fraction))
 
 
 def everything(dataset: ImageDataset) -> dict[str, torch.Tensor]:
@@ -64,11 +64,11 @@ def test_conf_fits_the_dataclass(name: str) -> None:
 
 
 def test_digits_are_all_there_and_normalised() -> None:
-    train, heldout = digits()
-    assert len(train) + len(heldout) == 1797
-    assert abs(len(heldout) / 1797 - 0.2) < 0.03  # three standard deviations of a fifth of 1,797
+    train, validation = digits()
+    assert len(train) + len(validation) == 1797
+    assert abs(len(validation) / 1797 - 0.2) < 0.03  # three standard deviations of a fifth of 1,797
     assert (train.shape, train.num_classes, train.tokens_per_sample) == ((1, 8, 8), 10, None)
-    batch, other = everything(train), everything(heldout)
+    batch, other = everything(train), everything(validation)
     assert batch["inputs"].shape == (len(train), 1, 8, 8)
     assert batch["inputs"].dtype == torch.float32
     assert batch["labels"].dtype == torch.int64
@@ -78,20 +78,20 @@ def test_digits_are_all_there_and_normalised() -> None:
     torch.testing.assert_close(
         batch["inputs"].double().std(correction=0), torch.tensor(1.0).double(), rtol=0, atol=1e-5
     )
-    # The held-out images are brought to the same scale, not to their own.
+    # The validation images are brought to the same scale, not to their own.
     assert other["inputs"].min() == batch["inputs"].min()
     assert other["inputs"].max() == batch["inputs"].max()
-    assert train.counted([3, 1, 4]) == 3
+    assert train.num_targets([3, 1, 4]) == 3
 
 
 def test_digits_are_the_ones_of_scikit_learn() -> None:
     from sklearn.datasets import load_digits
 
-    train, heldout = digits()
+    train, validation = digits()
     raw = load_digits()
     found = {
         (picture.round().to(torch.int).flatten().tolist().__repr__(), int(label))
-        for dataset in (train, heldout)
+        for dataset in (train, validation)
         for picture, label in zip(*_raw(dataset), strict=True)
     }
     assert found == {
@@ -107,15 +107,15 @@ def _raw(dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_split_depends_on_the_number_of_the_image_alone() -> None:
-    small, large = (digits(heldout_fraction=fraction)[1]._numbers.tolist() for fraction in (0.1, 0.3))
+    small, large = (digits(validation_fraction=fraction)[1]._numbers.tolist() for fraction in (0.1, 0.3))
     assert set(small) < set(large)  # more is held out, nothing returns
     hashes = [hashlib.sha256(f"digits/{i}".encode()).digest() for i in range(1797)]
     assert small == [i for i, digest in enumerate(hashes) if int.from_bytes(digest[:8], "big") < 0.1 * 2**64]
 
 
 def test_facts_and_pickle() -> None:
-    train, heldout = digits()
-    assert train.facts["digest"] == heldout.facts["digest"] == "65e5b4619795"
+    train, validation = digits()
+    assert train.facts["digest"] == validation.facts["digest"] == "65e5b4619795"
     assert (train.facts["samples"], train.facts["bytes"]) == (len(train), 1797 * 64)
     assert len(pickle.dumps(train)) < 200_000
     again = pickle.loads(pickle.dumps(train))
@@ -123,25 +123,25 @@ def test_facts_and_pickle() -> None:
 
 
 def test_frequency_loss_by_hand(pngs: Path) -> None:
-    train, heldout = folder(pngs)
+    train, validation = folder(pngs)
     counts = torch.bincount(everything(train)["labels"], minlength=3).double()
     p = (counts + 1) / (len(train) + 3)
-    expected = -p.log()[everything(heldout)["labels"]]
-    assert frequency_loss(train, heldout) == pytest.approx(float(expected.mean()), abs=1e-12)
-    assert frequency_loss(train, heldout, [1]) == pytest.approx(float(expected[1]), abs=1e-12)
+    expected = -p.log()[everything(validation)["labels"]]
+    assert frequency_loss(train, validation) == pytest.approx(float(expected.mean()), abs=1e-12)
+    assert frequency_loss(train, validation, [1]) == pytest.approx(float(expected[1]), abs=1e-12)
     assert frequency_loss(*digits()) == pytest.approx(np.log(10), abs=0.01)  # ten classes, about equally frequent
 
 
 def test_augmentation_is_a_function_of_the_generator(pngs: Path) -> None:
-    for train, heldout in (digits(augment=True), folder(pngs, augment=True)):
+    for train, validation in (digits(augment=True), folder(pngs, augment=True)):
         torch.manual_seed(0)
         first, again, other = (
             train.batch(range(8), torch.Generator().manual_seed(seed))["inputs"] for seed in (1, 1, 2)
         )
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-        one, two = (heldout.batch([0, 1, 2], torch.Generator().manual_seed(seed))["inputs"] for seed in (1, 2))
-        assert torch.equal(one, two)  # held-out images never vary
+        one, two = (validation.batch([0, 1, 2], torch.Generator().manual_seed(seed))["inputs"] for seed in (1, 2))
+        assert torch.equal(one, two)  # validation images never vary
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
@@ -171,15 +171,15 @@ def test_digits_are_shifted_by_a_pixel_at_most_and_never_mirrored() -> None:
 
 
 def test_a_folder_is_read_as_it_is(pngs: Path) -> None:
-    train, heldout = folder(pngs)
+    train, validation = folder(pngs)
     assert train.class_names == ("ant", "bee", "cat")
     assert (train.shape, train.num_classes) == ((3, 6, 6), 3)
-    assert len(train) + len(heldout) == 30
+    assert len(train) + len(validation) == 30
     assert (train.facts["files"], train.facts["skipped_files"], train.facts["classes"]) == (30, 2, 3)
     assert train.facts["bytes"] == sum(path.stat().st_size for path in pngs.rglob("*.png"))
     mean, std = train._scale
     pictures = train._pictures
-    for dataset in (train, heldout):
+    for dataset in (train, validation):
         batch = everything(dataset)
         for image, label, number in zip(batch["inputs"], batch["labels"], dataset._numbers, strict=True):
             name = pictures._names[number]
@@ -206,7 +206,7 @@ def test_images_of_any_size_and_mode(tmp_path: Path) -> None:
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
-    train, _ = folder(tmp_path, size_px=4, heldout_fraction=0.5)
+    train, _ = folder(tmp_path, size_px=4, validation_fraction=0.5)
     pixels = train._pictures.read(np.arange(4)) * 255
     names = train._pictures._names
     assert pixels.shape == (4, 3, 4, 4)
@@ -217,19 +217,19 @@ def test_images_of_any_size_and_mode(tmp_path: Path) -> None:
 
 def test_workers_read_the_same(pngs: Path) -> None:
     train, _ = folder(pngs, augment=True)
-    plan = Plan(num_samples=len(train), effective_batch=8, micro_size=4, seed=3)
+    plan = Plan(num_samples=len(train), effective_batch_size=8, micro_batch_size=4, seed=3)
 
-    def micros(workers: int, rank: int, size: int) -> list[torch.Tensor]:
+    def micro_batches(workers: int, rank: int, size: int) -> list[torch.Tensor]:
         loader = Loader(train, plan, rank, size, workers=workers)
-        found = [micro["inputs"] for _, window in loader.windows(0, 0, 3) for micro in window]
+        found = [micro_batch["inputs"] for _, window in loader.windows(0, 0, 3) for micro_batch in window]
         loader.close()
         return found
 
-    alone = micros(0, 0, 1)
+    alone = micro_batches(0, 0, 1)
     assert len(alone) == 6
-    assert all(torch.equal(a, b) for a, b in zip(alone, micros(1, 0, 1), strict=True))
-    dealt = [micros(0, rank, 2) for rank in (0, 1)]
-    assert all(torch.equal(dealt[i % 2][i // 2], micro) for i, micro in enumerate(alone))
+    assert all(torch.equal(a, b) for a, b in zip(alone, micro_batches(1, 0, 1), strict=True))
+    dealt = [micro_batches(0, rank, 2) for rank in (0, 1)]
+    assert all(torch.equal(dealt[i % 2][i // 2], micro_batch) for i, micro_batch in enumerate(alone))
 
 
 def test_a_broken_file_is_named(pngs: Path, tmp_path: Path) -> None:
@@ -237,23 +237,23 @@ def test_a_broken_file_is_named(pngs: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for i in range(8):
             Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
-    train, heldout = folder(tmp_path)
-    (tmp_path / heldout._pictures._names[heldout._numbers[0]]).write_bytes(b"no image")
+    train, validation = folder(tmp_path)
+    (tmp_path / validation._pictures._names[validation._numbers[0]]).write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"\d\.png cannot be read as an image"):
-        everything(heldout)
-    Image.new("I;16", (4, 4)).save(tmp_path / heldout._pictures._names[heldout._numbers[0]])
+        everything(validation)
+    Image.new("I;16", (4, 4)).save(tmp_path / validation._pictures._names[validation._numbers[0]])
     with pytest.raises(ConfigError, match="more than 8 bits"):
-        everything(heldout)
+        everything(validation)
     (tmp_path / train._pictures._names[train._numbers[0]]).write_bytes(b"no image")
     with pytest.raises(ConfigError, match="cannot be read as an image"):
         folder(tmp_path)  # statistics of the training images read it at the start
 
 
 def test_what_is_refused(pngs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"heldout_fraction \(1\) must be"):
-        digits(heldout_fraction=1)
-    with pytest.raises(ConfigError, match="none of its 1797 images is a held-out one"):
-        digits(heldout_fraction=1e-9)
+    with pytest.raises(ConfigError, match=r"validation_fraction \(1\) must be"):
+        digits(validation_fraction=1)
+    with pytest.raises(ConfigError, match=r"None of the 1797 images of .* is in the validation split"):
+        digits(validation_fraction=1e-9)
     with pytest.raises(ConfigError, match="the digits come with scikit-learn and have their own size"):
         load_images(ImagesConfig("images", ImageSource.digits, None, 16, False, 0.2))
     with pytest.raises(ConfigError, match=r"data.size_px=None: .* data.size_px=64"):
@@ -266,7 +266,7 @@ def test_what_is_refused(pngs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="no image in the folder a"):
         folder(tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "lonely.png")
-    with pytest.raises(ConfigError, match=r"lonely\.png lies in no class"):
+    with pytest.raises(ConfigError, match=r"lonely\.png is in no class"):
         folder(tmp_path)
     with pytest.raises(IndexError, match="samples are numbered"):
         digits()[0].batch([5000], torch.Generator())

@@ -31,7 +31,7 @@ class Numbers:
     def __len__(self) -> int:
         return 100
 
-    def counted(self, samples: Sequence[int]) -> int:
+    def num_targets(self, samples: Sequence[int]) -> int:
         return len(samples)
 
     def batch(self, samples: Sequence[int], generator: torch.Generator) -> list[int]:
@@ -52,9 +52,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataLoader[Any]]:
 
 
 def read(plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, start: int = 0) -> list[list[list[int]]]:
-    """The samples of each micro of each window, up to step 12."""
+    """The samples of each micro-batch of each window, up to step 12."""
     loader = Loader(Numbers(), plan, rank, world_size, workers=workers)
-    found = [list(micros) for _, micros in loader.windows(step, start, 12)]
+    found = [list(micro_batches) for _, micro_batches in loader.windows(step, start, 12)]
     loader.close()
     return found
 
@@ -63,10 +63,10 @@ def read(plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, st
 def test_growing_windows_hold_the_plan_s_samples_from_any_step(world_size: int) -> None:
     plan = Plan(100, 4, 4, seed=1, schedule=SCHEDULE)
     windows = [plan.window(step, plan.start_of(step)) for step in range(12)]
-    assert [w.effective_batch for w in windows[:6]] == [4, 4, 8, 12, 16, 22]  # at 0, 4, 8, 16, 28, 44
+    assert [w.effective_batch_size for w in windows[:6]] == [4, 4, 8, 12, 16, 22]  # at 0, 4, 8, 16, 28, 44
     assert {w.epoch for w in windows} == {0, 1}
     for rank in range(world_size):
-        expected = [[plan.samples(micro) for micro in w.deal(rank, world_size)] for w in windows]
+        expected = [[plan.samples(micro_batch) for micro_batch in w.of_rank(rank, world_size)] for w in windows]
         assert read(plan, rank, world_size, workers=0) == expected
         for step in (3, 7):
             assert read(plan, rank, world_size, 0, step, windows[step].start) == expected[step:]
@@ -75,8 +75,8 @@ def test_growing_windows_hold_the_plan_s_samples_from_any_step(world_size: int) 
 def test_workers_read_the_largest_window_ahead(opened: list[DataLoader[Any]]) -> None:
     plan = Plan(100, 4, 4, seed=1, schedule=SCHEDULE)
     assert read(plan, 0, 1, workers=2) == read(plan, 0, 1, workers=0)
-    largest = 6  # micros: 22 samples in micros of 4
-    # One micro per worker more than that: the first of the window after it.
+    largest = 6  # micro-batches: 22 samples in micro-batches of 4
+    # One micro-batch per worker more than that: the first of the window after it.
     assert opened[0].prefetch_factor == largest / 2 + 1
 
 
@@ -94,8 +94,8 @@ def test_only_its_rank_ends_a_worker() -> None:
     (worker,) = set(multiprocessing.active_children()) - others
     for name in ("TERM", "INT", "USR1", "USR2"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process than this one
-    found += [list(micros) for _, micros in windows]
-    assert sorted(n for window in found for micro in window for n in micro) == list(range(100))
+    found += [list(micro_batches) for _, micro_batches in windows]
+    assert sorted(n for window in found for micro_batch in window for n in micro_batch) == list(range(100))
     assert worker.is_alive()
     worker.terminate()
     worker.join(10)

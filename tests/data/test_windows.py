@@ -129,9 +129,9 @@ def break_and_go_on() -> list[list[list[int]]]:
     found = []
     for same in (True, False):
         stream = iter([column(x) for x in range(12)])
-        windows = da.windows(stream, num_micros=3)
+        windows = da.windows(stream, gradient_accumulation_steps=3)
         loop = Loop().run(windows, at_most=2)
-        loop.run(windows if same else da.windows(stream, num_micros=2))
+        loop.run(windows if same else da.windows(stream, gradient_accumulation_steps=2))
         found.append(loop.seen)
     return found
 
@@ -140,12 +140,12 @@ def test_break_loses_nothing(run: Callable[..., list[Any]]) -> None:
     same = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     other = [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9], [10, 11]]
     for found in run(break_and_go_on):
-        assert [[micros for micros in seen if micros] for seen in found] == [same, other]
+        assert [[micro_batches for micro_batches in seen if micro_batches] for seen in found] == [same, other]
 
 
 def positions() -> list[int]:
     loader, loop, found = WithState(range(7)), Loop(), []
-    for window in da.windows(loader, num_micros=3):
+    for window in da.windows(loader, gradient_accumulation_steps=3):
         loop.step(window)
         found.append(loader.state_dict()["position"])
     return found
@@ -175,7 +175,7 @@ def shared_generator(by_hand: bool) -> list[float]:
             found += [used, float(draw().sum())]
         return found
     loop = Loop()
-    for window in da.windows((draw() for _ in range(12)), num_micros=3):
+    for window in da.windows((draw() for _ in range(12)), gradient_accumulation_steps=3):
         loop.accumulator.step(window)
         found += [float(loop.weight.detach()), float(draw().sum())]
     return found
@@ -196,7 +196,7 @@ def side_effects() -> list[int]:
             yield column(x)
 
     loop, found = Loop(), []
-    for window in da.windows(stream(), num_micros=2):
+    for window in da.windows(stream(), gradient_accumulation_steps=2):
         loop.step(window)
         found.append(progress[-1])
     return found
@@ -207,20 +207,20 @@ def test_side_effects_of_a_generator_come_in_their_turn(run: Callable[..., list[
         assert found == [1, 3, 5]
 
 
-def num_micros_changes(kind: str) -> tuple[list[list[int]], list[float]]:
+def num_micro_batches_changes(kind: str) -> tuple[list[list[int]], list[float]]:
     """Rank 0 has 0..2, rank 1 (or the only one) 0..9: windows of 2, 3, then of 1 from the third on."""
     last = 3 if dist.is_initialized() and rank() == 0 else 10
-    windows, loop = da.windows(KINDS[kind](range(last)), num_micros=2), Loop()
+    windows, loop = da.windows(KINDS[kind](range(last)), gradient_accumulation_steps=2), Loop()
     for window in windows:
         loop.step(window)
-        windows.num_micros = 3 if len(loop.seen) == 1 else 1
+        windows.gradient_accumulation_steps = 3 if len(loop.seen) == 1 else 1
     return loop.seen, loop.means
 
 
 @kinds
-def test_num_micros_changes_while_ranks_are_uneven(run: Callable[..., list[Any]], kind: str) -> None:
+def test_num_micro_batches_changes_while_ranks_are_uneven(run: Callable[..., list[Any]], kind: str) -> None:
     long = [[0, 1], [2, 3, 4], [5], [6], [7], [8], [9]]
-    *short, (seen, means) = run(num_micros_changes, kind)
+    *short, (seen, means) = run(num_micro_batches_changes, kind)
     assert seen == long
     assert means[2:] == [5, 6, 7, 8, 9]
     for seen, other in short:
@@ -347,7 +347,7 @@ def test_resume_over_less_data_is_refused() -> None:
     Loop().run(windows, at_most=2)
     other = da.windows(Reiterable(range(4)), 3)
     other.load_state_dict(windows.state_dict())
-    with pytest.raises(da.ConfigError, match="The loader has 4 micro-batches, and 6 of them were used"):
+    with pytest.raises(da.ConfigError, match="The loader has 4 micro-batches, but 6 had been used"):
         list(other)
     with pytest.raises(da.ConfigError, match=r"has no loader state, but this loader \(WithState\) supports"):
         da.windows(WithState(range(8)), 3).load_state_dict(windows.state_dict())
@@ -377,15 +377,15 @@ def test_the_ledger_agrees(two_ranks: World, kind: str, mixed: bool) -> None:
 def collectives(kind: str) -> list[int]:
     """Small collectives before each step and in it, over two epochs."""
     loop, found = Loop(), []
-    agreement = loop.accumulator._agreement
+    consensus = loop.accumulator._consensus
     windows, asked = da.windows(KINDS[kind](range(1, 6)), 2), 0
     for _ in range(2):
         for window in windows:
-            found.append(agreement.asked - asked)
-            asked = agreement.asked
+            found.append(consensus.rows_sent - asked)
+            asked = consensus.rows_sent
             loop.step(window)
-            found.append(agreement.asked - asked)
-            asked = agreement.asked
+            found.append(consensus.rows_sent - asked)
+            asked = consensus.rows_sent
     return found
 
 
@@ -408,7 +408,7 @@ def skipped_by_weight(kind: str, other: str) -> list[float]:
     """No sample of the second window counts; what one rank knows of the third the other may not know."""
     loop = Loop()
     loop.accumulator.objective = objective = da.Objective(lambda m, x: m(x).sum(), lambda x: float(x.sum()) < 10)
-    loop.accumulator._agreement._objective = objective
+    loop.accumulator._consensus._objective = objective
     numbers = [1, 2, 11, 12, 5, 6]
     return loop.run(da.windows(KINDS[kind if rank() == 0 else other](numbers), 2)).means
 
@@ -507,12 +507,12 @@ def test_empty_loaders(run: Callable[..., list[Any]], kind: str) -> None:
         assert (steps, num_windows) == (1, 1)
 
 
-@pytest.mark.parametrize("num_micros", [0, -1, 2.0, True, "4"])
-def test_a_wrong_num_micros_is_refused(num_micros: Any) -> None:
-    with pytest.raises(da.ConfigError, match="num_micros is"):
-        da.windows([], num_micros)
-    with pytest.raises(da.ConfigError, match="num_micros is"):
-        da.windows.split(torch.ones(4), num_micros)
+@pytest.mark.parametrize("num_micro_batches", [0, -1, 2.0, True, "4"])
+def test_a_wrong_num_micro_batches_is_refused(num_micro_batches: Any) -> None:
+    with pytest.raises(da.ConfigError, match="gradient_accumulation_steps is"):
+        da.windows([], num_micro_batches)
+    with pytest.raises(da.ConfigError, match="gradient_accumulation_steps is"):
+        da.windows.split(torch.ones(4), num_micro_batches)
 
 
 @pytest.mark.parametrize("loader", [{"x": torch.ones(4, 1)}, UserDict(), torch.ones(4, 1), "abc", None, 3, iter])
@@ -534,30 +534,30 @@ def test_split_keeps_classes_and_samples() -> None:
     x, y = torch.arange(14).view(7, 2), torch.arange(7)
     names = [f"file {i}" for i in range(7)]
     batch = Batch(pair=Pair(x, y), more=OrderedDict(z=[x, (y, 3)]), names=names, scale=0.5, text="a", nothing=None)
-    micros = da.windows.split(batch, 3)
-    assert [len(micro["pair"].x) for micro in micros] == [3, 2, 2]
-    for micro in micros:
-        assert type(micro) is Batch
-        assert type(micro["pair"]) is Pair
-        assert type(micro["more"]) is OrderedDict
-        assert type(micro["more"]["z"]) is list
-        assert type(micro["more"]["z"][1]) is tuple
-        assert micro["more"]["z"][1][1] == 3
-        assert (micro["scale"], micro["text"], micro["nothing"]) == (0.5, "a", None)
-        assert micro["names"] == [f"file {int(i)}" for i in micro["pair"].y]
-    assert torch.equal(torch.cat([micro["pair"].x for micro in micros]), x)
-    assert torch.equal(torch.cat([micro["more"]["z"][1][0] for micro in micros]), y)
+    micro_batches = da.windows.split(batch, 3)
+    assert [len(micro_batch["pair"].x) for micro_batch in micro_batches] == [3, 2, 2]
+    for micro_batch in micro_batches:
+        assert type(micro_batch) is Batch
+        assert type(micro_batch["pair"]) is Pair
+        assert type(micro_batch["more"]) is OrderedDict
+        assert type(micro_batch["more"]["z"]) is list
+        assert type(micro_batch["more"]["z"][1]) is tuple
+        assert micro_batch["more"]["z"][1][1] == 3
+        assert (micro_batch["scale"], micro_batch["text"], micro_batch["nothing"]) == (0.5, "a", None)
+        assert micro_batch["names"] == [f"file {int(i)}" for i in micro_batch["pair"].y]
+    assert torch.equal(torch.cat([micro_batch["pair"].x for micro_batch in micro_batches]), x)
+    assert torch.equal(torch.cat([micro_batch["more"]["z"][1][0] for micro_batch in micro_batches]), y)
     assert batch["pair"].x is x  # and nothing of the batch has changed
 
 
 @pytest.mark.parametrize(
-    ("samples", "num_micros", "sizes"),
+    ("samples", "num_micro_batches", "sizes"),
     [(8, 4, [2, 2, 2, 2]), (5, 8, [1] * 5), (1, 4, [1]), (0, 4, []), (10, 4, [3, 2, 3, 2]), (3, 1, [3])],
 )
-def test_split_is_even_and_never_empty(samples: int, num_micros: int, sizes: list[int]) -> None:
-    micros = da.windows.split(torch.arange(samples), num_micros)
-    assert [len(micro) for micro in micros] == sizes
-    assert [int(x) for micro in micros for x in micro] == list(range(samples))
+def test_split_is_even_and_never_empty(samples: int, num_micro_batches: int, sizes: list[int]) -> None:
+    micro_batches = da.windows.split(torch.arange(samples), num_micro_batches)
+    assert [len(micro_batch) for micro_batch in micro_batches] == sizes
+    assert [int(x) for micro_batch in micro_batches for x in micro_batch] == list(range(samples))
 
 
 def step_of_a_split_batch() -> list[float]:
@@ -580,7 +580,7 @@ def test_a_split_batch_is_one_big_batch(run: Callable[..., list[Any]]) -> None:
         ({"x": torch.ones(4, 2), "y": torch.ones(3)}, r"it is 4 \(tensor\['x'\]\), 3 \(tensor\['y'\]\)"),
         ({"x": torch.ones(4, 2), "n": torch.tensor(1)}, r"the tensor\['n'\] of the batch has none"),
         (["a", "b"], "a list without any tensor"),
-        ({"x": torch.ones(4, 2), "names": ["a", "b"]}, r"batch\['names'\] is: a list of 2 without tensors"),
+        ({"x": torch.ones(4, 2), "names": ["a", "b"]}, r"batch\['names'\] is: a list of 2 entries without tensors"),
         ((torch.ones(4), object()), r"batch\[1\] is a object"),
         (nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(2)]), "batch is a PackedSequence"),
     ],

@@ -10,19 +10,21 @@ from pathlib import Path
 
 from commands import command_line
 
-from distaccum.planner.hardware import KINDS, Link, Machine
+from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings
 
-SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro=2"]
+SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro_batch_size=2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
-# A user's mistake: the mean over a micro's tokens in place of their sum, with the count of tokens as the weight.
+# A user's mistake: the mean over a micro-batch's tokens in place of their sum, with the count of tokens as the weight.
 WRONG = """
 import torch.nn.functional as F
-from distaccum import objectives
+from distaccum.core import objectives
 from distaccum.cli import main
 
 right = objectives.CausalLM.loss_sum
-objectives.CausalLM.loss_sum = lambda self, model, micro: right(self, model, micro) / self.weight(micro)
+objectives.CausalLM.loss_sum = lambda self, model, micro_batch: (
+    right(self, model, micro_batch) / self.denominator(micro_batch)
+)
 main()
 """
 
@@ -35,7 +37,9 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_verify_under_torchrun(tmp_path: Path) -> None:
-    done = run([*TORCHRUN, "-m", "distaccum", "verify", *SMALL, "parallel=fsdp", "accum.effective_batch=7"], tmp_path)
+    done = run(
+        [*TORCHRUN, "-m", "distaccum", "verify", *SMALL, "parallel=fsdp", "accum.effective_batch_size=7"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "4 micro-batch(es) on 2 rank(s) against one big batch on one process in float64" in done.stdout
     assert done.stdout.count("holds") == 4
@@ -49,7 +53,7 @@ def test_verify_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
-    done = command_line(["verify", *SMALL, "accum.num_micros=4"], tmp_path, program=WRONG)
+    done = command_line(["verify", *SMALL, "accum.gradient_accumulation_steps=4"], tmp_path, program=WRONG)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILS" in done.stdout
     assert "NOT PROVEN" in done.stdout
@@ -58,18 +62,18 @@ def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
 
 
 def test_plan_runs_nothing(tmp_path: Path) -> None:
-    schedule = "accum.schedule=[{from: 0, effective_batch: 100}, {from: 50, effective_batch: 300}]"
+    schedule = "accum.schedule=[{from: 0, effective_batch_size: 100}, {from: 50, effective_batch_size: 300}]"
     command = ["plan", "world_size=64", "model=gpt2_124m", "parallel=hsdp"]
-    done = command_line([*command, schedule, "accum.micro=1", "optim.scale.lr=sqrt"], tmp_path)
+    done = command_line([*command, schedule, "accum.micro_batch_size=1", "optim.scale.lr=sqrt"], tmp_path)
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
-    assert "100 samples in uneven micros: up to 1 x 2 micros x 64 rank(s)" in out
-    assert "does not divide; the nearest that do: 64 or 128" in out
-    assert "effective batch 100 from 0, 300 from 50 steps on (jump)" in out
+    assert "100 samples in uneven micro-batches: size up to 1 x 2 accumulation step(s) x 64 rank(s)" in out
+    assert "does not divide evenly; the nearest batch sizes that do: 64 or 128" in out
+    assert "effective batch size 100 from 0, 300 from 50 steps (ramp: jump)" in out
     assert "124,439,808 parameters" in out
     assert "optimizer state" in out
-    for policy in ("boundary (chosen)", "keep", "shard", "every"):
-        assert f"{policy}: gradients, between replicas" in out
+    for policy in ("boundary (chosen)", "gather_once", "reduce_scatter", "every"):
+        assert f"{policy}: gradients (all-reduce between replicas)" in out
     assert "effective batch (samples)" in out
     assert "learning rate" in out
     assert list(tmp_path.iterdir()) == []  # no run folder
@@ -79,22 +83,28 @@ def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
     done = command_line(["plan", "world_size=6", "parallel=hsdp", "parallel.replicas=4"], tmp_path)
     assert done.returncode == 2
     assert "parallel.replicas=4 does not divide 6 ranks" in done.stderr
-    done = command_line(["plan", "world_size=6", "accum.sync=shard"], tmp_path)
+    done = command_line(["plan", "world_size=6", "accum.sync=reduce_scatter"], tmp_path)
     assert done.returncode == 2
-    assert "accum.sync=shard cannot be kept by ddp" in done.stderr
+    assert "accum.sync=reduce_scatter is not supported by ddp" in done.stderr
 
 
 def test_plan_compares_and_chooses(tmp_path: Path) -> None:
     """Speeds made up: a link so slow that what is sent decides, and no limit of memory but the one given."""
-    links = {kind: Link((1, 2**30), (1e-4, 100.0)) for kind in KINDS}
-    Machine("cpu", 1, "gpt, 1 parameters", "fp32", 1e-3, 1e10, 1e-9, 2, links, False, {}, "today").save(
+    links = {kind: LinkTimings((1, 2**30), (1e-4, 100.0)) for kind in KINDS}
+    HardwareProfile("cpu", 1, "gpt, 1 parameters", "fp32", 1e-3, 1e10, 1e-9, 2, links, False, {}, "today").save(
         tmp_path / "machine.json"
     )
-    command = ["plan", "world_size=4", "data.seq_len=64", "accum.effective_batch=64", "accum.micro=auto"]
+    command = [
+        "plan",
+        "world_size=4",
+        "data.seq_len=64",
+        "accum.effective_batch_size=64",
+        "accum.micro_batch_size=auto",
+    ]
     done = command_line([*command, "limits.memory=24MiB", "machine=machine.json", "device=cpu"], tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "this model or precision is another one, so that times are rough" in " ".join(done.stdout.split())
+    assert "this training has another model or precision, so the times are rough" in " ".join(done.stdout.split())
     plans = [line for line in lines if line.startswith(("> ", "  ")) and line.endswith("%")]
     assert sum(line.startswith(">") for line in plans) == 1
     times = [float(line.split()[-3]) for line in plans if not line.startswith(">")]
@@ -108,9 +118,16 @@ def test_plan_compares_and_chooses(tmp_path: Path) -> None:
 
 
 def test_plan_tells_the_memory_of_every_rank_count_without_running(tmp_path: Path) -> None:
-    command = ["plan", "world_size=16384", "parallel=fsdp", "accum.sync=keep", "data.seq_len=16", "accum.micro=1"]
-    done = command_line([*command, "accum.num_micros=2"], tmp_path)
+    command = [
+        "plan",
+        "world_size=16384",
+        "parallel=fsdp",
+        "accum.sync=gather_once",
+        "data.seq_len=16",
+        "accum.micro_batch_size=1",
+    ]
+    done = command_line([*command, "accum.gradient_accumulation_steps=2"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "16384, fsdp, sync keep" in done.stdout
-    assert "peak, as not all live at once" in done.stdout
-    assert "as configured; auto chooses where a limit of memory is known" in done.stdout
+    assert "16384, fsdp, sync gather_once" in done.stdout
+    assert "peak (parts are not all alive at once)" in done.stdout
+    assert "as configured; auto compares plans only if a memory limit is known" in done.stdout

@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distaccum.app.build import build
-from distaccum.app.commands.check import check
-from distaccum.app.config import config_dir, typed
+from distaccum.app.commands.check import check, check_words
+from distaccum.app.config import config_dir, exists, typed
+from distaccum.app.names import ELSEWHERE, RENAMED, RENAMED_VALUES
 from distaccum.app.preemption import Preemption
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
@@ -41,21 +42,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "letter"),
     [
-        (["+accum.mikro=4"], r"There is no key accum\.mikro\. Did you mean accum\.micro\?"),
+        (["+accum.micro_size=4"], r"There is no key accum\.micro_size\. Did you mean accum\.micro_batch_size\?"),
+        (["+accum.micro=4"], r"There is no key accum\.micro\. It is now called accum\.micro_batch_size\."),
         (["+model.layers=4"], r"There is no key model\.layers\. Did you mean model\.num_layers\?"),
         (["+optim.schedule.steps=4"], r"There is no key optim\.schedule\.steps"),
-        (["accum.micro=four"], r"accum\.micro is 'four'; give a number of samples, auto"),
-        (["accum.micro=2.5"], r"accum\.micro"),
+        (["accum.micro_batch_size=four"], r"accum\.micro_batch_size is 'four'; give a number of samples, auto"),
+        (["accum.micro_batch_size=2.5"], r"accum\.micro_batch"),
         (["accum.ragged=maybe"], r"accum\.ragged: Invalid value 'maybe', expected one of \[allow, refuse\]"),
         (["accum.sync=sometimes"], r"accum\.sync: Invalid value 'sometimes'"),
         (["train.steps=null"], r"train\.steps=None and train\.epochs=None: give one of them"),
         (["train.epochs=2"], r"give one of them and set the other to null"),
         (["train.log_every_steps=0"], r"train\.log_every_steps is 0"),
-        (["accum.effective_batch=8", "accum.effective_tokens=8"], r"are both given"),
+        (["accum.effective_batch_size=8", "accum.effective_batch_tokens=8"], r"are both given"),
         (["model.name=gbt"], r"model\.name is 'gbt'\. Known: gpt"),
         (["data.layout=loose"], r"data\.layout: Invalid value 'loose'"),
-        (["accum.overlap_micros=0"], r"accum\.overlap_micros is 0; give a number of micro-batches from 1 on, or auto"),
-        (["accum.overlap_micros=often"], r"accum\.overlap_micros is 'often'"),
+        (
+            ["accum.overlap_micro_batches=0"],
+            r"accum\.overlap_micro_batches is 0; give a number of micro-batches of at least 1, or auto",
+        ),
+        (["accum.overlap_micro_batches=often"], r"accum\.overlap_micro_batches is 'often'"),
         (["optim.schedule.warmup=soon"], r"optim\.schedule\.warmup is 'soon'; give a whole number"),
         (["optim.schedule.warmup=2.5"], r"optim\.schedule\.warmup is 2\.5; give a whole number"),
         (["optim.schedule.warmup=true"], r"optim\.schedule\.warmup is True; give a whole number"),
@@ -68,14 +73,48 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
 
 
 @pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "gradient_accumulation_steps=4",
+            "Write accum.gradient_accumulation_steps=4; that name is from Accelerate, the Hugging Face Trainer,",
+        ),
+        ("trainer.accumulate_grad_batches=4", "accum.gradient_accumulation_steps=4; that name is from Lightning."),
+        ("+training.local_batch_size=4", "accum.micro_batch_size=4; that name is from torchtitan."),
+        (
+            "--micro-batch-size",
+            "There is no key --micro-batch-size. Write accum.micro_batch_size; that name is from Megatron",
+        ),
+        ("bf16=true", "There is no key bf16. Write precision=bf16;"),
+        ("accum.num_micros=2", "It is now called accum.gradient_accumulation_steps=2."),
+        ("accum.sync=keep", "accum.sync=keep is now written accum.sync=gather_once."),
+    ],
+)
+def test_names_from_elsewhere_are_refused_with_ours(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_words(["accum.micro_batch_size=4", "model=gpt", "hydra.run.dir=x", "model.num_layers=1", word])
+
+
+def test_every_name_from_elsewhere_has_one_here() -> None:
+    assert [here for here in RENAMED.values() if not exists(here)] == []
+    assert [here for here, _ in ELSEWHERE.values() if not exists(here.partition("=")[0])] == []
+    assert [name for name in [*RENAMED, *ELSEWHERE] if exists(name)] == []
+    for word in RENAMED_VALUES.values():
+        check(composed(word, "launch.nproc_per_node=2", "parallel=hsdp"))
+
+
+@pytest.mark.parametrize(
     ("overrides", "letter"),
     [
-        (["accum.effective_batch=48", "accum.micro=8", "accum.num_micros=4"], "accum.num_micros=4 contradicts"),
-        (["accum.effective_batch=100", "accum.micro=8", "accum.ragged=refuse"], "96 or 104"),
-        (["accum.effective_tokens=100"], "3.125 samples of 32 tokens. Use 96 or 128"),
-        (["accum.effective_tokens=96", "data.layout=ragged"], "samples of one length"),
-        (["accum.effective_batch=0"], "must be at least 1"),
-        (["accum.effective_batch=100000", "accum.last_window=drop"], "leaves nothing"),
+        (
+            ["accum.effective_batch_size=48", "accum.micro_batch_size=8", "accum.gradient_accumulation_steps=4"],
+            "accum.gradient_accumulation_steps=4 contradicts",
+        ),
+        (["accum.effective_batch_size=100", "accum.micro_batch_size=8", "accum.ragged=refuse"], "96 or 104"),
+        (["accum.effective_batch_tokens=100"], "3.125 samples of 32 tokens. Use 96 or 128"),
+        (["accum.effective_batch_tokens=96", "data.layout=ragged"], "samples of one length"),
+        (["accum.effective_batch_size=0"], "must be at least 1"),
+        (["accum.effective_batch_size=100000", "accum.last_window=drop"], "leaves nothing"),
         (["data.path=nowhere"], "nowhere"),
         (["model.max_seq_len=16"], "16 positions; the data needs"),
         (["model.vocab_size=100"], "100 token ids"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from commands import command_line
 
-from distaccum.planner.hardware import KINDS, Machine
+from distaccum.planner.hardware import KINDS, HardwareProfile
 
 SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "device=cpu"]
 
@@ -22,10 +22,10 @@ main()
 
 def test_alone(tmp_path: Path) -> None:
     done = command_line(
-        ["profile", *SMALL, "accum.micro=auto", "nn.checkpoint=true", "precision=bf16"], tmp_path, SHORT
+        ["profile", *SMALL, "accum.micro_batch_size=auto", "nn.checkpoint=true", "precision=bf16"], tmp_path, SHORT
     )
     assert done.returncode == 0, done.stderr
-    machine = Machine.load(tmp_path / "machine.json")
+    machine = HardwareProfile.load(tmp_path / "machine.json")
     assert (machine.device, machine.ranks, machine.threads) == ("cpu", 1, 1)
     assert (machine.precision, machine.links, machine.overlaps) == ("bf16", {}, False)
     assert machine.model.startswith("gpt, ")
@@ -37,12 +37,12 @@ def test_alone(tmp_path: Path) -> None:
 def test_on_two_ranks_into_the_same_file_again(tmp_path: Path) -> None:
     """Whatever the strategy: a machine is measured on whole models."""
     path = tmp_path / "mine.json"
-    Machine("gpu", 9, "-", "-", 0.0, 1.0, 1.0, 1, {}, True, {}, "-").save(path)
-    words = ["accum.micro=1", "parallel=fsdp", "launch.nproc_per_node=2", f"machine={path}"]
+    HardwareProfile("gpu", 9, "-", "-", 0.0, 1.0, 1.0, 1, {}, True, {}, "-").save(path)
+    words = ["accum.micro_batch_size=1", "parallel=fsdp", "launch.nproc_per_node=2", f"machine={path}"]
     done = command_line(["profile", *SMALL, *words], tmp_path, SHORT)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    machine = Machine.load(path)
+    machine = HardwareProfile.load(path)
     assert (machine.device, machine.ranks, machine.precision) == ("cpu", 2, "fp32")
     assert set(machine.links) == set(KINDS)
     for link in machine.links.values():
@@ -56,8 +56,8 @@ def test_on_two_ranks_into_the_same_file_again(tmp_path: Path) -> None:
     ("name", "letter"),
     [
         (".", "machine=. cannot be read: Is a directory. Name a file"),
-        ("train.py", "machine=train.py is no file of `distaccum profile`, or damaged: it is no JSON"),
-        ("none/machine.json", "machine=none/machine.json: there is no folder none. Make it"),
+        ("train.py", "machine=train.py was not written by `distaccum profile`, or is damaged: it is not JSON"),
+        ("none/machine.json", "machine=none/machine.json: there is no folder none. Create it"),
     ],
 )
 def test_only_a_file_of_its_own_is_replaced(tmp_path: Path, name: str, letter: str) -> None:

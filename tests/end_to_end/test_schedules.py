@@ -11,7 +11,7 @@ from distaccum.metrics.run_log import read_metrics
 
 SMALL = [
     "data=path", "data.seq_len=16", "model.num_layers=1", "model.num_heads=2", "model.width=16", "loader.workers=0",
-    "train.heldout_samples=2", "data.heldout_fraction=0.2", "checkpoint.keep=0", "device=cpu", "parallel=single",
+    "train.validation_samples=2", "data.validation_fraction=0.2", "checkpoint.keep=0", "device=cpu", "parallel=single",
     "optim.lr=1.0", "optim.clip_norm=0.001",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ def drawn(folder: Path, *overrides: str) -> str:
 def test_tokens_with_dropped_windows_reach_the_end_of_the_curve(tmp_path: Path, text: list[str]) -> None:
     """15 samples and windows of 8: each epoch drops 7, which nobody counts as tokens consumed."""
     curve = ["optim.schedule.name=linear", "optim.schedule.final_ratio=0", "optim.schedule.warmup=0", *text]
-    curve += ["accum.effective_batch=8", "accum.micro=8", "accum.last_window=drop", "train.steps=4"]
+    curve += ["accum.effective_batch_size=8", "accum.micro_batch_size=8", "accum.last_window=drop", "train.steps=4"]
     rates, out = trained(tmp_path / "tokens", *curve, "optim.schedule.unit=tokens")
     assert "4 steps, 4.00 epochs" in out
     assert rates == [1.0, 0.75, 0.5, 0.25]
@@ -52,7 +52,7 @@ def test_tokens_with_dropped_windows_reach_the_end_of_the_curve(tmp_path: Path, 
 
 @pytest.mark.parametrize("unit", ["steps", "samples", "tokens"])
 def test_a_training_of_three_steps_needs_no_other_warmup(tmp_path: Path, text: list[str], unit: str) -> None:
-    words = [*text, "train.steps=3", "accum.effective_batch=4", f"optim.schedule.unit={unit}"]
+    words = [*text, "train.steps=3", "accum.effective_batch_size=4", f"optim.schedule.unit={unit}"]
     rates, out = trained(tmp_path / "run", *words)
     assert len(rates) == 3
     assert rates[0] == 1.0 == max(rates)
@@ -61,7 +61,7 @@ def test_a_training_of_three_steps_needs_no_other_warmup(tmp_path: Path, text: l
 
 @pytest.mark.parametrize("unit", ["steps", "samples", "tokens"])
 def test_the_automatic_warmup_is_so_many_whole_steps(tmp_path: Path, text: list[str], unit: str) -> None:
-    words = [*text, "train.steps=20", "accum.effective_batch=4", f"optim.schedule.unit={unit}"]
+    words = [*text, "train.steps=20", "accum.effective_batch_size=4", f"optim.schedule.unit={unit}"]
     rates, out = trained(tmp_path / "run", *words)
     assert rates[0] < 1 == rates[2] == max(rates)
     told = {"steps": "2 steps", "samples": "8 samples", "tokens": "128 tokens"}[unit]

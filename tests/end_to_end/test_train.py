@@ -15,9 +15,9 @@ from commands import command_line
 from safetensors.torch import load_file
 
 SMALL = [
-    "experiment=demo", "train.steps=6", "train.log_every_steps=2", "train.evaluate_every_steps=4",
-    "train.heldout_samples=8", "optim.schedule.warmup=2", "data.seq_len=32", "model.num_layers=2", "model.width=32",
-    "accum.effective_batch=10", "accum.micro=2", "model.dropout=0.1",
+    "experiment=demo", "train.steps=6", "train.log_every_steps=2", "train.validate_every_steps=4",
+    "train.validation_samples=8", "optim.schedule.warmup=2", "data.seq_len=32", "model.num_layers=2", "model.width=32",
+    "accum.effective_batch_size=10", "accum.micro_batch_size=2", "model.dropout=0.1",
 ]  # fmt: skip
 
 
@@ -38,10 +38,10 @@ def records(folder: Path, kind: str) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def torchrun_fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Two ranks of torchrun, FSDP2 that keeps parameters, with W&B offline. 5 micros of 2 on 2 ranks: uneven."""
+    """Two ranks of torchrun, FSDP2 that keeps parameters, with W&B offline. 5 micro-batches of 2 on 2 ranks: uneven."""
     folder = tmp_path_factory.mktemp("fsdp")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "distaccum", "train"]
-    return folder, run([*torchrun, *SMALL, "parallel=fsdp", "accum.sync=keep", "logger=wandb"], folder)
+    return folder, run([*torchrun, *SMALL, "parallel=fsdp", "accum.sync=gather_once", "logger=wandb"], folder)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,15 @@ def test_torchrun_tells_what_it_does(torchrun_fsdp: tuple[Path, subprocess.Compl
     out = done.stdout
     assert "\r" not in out  # no bar in a log
     out = " ".join(out.split())  # lines are wrapped
-    assert "10 samples in uneven micros: up to 2 x 3 micros x 2 rank(s) (320 tokens) per optimizer step" in out
+    assert (
+        "10 samples in uneven micro-batches: size up to 2 x 3 accumulation step(s) x 2 rank(s) (320 tokens)"
+        " per optimizer step" in out
+    )
     assert "fsdp, 2 rank(s) on cpu, gloo" in out
     assert " per epoch" in out
     assert "each gradient crossed the network once" in out
     assert "step 2/6" in out
-    assert out.count("held-out loss") >= 2
+    assert out.count("validation loss") >= 2
     assert "by frequency alone" in out
     assert "all 6 steps done" in out
     (run_folder,) = folder.glob("runs/*/*")
@@ -75,12 +78,12 @@ def test_torchrun_tells_what_it_does(torchrun_fsdp: tuple[Path, subprocess.Compl
 def test_forecast_and_count_are_recorded(torchrun_fsdp: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = torchrun_fsdp
     (start,) = records(folder, "start")
-    assert start["plan"]["effective_batch"] == 10
+    assert start["plan"]["effective_batch_size"] == 10
     # Two blocks and the root: three groups, gathered once and reduced once; one row of control numbers.
     assert start["forecast"]["counts"] == {"all_gather": 3, "reduce_scatter": 3, "all_reduce": 1}
     steps = records(folder, "step")
     assert [step["samples"] for step in steps] == [10, 20, 30, 40, 50, 60]
-    assert all(step["weight"] == 320 for step in steps)
+    assert all(step["denominator"] == 320 for step in steps)
 
 
 def test_ddp_started_by_ourselves_trains_the_same(
@@ -91,7 +94,7 @@ def test_ddp_started_by_ourselves_trains_the_same(
     folder, done = own_ranks_ddp
     assert done.returncode == 0, done.stderr
     assert "ddp, 2 rank(s) on cpu, gloo" in done.stdout
-    for kind in ("step", "heldout"):
+    for kind in ("step", "validation"):
         ours, theirs = records(folder, kind), records(torchrun_fsdp[0], kind)
         assert [r["step"] for r in ours] == [r["step"] for r in theirs]
         for one, other in zip(ours, theirs, strict=True):
@@ -105,7 +108,7 @@ def test_one_process_trains_the_same(
 ) -> None:
     done = command_line(["train", *SMALL, "loader.workers=0"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "nothing: one process" in done.stdout
+    assert "nothing, as there is only one process" in done.stdout
     for one, other in zip(records(tmp_path, "step"), records(own_ranks_ddp[0], "step"), strict=True):
         assert math.isclose(one["loss"], other["loss"], rel_tol=1e-5)
 
@@ -123,9 +126,9 @@ def test_divergence_is_told_once_and_nothing_hangs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "letter"),
     [
-        (["accum.micros=4"], "accum.micros"),
-        (["+accum.mikro=4"], "There is no key accum.mikro. Did you mean accum.micro?"),
-        (["parallel=fsdp", "accum.sync=shard"], "sync='shard' cannot be kept by fsdp"),
+        (["accum.micro_batches=4"], "accum.micro_batches"),
+        (["+accum.micro_size=4"], "There is no key accum.micro_size. Did you mean accum.micro_batch_size?"),
+        (["parallel=fsdp", "accum.sync=reduce_scatter"], "sync='reduce_scatter' is not supported by fsdp"),
     ],
 )
 def test_a_users_mistake_is_one_letter_and_exit_code_2(tmp_path: Path, overrides: list[str], letter: str) -> None:
@@ -148,13 +151,13 @@ def test_export_and_back(own_ranks_ddp: tuple[Path, subprocess.CompletedProcess[
     (run_dir,) = own_ranks_ddp[0].glob("runs/*/*")
     for target in ("first.safetensors", "first.safetensors"):
         done = command_line(["export", str(run_dir), target], tmp_path)
-    assert (done.returncode, "is there already" in done.stderr) == (1, True)
+    assert (done.returncode, "already exists" in done.stderr) == (1, True)
     done = command_line(
         ["train", *SMALL, "init_weights=first.safetensors", "optim.lr=1e-30", "run_dir=second"], tmp_path
     )
     assert done.returncode == 0, done.stderr
     done = command_line(["export", "second", "again.safetensors"], tmp_path)
-    assert (done.returncode, "after step 6 -> again.safetensors" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "(saved after step 6) to again.safetensors" in done.stdout) == (0, True), done.stderr
     first, again = (load_file(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
     assert len(first) > 10
     assert first.keys() == again.keys()

@@ -58,7 +58,7 @@ def test_fsdp2() -> None:
     losses = losses_by_step(printed)
     assert list(losses) == list(range(1, 13))
     assert losses[12] < losses[1] - 1.5
-    # Four groups, four micros: each group is gathered once and reduced once.
+    # Four groups, four micro-batches: each group is gathered once and reduced once.
     counted = next(line for line in printed.splitlines() if line.startswith("counted"))
     assert sorted(re.findall(r"\d+ \w+(?= \()", counted)) == ["1 all_reduce", "4 all_gather", "4 reduce_scatter"]
     assert printed.splitlines()[-1] == "verdict: they agree"

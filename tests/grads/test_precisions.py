@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from setting import make_micro, make_model, masked_sum, relative, whole
+from setting import make_micro_batch, make_model, masked_sum, relative, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -17,8 +17,8 @@ import distaccum as da
 
 STRATEGIES = [
     ("ddp", "boundary"), ("ddp", "every"),
-    ("fsdp", "boundary"), ("fsdp", "keep"), ("fsdp", "every"),
-    ("hsdp", "boundary"), ("hsdp", "keep"), ("hsdp", "shard"), ("hsdp", "every"),
+    ("fsdp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "every"),
+    ("hsdp", "boundary"), ("hsdp", "gather_once"), ("hsdp", "reduce_scatter"), ("hsdp", "every"),
 ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def halves(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict[str, Any]:
-    """On each rank: train on these windows [window][rank][micro] in float16 and tell how it went."""
+    """On each rank: train on these windows [window][rank][micro-batch] in float16 and tell how it went."""
     rank = torch.distributed.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     model = wrapped(Scalar(), strategy, policy)
@@ -67,7 +67,7 @@ def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict
 @pytest.mark.parametrize(("strategy", "sync"), STRATEGIES)
 def test_a_float16_window_that_overflows_on_one_rank(two_ranks: World, strategy: str, sync: str) -> None:
     good, bad, next_one = [[0.5, 1.0], [1.5, 0.25]], [[0.5, 1.0], [1.5, 60.0]], [[0.5, 1.0], [1.0, 1.5]]
-    # A gradient is x times scale 65536 times 2 ranks / weight 4; float16 ends at 65504: 1.5 fits and 60 does not.
+    # A gradient is x times scale 65536 times 2 ranks / 4 samples; float16 ends at 65504: 1.5 fits and 60 does not.
     with_it = two_ranks.run(overflow, strategy, sync, [good, bad, next_one])
     without = two_ranks.run(overflow, strategy, sync, [good, next_one])
     for here, there in zip(with_it, without, strict=True):
@@ -110,14 +110,14 @@ def test_the_scale_grows_after_good_windows() -> None:
         da.LossScale(initial=0.5)
 
 
-def constant_gradient(strategy: str, sync: str, num_micros: int) -> float:
-    """The update by SGD with lr 1 of a bf16 parameter whose gradient is 1 in each micro."""
+def constant_gradient(strategy: str, sync: str, num_micro_batches: int) -> float:
+    """The update by SGD with lr 1 of a bf16 parameter whose gradient is 1 in each micro-batch."""
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     model = Scalar(torch.bfloat16)
     model = wrapped(model, strategy, policy) if strategy != "single" else model
     objective = da.Objective(lambda m, x: m(x).float().sum(), len)
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=sync)
-    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micros)
+    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     return -float(whole(next(model.parameters())))
 
 
@@ -141,15 +141,15 @@ def test_a_static_graph_with_sums_in_another_dtype_is_refused(two_ranks: World) 
 
 
 def sums_in(strategy: str, sync: str, accum: str | None, reduce: str | None) -> dict[str, Any]:
-    """One window of 3 micros with sums in other dtypes: relative error of the update, and what travelled."""
+    """One window of 3 micro-batches with sums in other dtypes: relative error of the update, and what travelled."""
     dtypes = [None if name is None else getattr(torch, name) for name in (accum, reduce)]
     rank = torch.distributed.get_rank()
     policy = MixedPrecisionPolicy(reduce_dtype=dtypes[1])
     model = wrapped(make_model(torch.float32), strategy, policy)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     objective = da.Objective(
-        lambda m, micro: masked_sum(m, {name: value.float() for name, value in micro.items()}),
-        lambda micro: int(micro["mask"].sum()),
+        lambda m, micro_batch: masked_sum(m, {name: value.float() for name, value in micro_batch.items()}),
+        lambda micro_batch: int(micro_batch["mask"].sum()),
     )
     try:
         accumulator = da.Accumulator(
@@ -158,11 +158,13 @@ def sums_in(strategy: str, sync: str, accum: str | None, reduce: str | None) -> 
     except da.ConfigError as error:
         return {"refused": str(error)}
     before = [whole(p) for p in model.parameters()]
-    micros = [[make_micro(10 * r + i) for i in range(3)] for r in range(2)]
-    record = accumulator.step(micros[rank])
+    micro_batches = [[make_micro_batch(10 * r + i) for i in range(3)] for r in range(2)]
+    record = accumulator.step(micro_batches[rank])
     plain = make_model()
-    every = [micro for own in micros for micro in own]
-    loss = sum(masked_sum(plain, micro) for micro in every) / sum(float(micro["mask"].sum()) for micro in every)
+    every = [micro_batch for own in micro_batches for micro_batch in own]
+    loss = sum(masked_sum(plain, micro_batch) for micro_batch in every) / sum(
+        float(micro_batch["mask"].sum()) for micro_batch in every
+    )
     right = torch.autograd.grad(loss, list(plain.parameters()))
     update = [b - whole(p) for b, p in zip(before, model.parameters(), strict=True)]
     assert record.verdict is not None
@@ -192,4 +194,4 @@ def test_dtypes_of_sums(two_ranks: World) -> None:
     assert "in the dtype in which it reduces" in run("fsdp", "boundary", None, "bfloat16")["refused"]
     assert single < run("fsdp", "boundary", "bfloat16", "bfloat16")["error"] < half
     assert single < run("fsdp", "every", None, "bfloat16")["error"] < half
-    assert run("fsdp", "keep", "float64", "float64")["error"] < double * 10
+    assert run("fsdp", "gather_once", "float64", "float64")["error"] < double * 10

@@ -89,7 +89,7 @@ def make(name: str, **options: Any) -> nn.Module:
     return model
 
 
-def make_micro(labels: str, seed: int, size: int, length: int, counted: str = "some") -> dict[str, Tensor]:
+def make_micro_batch(labels: str, seed: int, size: int, length: int, counted: str = "some") -> dict[str, Tensor]:
     """A padded micro-batch: samples of 3 to `length` tokens, of which all, some or none have labels that count."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -99,39 +99,40 @@ def make_micro(labels: str, seed: int, size: int, length: int, counted: str = "s
     lengths = 3 + draw(length - 2, size)
     lengths[0] = length
     mask = (torch.arange(length)[None] < lengths[:, None]).long()
-    micro = {"input_ids": (5 + draw(VOCAB - 5, size, length)) * mask, "attention_mask": mask}
+    micro_batch = {"input_ids": (5 + draw(VOCAB - 5, size, length)) * mask, "attention_mask": mask}
     ignored = {"all": torch.zeros(size, length), "some": draw(3, size, length) == 0, "none": torch.ones(size, length)}
     left_out = ignored[counted].bool() | (mask == 0)
     if labels in ("tokens", "token_classes"):
         high = VOCAB if labels == "tokens" else 3
-        micro["labels"] = draw(high, size, length).masked_fill(left_out, IGNORED)
+        micro_batch["labels"] = draw(high, size, length).masked_fill(left_out, IGNORED)
     elif labels == "class":
-        micro["labels"] = draw(3, size).masked_fill(left_out[:, 0], IGNORED)
+        micro_batch["labels"] = draw(3, size).masked_fill(left_out[:, 0], IGNORED)
     elif labels == "number":
-        micro["labels"] = torch.randn(size, generator=generator)
+        micro_batch["labels"] = torch.randn(size, generator=generator)
     elif labels == "multi_label":
-        micro["labels"] = draw(2, size, 3).float()
+        micro_batch["labels"] = draw(2, size, 3).float()
     else:
         starts = torch.where(left_out[:, 0], FAR, draw(3, size))
-        micro |= {"start_positions": starts, "end_positions": torch.where(starts == FAR, FAR, starts + 1)}
-    return micro
+        micro_batch |= {"start_positions": starts, "end_positions": torch.where(starts == FAR, FAR, starts + 1)}
+    return micro_batch
 
 
-def make_window(labels: str, rank: int, num_micros: int = 4) -> list[dict[str, Tensor]]:
-    """The micros of one rank, of ragged sizes and lengths; the last but one of rank 1 has no label that counts.
+def make_window(labels: str, rank: int, num_micro_batches: int = 4) -> list[dict[str, Tensor]]:
+    """The micro-batches of one rank, of ragged sizes and lengths; the last but one of rank 1 has no label that counts.
 
     Question answering has one length: its softmax runs over padding too, so that more of it is another loss.
     """
     return [
-        make_micro(labels, 100 * rank + i, 1 + (i + rank) % 3, 8 if labels == "positions" else 5 + (3 * i + rank) % 5,
-                   "none" if (rank, i) == (1, num_micros - 2) else "some")
-        for i in range(num_micros)
+        make_micro_batch(labels, 100 * rank + i, 1 + (i + rank) % 3,
+                         8 if labels == "positions" else 5 + (3 * i + rank) % 5,
+                         "none" if (rank, i) == (1, num_micro_batches - 2) else "some")
+        for i in range(num_micro_batches)
     ]  # fmt: skip
 
 
-def one_big_batch(micros: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def one_big_batch(micro_batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """All samples in one batch, padded to the longest."""
-    width = max(micro["input_ids"].shape[1] for micro in micros)
+    width = max(micro_batch["input_ids"].shape[1] for micro_batch in micro_batches)
 
     def padded(name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim < 2 or tensor.is_floating_point():
@@ -139,7 +140,9 @@ def one_big_batch(micros: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         fill = IGNORED if name == "labels" else 0
         return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=fill)
 
-    return {name: torch.cat([padded(name, micro[name]) for micro in micros]) for name in micros[0]}
+    return {
+        name: torch.cat([padded(name, micro_batch[name]) for micro_batch in micro_batches]) for name in micro_batches[0]
+    }
 
 
 def gradient(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, Tensor]:

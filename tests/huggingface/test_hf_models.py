@@ -99,7 +99,7 @@ def test_a_folder_gives_configuration_and_weights(tmp_path: Path) -> None:
     again.weights = None
     drawn = build_hf(again, vocab_size=256, seq_len=32)
     assert not torch.equal(next(drawn.parameters()), next(saved.parameters()))
-    with pytest.raises(ConfigError, match="256 token ids, and the data 300"):
+    with pytest.raises(ConfigError, match="256 token ids, but the data has 300"):
         build_hf(again, vocab_size=300)
 
 
@@ -139,8 +139,8 @@ def test_a_folder_cannot_bring_code(tmp_path: Path, foreign: dict[str, Any]) -> 
         (config(n_layerz=3), r"model\.options\.n_layerz: GPT2Config has no such field\. Did you mean n_layer"),
         (config(head="causal"), "Did you mean causal_lm"),
         (config("BertConfig", "seq2seq_lm"), r"cannot be built with model\.head=seq2seq_lm"),
-        (config(vocab_size=100), "100 token ids, and the data 256"),
-        (config(n_positions=16), "16 positions, and samples have 32 tokens"),
+        (config(vocab_size=100), "100 token ids, but the data has 256"),
+        (config(n_positions=16), "16 positions, but samples have 32 tokens"),
         (config(attn_implementation="someone/kernel"), "code on a hub"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Traps 19 and 20: heads of transformers on 2 ranks with 4 ragged micros each, against one forward over all samples.
+"""Traps 19 and 20: heads of transformers on 2 ranks with 4 ragged micro-batches each, against one forward over all
+samples.
 
 Tolerance: float32 rounds to eps = 6e-8. An element of a gradient sums at most 8 x 3 x 9 = 216 contributions, and each
 went through some 50 rounded operations, in another order than in the big batch: random roundings leave at most
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, MIXTURES, gradient, make, make_micro, make_window, one_big_batch
+from heads import HEADS, MIXTURES, gradient, make, make_micro_batch, make_window, one_big_batch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,7 +62,7 @@ def found_by_us(name: str, strategy: str) -> tuple[da.StepRecord, Tensor, Huggin
     # FSDP2 warns of modules that return views of what the user may change in place; these models change nothing.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     head, model = HEADS[name], make(name)
-    objective = HuggingFace.find(model, make_micro(head.labels, 7, 4, 8))
+    objective = HuggingFace.find(model, make_micro_batch(head.labels, 7, 4, 8))
     wrapped = wrap(model, strategy)
     optimizer = RecordingSGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     record = da.Accumulator(wrapped, optimizer, objective, audit="always").step(
@@ -74,12 +75,12 @@ def dense_errors(name: str, strategy: str) -> dict[str, Any]:
     """On each rank: relative errors of loss and gradient against the head's own loss on one big batch."""
     record, found, objective = found_by_us(name, strategy)
     model, labels = make(name), HEADS[name].labels
-    batch = one_big_batch([micro for micros in windows_of(labels) for micro in micros])
+    batch = one_big_batch([micro_batch for micro_batches in windows_of(labels) for micro_batch in micro_batches])
     loss, expected = gradient(model, lambda: model(**batch).loss)
     assert record.skipped is None
-    assert record.weight == objective.weight(batch)
+    assert record.denominator == objective.denominator(batch)
     return {
-        "denominator": objective.denominator.value,
+        "denominator": objective.mean_over.value,
         "gradient": float((found - expected).norm() / expected.norm()),
         "loss": abs(record.loss / loss - 1),
     }
@@ -111,15 +112,16 @@ def test_trap_19_under_fsdp2(two_ranks: World) -> None:
 
 
 def mixture_errors(name: str, strategy: str) -> dict[str, float]:
-    """The token part is one big batch's, the auxiliary part the mean over the seven micros in which labels count."""
+    """The token part is one big batch's, the auxiliary part the mean over the seven micro-batches in which labels
+    count."""
     record, found, objective = found_by_us(name, strategy)
     model, coef = make(name), 0.02
     assert objective.aux_coef == coef
-    micros = [micro for window in windows_of("tokens") for micro in window]
-    batch = one_big_batch(micros)
+    micro_batches = [micro_batch for window in windows_of("tokens") for micro_batch in window]
+    batch = one_big_batch(micro_batches)
     token, token_gradient = gradient(model, lambda: model(**batch, output_router_logits=False).loss)
-    counting = [micro for micro in micros if (micro["labels"][:, 1:] != -100).any()]
-    assert len(counting) == len(micros) - 1 == record.weights["aux"]
+    counting = [micro_batch for micro_batch in micro_batches if (micro_batch["labels"][:, 1:] != -100).any()]
+    assert len(counting) == len(micro_batches) - 1 == record.denominators["aux"]
     aux, aux_gradient = gradient(model, lambda: coef * torch.stack([model(**m).aux_loss for m in counting]).mean())
     expected = token_gradient + aux_gradient
     return {

@@ -1,4 +1,5 @@
-"""Decoders and encoders of transformers with the last micros block by block: to the bit as in the plain order."""
+"""Decoders and encoders of transformers with the last micro-batches block by block: to the bit as in the plain
+order."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from heads import HEADS, make, make_micro
+from heads import HEADS, make, make_micro_batch
 from test_hf_one_big_batch import whole, windows_of, wrap
 from test_hf_wrapped import make_lora
 from torch import nn
@@ -36,25 +37,25 @@ def made(name: str) -> nn.Module:
     return model
 
 
-def run(name: str, strategy: str, overlap_micros: int) -> Any:
-    """Two windows of ragged micros."""
+def run(name: str, strategy: str, overlap_micro_batches: int) -> Any:
+    """Two windows of ragged micro-batches."""
     rank = torch.distributed.get_rank()
     labels = HEADS["gpt2" if name == "lora" else name.split(maxsplit=1)[0]].labels
     model = made(name)
-    objective = HuggingFace.find(model, make_micro(labels, 7, 4, 8))
+    objective = HuggingFace.find(model, make_micro_batch(labels, 7, 4, 8))
     wrapped = wrap(model, strategy)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     accumulator = da.Accumulator(
-        wrapped, optimizer, objective, sync="boundary" if strategy == "ddp" else "keep", clip_norm=0.5, seed=1,
-        audit="always", overlap_micros=overlap_micros,
+        wrapped, optimizer, objective, sync="boundary" if strategy == "ddp" else "gather_once", clip_norm=0.5, seed=1,
+        audit="always", overlap_micro_batches=overlap_micro_batches,
     )  # fmt: skip
     window = windows_of(labels)[rank]
-    records = [accumulator.step(micros) for micros in (window, window[rank:])]
+    records = [accumulator.step(micro_batches) for micro_batches in (window, window[rank:])]
     return [(record.losses, record.grad_norm) for record in records], [whole(p) for p in wrapped.parameters()]
 
 
 def same(name: str, strategy: str) -> list[bool]:
-    """Whether what is told, and the parameters, are the same with 3 micros in the tail."""
+    """Whether what is told, and the parameters, are the same with 3 micro-batches in the tail."""
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message=".*use_reentrant")
     plain, found = run(name, strategy, 1), run(name, strategy, 3)
@@ -84,4 +85,4 @@ def refusal(name: str, strategy: str) -> str:
 def test_what_is_no_chain_is_refused(two_ranks: World, name: str, strategy: str) -> None:
     for message in two_ranks.run(refusal, name, strategy, timeout_s=110.0):
         assert "blocks are a chain" in message
-        assert "overlap_micros=1" in message
+        assert "overlap_micro_batches=1" in message

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import HEADS, MIXTURES, make, make_micro
+from heads import HEADS, MIXTURES, make, make_micro_batch
 from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
@@ -64,7 +64,7 @@ def summed(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def micro(ragged: bool, size: int = 4) -> dict[str, Tensor]:
+def micro_batch(ragged: bool, size: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(0, 3, (size, 6), generator=generator)
     if ragged:
@@ -79,7 +79,7 @@ def test_a_known_mean_is_found(mean: Any, name: str, ragged: bool) -> None:
     model = Head(mean, dropout=0.5)
     before = [p.detach().clone() for p in model.parameters()]
     state = torch.get_rng_state()
-    assert HuggingFace.find(model, micro(ragged)).denominator.value == name
+    assert HuggingFace.find(model, micro_batch(ragged)).mean_over.value == name
     assert model.training
     assert model.dropout.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -88,27 +88,27 @@ def test_a_known_mean_is_found(mean: Any, name: str, ragged: bool) -> None:
 
 def test_labels_that_begin_ignored_do_not_mislead() -> None:
     """Prompts whose first label is ignored count alike with and without the shift; other data need not."""
-    batch = micro(ragged=False)
+    batch = micro_batch(ragged=False)
     batch["labels"][:, 0] = -100
-    assert HuggingFace.find(Head(tokens), batch).denominator.value == "tokens"
-    assert HuggingFace.find(Head(shifted), batch).denominator.value == "shifted_tokens"
+    assert HuggingFace.find(Head(tokens), batch).mean_over.value == "tokens"
+    assert HuggingFace.find(Head(shifted), batch).mean_over.value == "shifted_tokens"
 
 
 def test_a_head_that_ignores_nothing_counts_numbers_and_says_so() -> None:
-    found = HuggingFace.find(Head(every_label), micro(ragged=False))
-    assert found.denominator.value == "numbers"
-    assert "takes no label -100" in found.reason
+    found = HuggingFace.find(Head(every_label), micro_batch(ragged=False))
+    assert found.mean_over.value == "numbers"
+    assert "accepts no label -100" in found.reason
     assert "another number" in found.reason
 
 
 @pytest.mark.parametrize("mean", [weighted, summed])
 def test_what_is_no_mean_of_these_is_refused_with_numbers(mean: Any) -> None:
     with pytest.raises(ConfigError, match=r"no denominator.*tokens: [\d.]+ together, [\d.]+ alone.*\.logits"):
-        HuggingFace.find(Head(mean), micro(ragged=True))
+        HuggingFace.find(Head(mean), micro_batch(ragged=True))
 
 
 def test_samples_of_one_loss_cannot_be_told_apart() -> None:
-    batch = micro(ragged=False)
+    batch = micro_batch(ragged=False)
     batch["x"], batch["labels"] = torch.zeros_like(batch["x"]), torch.zeros_like(batch["labels"])
     with pytest.raises(ConfigError, match="cannot tell shifted_tokens and tokens and samples and numbers apart"):
         HuggingFace.find(Head(lambda logits, labels: tokens(logits, labels.clamp(min=-1).abs() * 0)), batch)
@@ -118,23 +118,23 @@ def test_samples_of_one_loss_cannot_be_told_apart() -> None:
 def test_a_mean_of_means_is_not_taken_for_a_mean_over_numbers(ragged: bool) -> None:
     """On samples of one length both fit; on micro-batches of several lengths they are two things."""
     with pytest.raises(ConfigError, match="cannot tell samples and numbers apart"):
-        HuggingFace.find(Head(mean_of_means), micro(ragged))
+        HuggingFace.find(Head(mean_of_means), micro_batch(ragged))
 
 
 @pytest.mark.parametrize(("mean", "name"), [(shifted, "shifted_tokens"), (tokens, "tokens")])
 @pytest.mark.parametrize("ignored", [0, 2])
 def test_one_row_is_enough_where_its_positions_have_labels(mean: Any, name: str, ignored: int) -> None:
-    batch = micro(ragged=False, size=1)
+    batch = micro_batch(ragged=False, size=1)
     batch["labels"][0, 6 - ignored :] = -100
     before = batch["labels"].clone()
-    assert HuggingFace.find(Head(mean), batch).denominator.value == name
+    assert HuggingFace.find(Head(mean), batch).mean_over.value == name
     assert torch.equal(batch["labels"], before)
 
 
 @pytest.mark.parametrize("mean", [weighted, summed, mean_of_means])
 def test_one_row_is_no_excuse_for_a_wrong_denominator(mean: Any) -> None:
     with pytest.raises(ConfigError, match=r"no denominator|cannot tell"):
-        HuggingFace.find(Head(mean), micro(ragged=False, size=1))
+        HuggingFace.find(Head(mean), micro_batch(ragged=False, size=1))
 
 
 @pytest.mark.parametrize(("mean", "labels", "why"), [
@@ -144,28 +144,28 @@ def test_one_row_is_no_excuse_for_a_wrong_denominator(mean: Any) -> None:
     (lambda logits, labels: F.mse_loss(logits[..., 0], labels), torch.ones(1, 6), "torch.float32"),
 ])  # fmt: skip
 def test_one_row_that_compares_with_nothing_says_what_to_hand_over(mean: Any, labels: Tensor, why: str) -> None:
-    batch = {**micro(ragged=False, size=1), "labels": labels}
-    with pytest.raises(ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*denominator="):
+    batch = {**micro_batch(ragged=False, size=1), "labels": labels}
+    with pytest.raises(ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*mean_over="):
         HuggingFace.find(Head(mean), batch)
 
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_memory_that_runs_out_says_nothing_about_the_head(size: int) -> None:
     with pytest.raises(torch.OutOfMemoryError):
-        HuggingFace.find(Head(short_of_memory), micro(ragged=False, size=size))
+        HuggingFace.find(Head(short_of_memory), micro_batch(ragged=False, size=size))
 
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels == "tokens"])
 def test_one_row_of_heads_of_transformers(name: str) -> None:
-    assert HuggingFace.find(make(name), make_micro("tokens", 5, 1, 8)).denominator.value == HEADS[name].denominator
+    assert HuggingFace.find(make(name), make_micro_batch("tokens", 5, 1, 8)).mean_over.value == HEADS[name].denominator
 
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("counted", ["all", "some"])
 def test_heads_of_transformers(name: str, counted: str) -> None:
     head = HEADS[name]
-    found = HuggingFace.find(make(name), make_micro(head.labels, 5, 4, 8, counted))
-    assert found.denominator.value == head.denominator
+    found = HuggingFace.find(make(name), make_micro_batch(head.labels, 5, 4, 8, counted))
+    assert found.mean_over.value == head.denominator
     assert found.aux_coef == (0.02 if name in MIXTURES else 0.0)
     assert "fit" in found.reason
 
@@ -189,4 +189,4 @@ def test_a_factor_that_the_loss_does_not_contain_is_refused() -> None:
     model: Any = make("mixtral")
     model.config.router_aux_loss_coef = 0.5  # the model was built with 0.02
     with pytest.raises(ConfigError, match=r"\.aux_loss of .* factor 0\.5"):
-        HuggingFace.find(model, make_micro("tokens", 5, 4, 8))
+        HuggingFace.find(model, make_micro_batch("tokens", 5, 4, 8))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from heads import gradient, make, make_micro, make_window, one_big_batch
+from heads import gradient, make, make_micro_batch, make_window, one_big_batch
 from test_hf_one_big_batch import TOLERANCE, RecordingSGD, whole, windows_of, wrap
 from torch import Tensor, nn
 from worlds import World
@@ -41,25 +41,25 @@ def make_lora() -> nn.Module:
 
 
 def lora_errors(strategy: str, sync: str) -> dict[str, Any]:
-    """One window against one big batch, on each rank, or on one process that has the micros of both ranks."""
+    """One window against one big batch, on each rank, or on one process that has the micro-batches of both ranks."""
     import torch.distributed as dist
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = make_lora()
-    objective = HuggingFace.find(model, make_micro("tokens", 7, 4, 8))
+    objective = HuggingFace.find(model, make_micro_batch("tokens", 7, 4, 8))
     blocks = len(blocks_of(model))
-    micros = windows_of("tokens")
-    wrapped, own = model, [micro for window in micros for micro in window]
+    micro_batches = windows_of("tokens")
+    wrapped, own = model, [micro_batch for window in micro_batches for micro_batch in window]
     if strategy != "single":
-        wrapped, own = wrap(model, strategy), micros[dist.get_rank()]
+        wrapped, own = wrap(model, strategy), micro_batches[dist.get_rank()]
     frozen = [whole(p) for p in wrapped.parameters() if not p.requires_grad]
     optimizer = RecordingSGD([p for p in wrapped.parameters() if p.requires_grad], lr=1.0)
     record = da.Accumulator(wrapped, optimizer, objective, sync=sync, audit="always").step(own)
     plain = make_lora()
-    batch = one_big_batch([micro for window in micros for micro in window])
+    batch = one_big_batch([micro_batch for window in micro_batches for micro_batch in window])
     loss, expected = gradient(plain, lambda: plain(**batch).loss)
     left = [whole(p) for p in wrapped.parameters() if not p.requires_grad]
-    assert objective.denominator.value == "shifted_tokens"
+    assert objective.mean_over.value == "shifted_tokens"
     assert blocks == 2
     return {
         "gradient": float((optimizer.found - expected).norm() / expected.norm()),
@@ -75,7 +75,7 @@ def judge(errors: dict[str, Any]) -> None:
     assert max(errors["gradient"], errors["loss"]) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("strategy", "sync"), [("ddp", "auto"), ("fsdp", "boundary"), ("fsdp", "keep")])
+@pytest.mark.parametrize(("strategy", "sync"), [("ddp", "auto"), ("fsdp", "boundary"), ("fsdp", "gather_once")])
 def test_lora(two_ranks: World, strategy: str, sync: str) -> None:
     for errors in two_ranks.run(lora_errors, strategy, sync, timeout_s=110.0):
         judge(errors)
@@ -110,7 +110,8 @@ def text_errors(name: str, strategy: str) -> list[float]:
     plain = built(name)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     batch = {
-        key: torch.cat([micro[key] for rank in range(2) for micro in text(rank)]) for key in ("input_ids", "labels")
+        key: torch.cat([micro_batch[key] for rank in range(2) for micro_batch in text(rank)])
+        for key in ("input_ids", "labels")
     }
     errors = []
     for _ in range(3):
@@ -132,9 +133,9 @@ def test_causal_language_models_with_tied_embeddings_under_fsdp2(two_ranks: Worl
 def found_when_wrapped(strategy: str) -> tuple[str, bool]:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = wrap(make("mixtral"), strategy)
-    found = HuggingFace.find(model, make_micro("tokens", 5, 4, 8, "all"))
+    found = HuggingFace.find(model, make_micro_batch("tokens", 5, 4, 8, "all"))
     record = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), found).step(make_window("tokens", 0))
-    return f"{found.denominator.value} {found.aux_coef}", record.skipped is None
+    return f"{found.mean_over.value} {found.aux_coef}", record.skipped is None
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -11,10 +11,10 @@ import pytest
 
 from distaccum.app.config import config_dir, typed
 from distaccum.errors import ConfigError
-from distaccum.huggingface.training_arguments import CarriedOver, from_training_arguments
+from distaccum.huggingface.training_arguments import ConvertedArguments, from_training_arguments
 
 
-def compose(carried: CarriedOver) -> Any:
+def compose(carried: ConvertedArguments) -> Any:
     """What Hydra makes of the overrides; it refuses keys that do not exist."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -36,7 +36,17 @@ def test_defaults_are_carried_over_whole() -> None:
     carried = from_training_arguments(training_arguments())
     assert carried.not_carried == {}
     config = compose(carried)
-    assert (config.accum.micro, config.accum.num_micros, config.train.epochs, config.train.steps) == (8, 1, 3, None)
+    assert (
+        config.accum.micro_batch_size,
+        config.accum.gradient_accumulation_steps,
+        config.train.epochs,
+        config.train.steps,
+    ) == (
+        8,
+        1,
+        3,
+        None,
+    )
     assert (config.optim.lr, config.optim.beta1, config.optim.beta2, config.optim.eps) == (5e-5, 0.9, 0.999, 1e-8)
     assert (config.optim.weight_decay, config.optim.clip_norm, config.train.seed) == (0.0, 1.0, 42)
     schedule = config.optim.schedule
@@ -61,7 +71,17 @@ def test_a_real_object() -> None:
         )
     )  # fmt: skip
     config = compose(carried)
-    assert (config.accum.micro, config.accum.num_micros, config.train.steps, config.train.epochs) == (4, 16, 1000, None)
+    assert (
+        config.accum.micro_batch_size,
+        config.accum.gradient_accumulation_steps,
+        config.train.steps,
+        config.train.epochs,
+    ) == (
+        4,
+        16,
+        1000,
+        None,
+    )
     assert (config.optim.lr, config.optim.weight_decay, config.optim.beta2) == (3e-4, 0.1, 0.95)
     assert config.optim.clip_norm is None
     schedule = config.optim.schedule
@@ -70,7 +90,7 @@ def test_a_real_object() -> None:
     assert config.precision.name.value == "bf16"
     assert (config.nn.checkpoint, config.nn.compile) == (True, True)
     assert (config.logger.name.value, config.logger.run_name) == ("wandb", "it's one")
-    assert (config.train.log_every_steps, config.train.evaluate_every_steps, config.train.seed) == (10, 50, 7)
+    assert (config.train.log_every_steps, config.train.validate_every_steps, config.train.seed) == (10, 50, 7)
     assert (config.parallel.find_unused_parameters, config.parallel.bucket_mb) == (True, 50)
     assert config.loader.workers == 2
     assert sorted(carried.not_carried) == [

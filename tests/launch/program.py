@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from distaccum.errors import ConfigError
 from distaccum.launch import Job, launch, write_result
-from distaccum.metrics.sweep import tell_sweep
+from distaccum.metrics.sweep import report_sweep
 
 KEYS = ("launch", "model", "run_dir", "device", "value", "fault", "timeout_s", "train")
 
@@ -70,7 +70,9 @@ def task(job: Job) -> None:
     elif fault["kind"] != "none" and num_starts <= fault["times"]:
         misbehave(fault["kind"], job.rank == fault["rank"])
     if job.rank == 0:
-        write_result(job.run_dir, {"heldout_loss": (job.config["value"] - 2.0) ** 2, "samples_per_s": 10.0, "steps": 1})
+        write_result(
+            job.run_dir, {"validation_loss": (job.config["value"] - 2.0) ** 2, "samples_per_s": 10.0, "steps": 1}
+        )
     if job.store is not None:
         dist.destroy_process_group()
 
@@ -100,4 +102,4 @@ def misbehave(kind: str, is_culprit: bool) -> None:
 
 if __name__ == "__main__":
     conf = Path(__file__).parent / "conf"
-    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=tell_sweep))
+    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=report_sweep))

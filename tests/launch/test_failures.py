@@ -53,7 +53,7 @@ def test_raising_rank_takes_the_others_down(start, tmp_path):
             assert sorted(found) == [0, 1, 2], output
             assert "ArithmeticError: the culprit's own error" in found[1]
             for rank in (0, 2):
-                assert f"rank {rank} when it learnt that rank 1 failed first" in found[rank]
+                assert f"rank {rank} when it learned that rank 1 failed first" in found[rank]
                 assert "in misbehave" in found[rank]
 
 
@@ -67,7 +67,7 @@ def test_killed_rank_is_noticed(start, tmp_path):
     assert "Signal 9 (SIGKILL)" in torchrun.output
     assert "[rank 1] was ended by SIGKILL" in own.output
     assert "Traceback" not in own.output
-    assert hands[0].output.startswith("[rank 0] another rank has gone away")
+    assert hands[0].output.startswith("[rank 0] another rank is gone")
     assert len(hands[0].output.splitlines()) == 1
     assert list(stacks(hands[0].folder)) == [0]
 
@@ -78,7 +78,7 @@ def test_host_of_the_store_is_killed(start, tmp_path):
     ends_within({"": programs}, 3, tmp_path, 15)
     assert [program.code for program in programs] == [-signal.SIGKILL, 1, 1]
     for rank in (1, 2):
-        assert f"[rank {rank}] another rank has gone away" in programs[rank].output
+        assert f"[rank {rank}] another rank is gone" in programs[rank].output
     found = stacks(tmp_path)
     assert sorted(found) == [1, 2]
     assert all("the store of the job is gone" in text for text in found.values())
@@ -93,7 +93,7 @@ def test_hanging_rank_is_named_and_leaves(start, tmp_path):
         output = "\n".join(program.output for program in each)
         (folder,) = each[0].folder.rglob("stacks")
         words = (
-            "] a collective took longer than train.timeout_s=8: rank 1 has not come; its stack is in "
+            "] a collective took longer than train.timeout_s=8: rank 1 did not join it; its stack is in "
             f"{folder}/rank-1.txt"
         )
         lines = [line for line in output.splitlines() if words in line]
@@ -101,7 +101,7 @@ def test_hanging_rank_is_named_and_leaves(start, tmp_path):
         assert lines[0].startswith(("[rank 0", "[rank 2"))
         if way == "torchrun":
             assert f"traceback : {lines[0].partition('] ')[2]}" in output  # its summary
-        assert f"[rank 1] leaves, because rank {lines[0][6]} failed first" in output
+        assert f"[rank 1] exits because rank {lines[0][6]} failed first" in output
         found = stacks(each[0].folder)
         assert sorted(found) == [0, 1, 2]
         assert "time.sleep" not in found[0]

@@ -22,7 +22,7 @@ from distaccum.errors import ConfigError
 from distaccum.launch import launch, run_lock
 from distaccum.launch.overrides import to_paste
 from distaccum.launch.own_ranks import _surroundings
-from distaccum.launch.ranks import Place, ranks_here, recognise
+from distaccum.launch.ranks import Place, detect_launcher, ranks_here
 
 from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen, wait_for_ranks
 
@@ -110,10 +110,10 @@ def test_showing_under_torchrun_prints_once(start, tmp_path):
         ("value==", "Error parsing override 'value=='"),
         (
             "run_dir=epoch=3",
-            """: run_dir=epoch=3\nIf its value is this very text, write 'run_dir="epoch=3"'""",
+            """: run_dir=epoch=3\nIf its value is exactly this text, write 'run_dir="epoch=3"'""",
         ),
-        ("run_dir=it's", """: run_dir=it's\nIf its value is this very text, write "run_dir='it\\'s'" """),
-        ("run_dir=my run", "cannot be read: run\nAn override is key=value; where the value has spaces, quote it"),
+        ("run_dir=it's", """: run_dir=it's\nIf its value is exactly this text, write "run_dir='it\\'s'" """),
+        ("run_dir=my run", "cannot be read: run\nAn override has the form key=value. Quote a value with spaces"),
         ("model=none", "Could not find 'model/none'"),
         ("value=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("value=???", "Missing mandatory value: value"),
@@ -146,10 +146,10 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ("RANK= WORLD_SIZE=2", "RANK=''; it must be a whole number from 0 on"),
+        ("RANK= WORLD_SIZE=2", "RANK=''; it must be a whole number, 0 or more"),
         ("RANK=", "WORLD_SIZE is not set, although related variables (RANK) are"),
         ("RANK=one WORLD_SIZE=2", "RANK='one'"),
-        ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number from 1 on"),
+        ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number, 1 or more"),
         ("RANK=2 WORLD_SIZE=2", "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1"),
         ("RANK=1", "WORLD_SIZE is not set, although related variables (RANK) are"),
         ("WORLD_SIZE=2", "RANK is not set, although related variables (WORLD_SIZE) are"),
@@ -159,7 +159,7 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
             "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a",
             "MASTER_PORT is not set, although related variables (RANK, WORLD_SIZE, MASTER_ADDR) are",
         ),
-        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is no port"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is not a port"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=x", "LOCAL_RANK='x'"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1 and LOCAL_"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=2", "LOCAL_RANK=2 and WORLD_SIZE=2: ranks"),
@@ -182,9 +182,9 @@ def test_a_local_rank_that_is_missing_is_no_false_report():
     environment = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     told = r"^LOCAL_WORLD_SIZE=4 is set and LOCAL_RANK is not\. Set LOCAL_RANK to .* on its machine, from 0 to 3\.$"
     with pytest.raises(ConfigError, match=told):
-        recognise(environment | {"LOCAL_WORLD_SIZE": "4"})
-    assert recognise(environment | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}).local_rank == 1
-    assert recognise(environment).local_rank == 5
+        detect_launcher(environment | {"LOCAL_WORLD_SIZE": "4"})
+    assert detect_launcher(environment | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}).local_rank == 1
+    assert detect_launcher(environment).local_rank == 5
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_refusal_by_the_task_on_all_ranks_is_shown_once(start):
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    alone = recognise({})
+    alone = detect_launcher({})
     assert ranks_here({"device": "cpu", "launch": {"nproc_per_node": 4}}, alone) == 4
     assert ranks_here({"device": "cuda"}, alone) == 1
     for config in ({"device": "auto", "launch": {"nproc_per_node": 4}}, {"launch": {"nproc_per_node": 4}}):

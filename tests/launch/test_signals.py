@@ -86,5 +86,5 @@ def test_sweep_ends_after_the_job_that_saves(start, folders):
         (table,) = program.folder.rglob("sweep.csv")
         text = table.read_text()
         assert text.count(f"interrupted,{128 + number}") == 1, text
-        assert "lowest held-out loss" not in program.output
+        assert "lowest validation loss" not in program.output
         assert not any(alive(rank["pid"]) for rank in seen(program.folder))

@@ -42,21 +42,21 @@ def folders(tmp_path):
 
 def test_result_round_trip(tmp_path):
     assert read_result(tmp_path) is None
-    values = {"heldout_loss": math.nan, "best": -math.inf, "steps": 3, "reason": "nancy", "none": None, "x": 0.1}
+    values = {"validation_loss": math.nan, "best": -math.inf, "steps": 3, "reason": "nancy", "none": None, "x": 0.1}
     write_result(tmp_path, {"old": 1})
     write_result(tmp_path, values)
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
     text = (tmp_path / "result.json").read_text()
-    assert '"heldout_loss": "nan"' in text  # JSON proper has no NaN
+    assert '"validation_loss": "nan"' in text  # JSON proper has no NaN
     read = read_result(tmp_path)
-    assert math.isnan(read.pop("heldout_loss"))
-    del values["heldout_loss"]
+    assert math.isnan(read.pop("validation_loss"))
+    del values["validation_loss"]
     assert read == values
 
 
 def test_what_the_sweeper_gets(tmp_path):
     """The objective of a job that is done; nothing where it failed, is not finite, or left only an old result."""
-    outcomes = Outcomes("heldout_loss")
+    outcomes = Outcomes("validation_loss")
 
     def job(values, code=0, error=None, raised=None):
         def do():
@@ -69,15 +69,15 @@ def test_what_the_sweeper_gets(tmp_path):
         outcomes.run(len(outcomes.jobs), ["a=1"], tmp_path, tmp_path, do)
         return outcomes.last_objective()
 
-    assert job({"heldout_loss": 1.5}) == 1.5
+    assert job({"validation_loss": 1.5}) == 1.5
     assert job(None) is None
-    assert job({"heldout_loss": math.nan}) is None
-    assert job({"heldout_loss": "low"}) is None
+    assert job({"validation_loss": math.nan}) is None
+    assert job({"validation_loss": "low"}) is None
     assert outcomes.exit_code(0) == 0
-    assert job({"heldout_loss": 0.5}, code=3, error="late\nand long") is None
-    assert job({"heldout_loss": 0.5}, raised=ConfigError("no")) is None
+    assert job({"validation_loss": 0.5}, code=3, error="late\nand long") is None
+    assert job({"validation_loss": 0.5}, raised=ConfigError("no")) is None
     with pytest.raises(SystemExit):
-        job({"heldout_loss": 0.5}, raised=SystemExit(143))
+        job({"validation_loss": 0.5}, raised=SystemExit(143))
     assert outcomes.last_objective() is None
     told = [(one.status, one.exit_code, one.error) for one in outcomes.jobs[4:]]
     assert told == [("failed", 3, "late"), ("failed", 2, "no"), ("interrupted", 143, None)]
@@ -106,7 +106,7 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
     assert [row["status"] for row in (raised, refused, done, refused_too)] == ["failed", "failed", "done", "failed"]
     assert (raised["error"], raised["exit_code"]) == ("ArithmeticError: the culprit's own error", "1")
     assert (refused["error"], refused["exit_code"]) == ("value (-1) must be 0 or more.", "2")
-    assert (done["heldout_loss"], done["samples_per_s"], done["error"]) == ("1.0", "10.0", "")
+    assert (done["validation_loss"], done["samples_per_s"], done["error"]) == ("1.0", "10.0", "")
     assert (done["fault.kind"], done["value"], done["launch.nproc_per_node"]) == ("none", "1", "2")
     ranks = seen(own.folder)
     for number in (0, 2):
@@ -118,7 +118,7 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
     assert torchrun.wait().code == 1
     rows = rows_of(torchrun)
     assert [row["status"] for row in rows] == ["done", "failed", "failed"]
-    assert rows[1]["error"] == "rank 1 was ended by SIGKILL (by hand, or for lack of memory)"
+    assert rows[1]["error"] == "rank 1 was ended by SIGKILL (possibly manually, or by the system for lack of memory)"
     assert rows[2]["error"] == "ArithmeticError: the culprit's own error"
     for number in range(3):
         job = [rank for rank in seen(torchrun.folder) if rank["number"] == number]
@@ -172,7 +172,7 @@ def test_optuna_chooses_by_the_result_and_sees_no_number_of_a_job_that_failed(st
     ).wait()
     assert program.code == 1
     rows = {row["value"]: row for row in rows_of(program)}
-    assert {value: row["heldout_loss"] for value, row in rows.items()} == {"-1": "", "0": "4.0", "2": "0.0"}
+    assert {value: row["validation_loss"] for value, row in rows.items()} == {"-1": "", "0": "4.0", "2": "0.0"}
     assert rows["-1"]["status"] == "failed"
     if rows["-1"]["job"] == "2":  # a grid is walked in random order, and the sweeper cannot end it with a failure
         assert "the last job of the grid failed" in program.output

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from distaccum.metrics import sweep_picture
-from distaccum.metrics.sweep import swept_keys, table, tell_sweep, write_csv
+from distaccum.metrics.sweep import report_sweep, swept_keys, table, write_csv
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Sweep:
 
 
 def of(loss: float, rate: float = 10.0) -> dict[str, float | int | str | None]:
-    return {"heldout_loss": loss, "samples_per_s": rate, "steps": 3}
+    return {"validation_loss": loss, "samples_per_s": rate, "steps": 3}
 
 
 JOBS = (
@@ -48,13 +48,13 @@ JOBS = (
 def test_table() -> None:
     assert table(JOBS).splitlines() == [
         "sweep: 5 jobs, 3 done, 1 failed, 1 interrupted",
-        "job  lr          held-out loss  samples/s  status",
-        "0    0.001       2.5000         123.4      done",
-        "1    0.00012346  nan            10.0       done",
-        '2    10          -              -          failed: OSError: no "disk", none',
-        "3    0.1         1.2500         10.0       interrupted",
-        "4    1           2.2500         10.0       done",
-        "lowest held-out loss: 2.2500, job 4",
+        "job  lr          validation loss  samples/s  status",
+        "0    0.001       2.5000           123.4      done",
+        "1    0.00012346  nan              10.0       done",
+        '2    10          -                -          failed: OSError: no "disk", none',
+        "3    0.1         1.2500           10.0       interrupted",
+        "4    1           2.2500           10.0       done",
+        "lowest validation loss: 2.2500, job 4",
     ]
 
 
@@ -78,13 +78,13 @@ def test_csv_has_a_row_for_each_job_and_a_column_for_each_key(tmp_path: Path) ->
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == [
         *("job", "lr", "model", "a.b", "status", "exit_code"),
-        *("heldout_loss", "samples_per_s", "steps", "error", "run_dir"),
+        *("validation_loss", "samples_per_s", "steps", "error", "run_dir"),
     ]
     assert [row["job"] for row in rows] == ["0", "1", "2", "3", "4"]
     assert rows[1]["lr"] == "0.00012345678901234"
     assert rows[2]["error"] == 'OSError: no "disk", none'
-    assert (rows[2]["heldout_loss"], rows[2]["exit_code"]) == ("", "1")
-    assert (rows[4]["heldout_loss"], rows[4]["steps"], rows[4]["error"]) == ("2.25", "3", "")
+    assert (rows[2]["validation_loss"], rows[2]["exit_code"]) == ("", "1")
+    assert (rows[4]["validation_loss"], rows[4]["steps"], rows[4]["error"]) == ("2.25", "3", "")
 
 
 def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("jobs", [JOBS, JOBS[:1], JOBS[2:3]], ids=["five", "one", "one-failed"])
 def test_all_of_it(tmp_path: Path, jobs: tuple[Job, ...]) -> None:
     out = io.StringIO()
-    tell_sweep(Sweep(tmp_path, jobs), out)
+    report_sweep(Sweep(tmp_path, jobs), out)
     drawn = ["sweep.png"] if any(job.result for job in jobs) else []
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.csv", *drawn]
     assert out.getvalue() == f"{table(jobs)}\nsweep folder: {tmp_path}\n"
@@ -118,6 +118,6 @@ def test_all_of_it(tmp_path: Path, jobs: tuple[Job, ...]) -> None:
 def test_a_picture_that_fails_is_told_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "sweep.png").mkdir()
     out = io.StringIO()
-    tell_sweep(Sweep(tmp_path, JOBS), out)
+    report_sweep(Sweep(tmp_path, JOBS), out)
     assert "sweep.png was not drawn (IsADirectoryError" in out.getvalue()
     assert (tmp_path / "sweep.csv").exists()

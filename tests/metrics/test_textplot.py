@@ -56,7 +56,7 @@ def test_points_out_of_order(points: list[tuple[float, float]]) -> None:
 
 
 def test_too_little_room() -> None:
-    with pytest.raises(ValueError, match="no room to plot: 12 columns"):
+    with pytest.raises(ValueError, match="no room to plot in 12 columns"):
         plot({"y": [(0, 1)]}, "steps", 10, width=12)
 
 

@@ -160,8 +160,9 @@ def test_sharded_while_on_meta(two_ranks: World) -> None:
 
 
 def test_it_learns_real_digits() -> None:
-    """40 steps of 2 micros of 32 digits: on images it never saw, far better than class frequencies (2.3 nats)."""
-    train, heldout = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
+    """40 steps of 2 micro-batches of 32 digits: on images it never saw, far better than class frequencies (2.3
+    nats)."""
+    train, validation = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
     config = dataclasses.replace(composed("resnet"), num_classes=train.num_classes, in_channels=train.shape[0])
     model = convert_batchnorm(build(config), BatchNormMode.pooled)
     statistics = pooled_statistics(model)
@@ -180,13 +181,13 @@ def test_it_learns_real_digits() -> None:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    batch = heldout.batch(range(len(heldout)), generator)
+    batch = validation.batch(range(len(validation)), generator)
     with torch.no_grad():
         logits = model.eval()(batch["inputs"])
     assert (
         logits.argmax(1) == batch["labels"]
     ).double().mean() > 0.7  # it was 0.78, and 0.97 after four times as many steps
-    assert F.cross_entropy(logits, batch["labels"]) < 0.5 * frequency_loss(train, heldout)
+    assert F.cross_entropy(logits, batch["labels"]) < 0.5 * frequency_loss(train, validation)
 
 
 def test_what_is_refused() -> None:
@@ -196,5 +197,5 @@ def test_what_is_refused() -> None:
         ResNet(small(blocks_per_stage=0))
     with pytest.raises(ConfigError, match=r"model.widths \(\[\]\)"):
         ResNet(small(widths=[]))
-    with pytest.raises(ConfigError, match=r"ResNet: images \[3, 1, 8, 8\], not \[B, 2, H, W\]"):
+    with pytest.raises(ConfigError, match=r"images of shape \[3, 1, 8, 8\], not \[B, 2, H, W\]"):
         build()(torch.randn(3, 1, 8, 8))

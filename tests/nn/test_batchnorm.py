@@ -35,7 +35,7 @@ from distaccum.parallel.ledger import Ledger
 NEAR = {"rtol": 0.0, "atol": 1e-12}
 CPU = torch.device("cpu")
 SHAPES: dict[str, tuple[int, ...]] = {"1d": (), "2d": (3, 2), "3d": (2, 2, 2)}
-# Samples of each micro, by window and rank of four: uneven, and some rank without any.
+# Samples of each micro-batch, by window and rank of four: uneven, and some rank without any.
 SIZES = [[[3, 2], [4], [], [2, 5, 3]], [[2], [], [3, 3], [2, 2]]]
 
 
@@ -98,14 +98,14 @@ def update(running: dict[str, Tensor], layer: str, inputs: Tensor, momentum: flo
         running[f"{layer}.{name}"] = (1 - factor) * running[f"{layer}.{name}"] + factor * new
 
 
-def inputs_of_layers(micros: list[Tensor], kind: str) -> dict[str, Tensor]:
-    """What torch's own layers see when they normalise micro by micro, all of it."""
+def inputs_of_layers(micro_batches: list[Tensor], kind: str) -> dict[str, Tensor]:
+    """What torch's own layers see when they normalise micro-batch by micro-batch, all of it."""
     plain = net(kind)
     seen: dict[str, list[Tensor]] = {"1": [], "4": []}
     for name, inputs in seen.items():
         plain[int(name)].register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach()))
-    for micro in micros:
-        plain(micro)
+    for micro_batch in micro_batches:
+        plain(micro_batch)
     return {name: torch.cat(inputs) for name, inputs in seen.items()}
 
 
@@ -123,11 +123,11 @@ def pooled_windows(kind: str, momentum: float | None, skipped: int | None) -> An
         dealt = deal(kind, window, size)
         before = buffers(model)
         with Ledger() as ledger:
-            for micro in dealt[rank]:
+            for micro_batch in dealt[rank]:
                 with statistics.observing():
-                    out = model(micro)
-                torch.testing.assert_close(out, plain(micro), **NEAR)
-                model(micro + 5)  # outside: not observed
+                    out = model(micro_batch)
+                torch.testing.assert_close(out, plain(micro_batch), **NEAR)
+                model(micro_batch + 5)  # outside: not observed
             with statistics.padding():
                 model(sample(kind, 3, 99))
             statistics.send(our_group(), CPU)
@@ -137,7 +137,7 @@ def pooled_windows(kind: str, momentum: float | None, skipped: int | None) -> An
             statistics.forget()
             continue
         statistics.commit()
-        for name, inputs in inputs_of_layers([micro for row in dealt for micro in row], kind).items():
+        for name, inputs in inputs_of_layers([micro_batch for row in dealt for micro_batch in row], kind).items():
             update(expected, name, inputs, momentum)
     after = buffers(model)
     statistics.send(our_group(), CPU)  # a window in which nobody observed anything
@@ -160,7 +160,8 @@ def test_pooled_running_statistics(ranks: World, kind: str, momentum: float | No
 
 
 def synced_rounds(kind: str, momentum: float | None, repeat: bool) -> Any:
-    """Two rounds beside one process that has the whole batch of each; the last rank has no micro in the second."""
+    """Two rounds beside one process that has the whole batch of each; the last rank has no micro-batch in the
+    second."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model, statistics = converted("sync", kind, momentum)
     plain = net(kind, momentum)
@@ -171,21 +172,21 @@ def synced_rounds(kind: str, momentum: float | None, repeat: bool) -> Any:
         batch = torch.cat([sample(kind, n, i, r) for r, n in enumerate(sizes)]).requires_grad_()
         own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         pads = rank >= len(sizes)
-        micro = (sample(kind, 3, 99) if pads else batch.detach()[own]).requires_grad_()
+        micro_batch = (sample(kind, 3, 99) if pads else batch.detach()[own]).requires_grad_()
         with Ledger() as ledger:
             with statistics.padding() if pads else statistics.observing():
-                out = checkpoint(model, micro, use_reentrant=False) if repeat else model(micro)
+                out = checkpoint(model, micro_batch, use_reentrant=False) if repeat else model(micro_batch)
             (out.sin().sum() * float(not pads)).backward()
         told = collectives(model)
         assert (sum(told), len(told)) == (ledger.traffic.bytes["all_reduce"], ledger.traffic.counts["all_reduce"])
         whole = plain(batch)
         whole.sin().sum().backward()
         assert out.isfinite().all()
-        assert micro.grad is not None
+        assert micro_batch.grad is not None
         if pads:
-            assert not micro.grad.any()
+            assert not micro_batch.grad.any()
         else:
-            pairs += [(out.detach(), whole.detach()[own]), (micro.grad, batch.grad[own])]
+            pairs += [(out.detach(), whole.detach()[own]), (micro_batch.grad, batch.grad[own])]
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         dist.all_reduce(ours.grad)
         pairs.append((ours.grad, theirs.grad))
@@ -220,15 +221,15 @@ def shared_layer() -> Any:
     statistics = pooled_statistics(ours)
     assert statistics is not None
     batch = torch.cat([sample("1d", 3, r) for r in range(size)]).requires_grad_()
-    micro = batch.detach()[3 * rank : 3 * rank + 3].requires_grad_()
+    micro_batch = batch.detach()[3 * rank : 3 * rank + 3].requires_grad_()
     with statistics.observing():
-        out = checkpoint(ours, micro, use_reentrant=False)
+        out = checkpoint(ours, micro_batch, use_reentrant=False)
     out.pow(3).sum().backward()
     theirs(batch).pow(3).sum().backward()
     statistics.send(our_group(), CPU)
     statistics.commit()
     assert batch.grad is not None
-    return micro.grad, batch.grad[3 * rank : 3 * rank + 3]
+    return micro_batch.grad, batch.grad[3 * rank : 3 * rank + 3]
 
 
 def test_a_layer_that_runs_twice(ranks: World) -> None:
@@ -292,10 +293,10 @@ def test_frozen_is_eval_mode_with_trained_affine() -> None:
     assert pooled_statistics(model) is None
 
 
-def test_micro_changes_nothing() -> None:
+def test_micro_batch_changes_nothing() -> None:
     model = net()
     kinds = [type(module) for module in model.modules()]
-    assert convert_batchnorm(model, BatchNormMode.micro) is model
+    assert convert_batchnorm(model, BatchNormMode.micro_batch) is model
     assert [type(module) for module in model.modules()] == kinds
     assert pooled_statistics(model) is None
     assert collectives(model) == []
@@ -383,7 +384,7 @@ def test_what_is_refused() -> None:
 
 def test_layers_of_several_modes_are_refused_by_name() -> None:
     model = nn.Sequential(convert_batchnorm(nn.BatchNorm1d(2), BatchNormMode.sync), nn.Sequential(nn.BatchNorm1d(2)))
-    told = r"needs one BatchNorm mode for all layers, but 0 is sync, 1\.0 is micro\. Call convert_batchnorm"
+    told = r"needs one BatchNorm mode for all layers, but 0 is sync, 1\.0 is micro_batch\. Call convert_batchnorm"
     with pytest.raises(ConfigError, match=told):
         mode_of(model)
     assert mode_of(convert_batchnorm(model, BatchNormMode.pooled)) is BatchNormMode.pooled

@@ -10,7 +10,7 @@ from distaccum.nn.batchnorm import convert_batchnorm
 from distaccum.nn.one_sample import CURES, one_value_per_channel
 
 
-@pytest.mark.parametrize("mode", ["micro", "pooled"])
+@pytest.mark.parametrize("mode", ["micro_batch", "pooled"])
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm2d(3)])
 def test_one_value_per_channel_is_recognised(layer: nn.Module, mode: str) -> None:
     x = torch.ones(1, 3) if isinstance(layer, nn.BatchNorm1d) else torch.ones(1, 3, 1, 1)

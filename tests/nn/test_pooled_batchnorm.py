@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 def continue_training(
     images: ImageDataset, state: State | None, optimizer_state: Any, step: int, start: int, windows: int
 ) -> Any:
-    """Three more windows of 26 digits in micros of 4, on however many ranks there are, in float64."""
+    """Three more windows of 26 digits in micro-batches of 4, on however many ranks there are, in float64."""
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -35,21 +35,21 @@ def continue_training(
         model.load_state_dict(state)
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))  # what arrives is memory that all ranks share
     objective = da.Objective(
-        lambda m, micro: torch.nn.functional.cross_entropy(
-            m(micro["inputs"].double()), micro["labels"], reduction="sum"
+        lambda m, micro_batch: torch.nn.functional.cross_entropy(
+            m(micro_batch["inputs"].double()), micro_batch["labels"], reduction="sum"
         ),
-        lambda micro: len(micro["labels"]),
+        lambda micro_batch: len(micro_batch["labels"]),
     )
     accumulator = da.Accumulator(wrapped, optimizer, objective, seed=0, audit="always")
-    plan = da.Plan(num_samples=len(images), effective_batch=26, micro_size=4)
-    for window, micros in Loader(images, plan, rank, size).windows(step, start, step + windows):
-        accumulator.step(micros)
+    plan = da.Plan(num_samples=len(images), effective_batch_size=26, micro_batch_size=4)
+    for window, micro_batches in Loader(images, plan, rank, size).windows(step, start, step + windows):
+        accumulator.step(micro_batches)
         start = window.next_start
     return model.state_dict(), optimizer.state_dict(), start
 
 
 def test_two_then_one_then_four_ranks(two_ranks: World, four_ranks: World) -> None:
-    # 7 micros a window: on 2 and 4 ranks some rank has one less, and pads.
+    # 7 micro-batches a window: on 2 and 4 ranks some rank has one less, and pads.
     from worlds import world
 
     images, _ = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))

@@ -296,13 +296,14 @@ def test_continuous(case: tuple[ScheduleConfig, int], part: float, distance: flo
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
-def test_trap_13_the_curve_ends_at_zero_whatever_ranks_and_micros(name: str) -> None:
-    """In samples: 12 windows of 48, made by any ranks x micros, give the same curve as 12 steps, and it ends at 0."""
+def test_trap_13_the_curve_ends_at_zero_whatever_ranks_and_micro_batches(name: str) -> None:
+    """In samples: 12 windows of 48, made by any ranks x micro-batches, give the same curve as 12 steps, and it ends
+    at 0."""
     in_steps = curve(name, warmup=2)
     in_samples = curve(name, unit=ScheduleUnit.samples, warmup=2 * 48, decay=4 * 48)
     decayed = [lr_factor(step, in_steps, 12) for step in range(2, 13)]
-    for ranks, micros in ((1, 8), (2, 4), (4, 2), (8, 1)):
-        window = ranks * micros * 6
+    for ranks, micro_batches in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        window = ranks * micro_batches * 6
         assert [lr_factor(step * window, in_samples, 12 * 48) for step in range(2, 13)] == pytest.approx(decayed)
     assert decayed[-1] == 0
     assert decayed[-2] > 0
@@ -335,13 +336,17 @@ def test_a_resumed_run_is_on_the_same_curve(load_first: bool) -> None:
 @pytest.mark.parametrize(
     ("schedule", "total", "message"),
     [
-        (curve("linear"), None, r"name=linear must know where it ends; set optim.schedule.total \(in steps\)"),
+        (curve("linear"), None, r"name=linear needs an end\. Set optim.schedule.total \(in steps\)"),
         (curve("cosine", warmup=-1), 8, r"warmup \(-1\)"),
         (curve("cosine", final_ratio=1.5), 8, r"final_ratio \(1.5\)"),
-        (curve("cosine", warmup=8), 8, r"a warmup of 8 .* cosine .* into 8 steps; use a warmup of at most 7"),
-        (curve("linear", warmup=9, total=5), 80, r"a warmup of 9 .* linear .* into 5 steps; use a warmup of at most 4"),
-        (curve("wsd", decay=100), 3, r"a warmup of 0 .* \(at least 100\) .* into 3 steps; use a decay of at most 3"),
-        (curve("wsd", warmup=5), 8, r"a warmup of 5 .* wsd \(at least 4\) .* into 8 steps; use a warmup of at most 4"),
+        (curve("cosine", warmup=8), 8, r"a warmup of 8 .* cosine .* into 8 steps\. Use a warmup of at most 7"),
+        (
+            curve("linear", warmup=9, total=5),
+            80,
+            r"a warmup of 9 .* linear .* into 5 steps\. Use a warmup of at most 4",
+        ),
+        (curve("wsd", decay=100), 3, r"a warmup of 0 .* \(at least 100\) .* into 3 steps\. Use a decay of at most 3"),
+        (curve("wsd", warmup=5), 8, r"a warmup of 5 .* wsd \(at least 4\) .* into 8 steps\. Use a warmup of at most 4"),
         (curve("wsd", decay=0), 8, r"decay \(0\) must be at least 1"),
         (curve("wsd", decay=9), 8, r"wsd \(at least 9\) .* into 8 steps"),
     ],
@@ -483,7 +488,7 @@ def test_without_a_rule_the_batch_changes_nothing(scale: ScaleConfig | None) -> 
 @pytest.mark.parametrize(
     ("name", "scale", "message"),
     [
-        (OptimName.sgd, BOTH, r"scale.beta2=true needs an optimizer with betas, and SGD has none; use optim=adamw"),
+        (OptimName.sgd, BOTH, r"scale.beta2=true needs an optimizer with betas, but SGD has none\. Use optim=adamw"),
         (OptimName.adamw, dataclasses.replace(BOTH, base_batch=0), r"scale.base_batch \(0\) .* at least 1"),
         (OptimName.adamw, dataclasses.replace(BOTH, base_batch=None), r"scale.base_batch \(None\)"),
     ],
@@ -496,5 +501,5 @@ def test_scalings_without_a_meaning(name: OptimName, scale: ScaleConfig, message
 
 def test_a_scale_asks_for_the_batch() -> None:
     schedule = LRSchedule(make_optimizer(nn.Linear(2, 2), ADAMW), CURVE, 8, BOTH)
-    with pytest.raises(ValueError, match=r"set\(position, window.effective_batch\)"):
+    with pytest.raises(ValueError, match=r"set\(position, window.effective_batch_size\)"):
         schedule.set(0)

@@ -23,8 +23,8 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
 
 
-def samples(rank: int, micro: int) -> Tensor:
-    generator = torch.Generator().manual_seed(10 * rank + micro)
+def samples(rank: int, micro_batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * rank + micro_batch)
     return torch.randn(3 + rank, 2, generator=generator, dtype=torch.float64) + rank
 
 
@@ -46,12 +46,12 @@ def train(mode: str, rounds: dict[int, int], steps: int) -> tuple[dict[str, Tens
     return copied.state_dict(), proof.holds or str(proof), accumulator.steps
 
 
-def on_one_process(mode: str, ranks: tuple[int, ...], micros: int, steps: int) -> dict[str, Tensor]:
+def on_one_process(mode: str, ranks: tuple[int, ...], micro_batches: int, steps: int) -> dict[str, Tensor]:
     """The training of one half: what meets in a layer is one batch."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
-        rounds = [[samples(rank, i) for rank in ranks] for i in range(micros)]
+        rounds = [[samples(rank, i) for rank in ranks] for i in range(micro_batches)]
         batches = [torch.cat(one) for one in rounds] if mode == "sync" else [x for one in rounds for x in one]
         count = sum(map(len, batches))
         for batch in batches:
@@ -100,9 +100,9 @@ def fail_and_go_on() -> list[str]:
     wrapped = DistributedDataParallel(model, process_group=halves[rank // 2])
     accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective())
     told = []
-    for micro in (torch.zeros(2, 5, dtype=torch.float64), samples(rank, 0)):
+    for micro_batch in (torch.zeros(2, 5, dtype=torch.float64), samples(rank, 0)):
         try:
-            told.append(f"{accumulator.step([micro]).step}")
+            told.append(f"{accumulator.step([micro_batch]).step}")
         except RuntimeError as error:
             told.append(str(error))
     return told

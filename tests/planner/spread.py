@@ -59,7 +59,7 @@ def make_model(name: str) -> nn.Module:
     return GPT(GPTConfig("gpt", VOCABULARY, 13, 3, 3, 18, 0.0, True))
 
 
-def make_micro(size: int = 2) -> dict[str, Tensor]:
+def make_micro_batch(size: int = 2) -> dict[str, Tensor]:
     ids = torch.arange(size * TOKENS).reshape(size, TOKENS) % VOCABULARY
     return {"input_ids": ids, "labels": ids}
 
@@ -101,7 +101,7 @@ def accumulator_for(
     return da.Accumulator(
         model,
         optimizer,
-        da.Objective(loss_sum, OBJECTIVE.weight),
+        da.Objective(loss_sum, OBJECTIVE.denominator),
         sync=setup.sync,
         accum_dtype=setup.accumulate,
         reduce_dtype=setup.reduce,
@@ -113,25 +113,27 @@ def make_optimizer(name: str, momentum: float, model: nn.Module) -> torch.optim.
     return torch.optim.AdamW(trained) if name == "adamw" else torch.optim.SGD(trained, lr=0.1, momentum=momentum)
 
 
-def measured(name: str, dtype: torch.dtype, setup: Setup, optimizer: tuple[str, float], micros: int) -> dict[str, int]:
+def measured(
+    name: str, dtype: torch.dtype, setup: Setup, optimizer: tuple[str, float], micro_batches: int
+) -> dict[str, int]:
     """Bytes on this rank in the second window, part by part; the largest seen where a part comes and goes."""
     model = spread(make_model(name).to(dtype), setup)
     optim = make_optimizer(*optimizer, model)
     seen: dict[str, list[int]] = {"gradients": [], "accumulation": [], "gathered": []}
 
-    def loss_sum(module: nn.Module, micro: Any) -> Tensor:
-        """It runs first in each micro: what is alive here came from the micro before."""
+    def loss_sum(module: nn.Module, micro_batch: Any) -> Tensor:
+        """It runs first in each micro-batch: what is alive here came from the micro-batch before."""
         sums = accumulator.strategy.sums
         own = [] if sums is None else list(sums._sums.values())
         seen["accumulation"].append(held([*own, *unreduced(model)]))
-        return OBJECTIVE.loss_sum(module, micro)
+        return OBJECTIVE.loss_sum(module, micro_batch)
 
     parameters = list(model.parameters())
     optim.register_step_pre_hook(
         lambda *_: seen["gradients"].append(held(p.grad for p in parameters if p.grad is not None))
     )
     accumulator = accumulator_for(model, setup, optim, loss_sum)
-    window = [make_micro() for _ in range(micros)]
+    window = [make_micro_batch() for _ in range(micro_batches)]
     accumulator.step(window)
     for numbers in seen.values():
         numbers.clear()

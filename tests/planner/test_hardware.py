@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from distaccum.errors import ConfigError
-from distaccum.planner.hardware import KINDS, Link, Machine, fit
+from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings, fit
 
-LINK = Link((1_000, 3_000, 10_000), (1.0, 2.0, 9.0))
-MACHINE = Machine(
+LINK = LinkTimings((1_000, 3_000, 10_000), (1.0, 2.0, 9.0))
+MACHINE = HardwareProfile(
     "cpu", 2, "gpt, 7 parameters", "bf16", 0.001, 1.5e10, 2e-9, 4, dict.fromkeys(KINDS, LINK), False,
     {"torch": "2.13.0"}, "2026-11-21 12:00 UTC",
 )  # fmt: skip
@@ -21,7 +21,7 @@ MACHINE = Machine(
 def test_round_trip(tmp_path: Path) -> None:
     MACHINE.save(tmp_path / "machine.json")
     MACHINE.save(tmp_path / "machine.json")
-    assert Machine.load(tmp_path / "machine.json") == MACHINE
+    assert HardwareProfile.load(tmp_path / "machine.json") == MACHINE
     assert [path.name for path in tmp_path.iterdir()] == ["machine.json"]
 
 
@@ -45,13 +45,14 @@ def test_where_noise_bends_the_line_the_larger_one_decides(seconds: float) -> No
 
 
 def damaged(**changes: Any) -> str:
-    told = {"format": "distaccum machine 1", **json.loads(WRITTEN), **changes}
+    told = {"format": "distaccum machine 2", **json.loads(WRITTEN), **changes}
     return json.dumps({name: value for name, value in told.items() if value != "left out"})
 
 
 WRITTEN = json.dumps(
     {
-        "device": "cpu", "threads": 2, "model": "gpt", "precision": "fp32", "micro_overhead_s": 0, "flops_per_s": 1e9,
+        "device": "cpu", "threads": 2, "model": "gpt", "precision": "fp32", "micro_batch_overhead_s": 0,
+        "flops_per_s": 1e9,
         "update_s_per_number": 1e-9, "ranks": 2, "links": {kind: {"sizes": [8], "seconds": [0.1]} for kind in KINDS},
         "overlaps": True, "versions": {}, "date": "-",
     }
@@ -65,44 +66,47 @@ def link(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("", "it is no JSON"),
-        ("\0\1", "it is no JSON"),
-        ("[]", 'its "format" is not "distaccum machine 1"'),
-        ('{"format": "distaccum machine 2"}', 'its "format" is not'),
+        ("", "it is not JSON"),
+        ("\0\1", "it is not JSON"),
+        ("[]", 'its "format" is not "distaccum machine 2"'),
+        ('{"format": "distaccum machine 1"}', 'its "format" is not'),
         (damaged(date="left out"), "fields are missing or unknown: date"),
         (damaged(more=1), "fields are missing or unknown: more"),
-        (damaged(device=1), "device should be a text and is 1"),
-        (damaged(threads=0), "threads should be a whole number from 1 on and is 0"),
-        (damaged(ranks=True), "ranks should be a whole number"),
-        (damaged(flops_per_s=0), "flops_per_s should be a number above 0 and is 0"),
-        (damaged(flops_per_s="1e9"), "flops_per_s should be a number above 0"),
-        (damaged(micro_overhead_s=-1), "micro_overhead_s should be a number from 0 on"),
-        (damaged(update_s_per_number=float("nan")), "update_s_per_number should be a number from 0 on and is nan"),
-        (damaged(overlaps=1), "overlaps should be true or false"),
-        (damaged(versions=["2.13"]), "versions should be names and texts"),
-        (damaged(links={"all_reduce": {}}), "links should be nothing, or all_reduce, all_gather, reduce_scatter"),
-        (damaged(links=link(rate=1)), "links should be sizes and seconds"),
-        (damaged(links=link(sizes=8)), "links should be lists"),
-        (damaged(links=link(sizes=[16, 8])), "links should be ascending sizes"),
-        (damaged(links=link(sizes=[8])), "links should be ascending sizes and as many seconds"),
-        (damaged(links=link(sizes=[], seconds=[])), "links should be ascending sizes"),
-        (damaged(links=link(seconds=[0.1, -0.2])), "links should be a number above 0"),
-        (damaged(links={}), r"it has 0 link\(s\) between 2 rank\(s\)"),
-        (damaged(ranks=1), r"it has 3 link\(s\) between 1 rank\(s\)"),
+        (damaged(device=1), "device must be a string, but is 1"),
+        (damaged(threads=0), "threads must be an integer of at least 1, but is 0"),
+        (damaged(ranks=True), "ranks must be an integer"),
+        (damaged(flops_per_s=0), "flops_per_s must be a number above 0, but is 0"),
+        (damaged(flops_per_s="1e9"), "flops_per_s must be a number above 0"),
+        (damaged(micro_batch_overhead_s=-1), "micro_batch_overhead_s must be a number of at least 0"),
+        (damaged(update_s_per_number=float("nan")), "update_s_per_number must be a number of at least 0, but is nan"),
+        (damaged(overlaps=1), "overlaps must be true or false"),
+        (damaged(versions=["2.13"]), "versions must be an object whose values are strings"),
+        (
+            damaged(links={"all_reduce": {}}),
+            "links must be empty, or have the keys all_reduce, all_gather, reduce_scatter",
+        ),
+        (damaged(links=link(rate=1)), "links must be an object with sizes and seconds"),
+        (damaged(links=link(sizes=8)), "links must be lists"),
+        (damaged(links=link(sizes=[16, 8])), "links must be ascending sizes"),
+        (damaged(links=link(sizes=[8])), "links must be ascending sizes and one number of seconds for each"),
+        (damaged(links=link(sizes=[], seconds=[])), "links must be ascending sizes"),
+        (damaged(links=link(seconds=[0.1, -0.2])), "links must be a number above 0"),
+        (damaged(links={}), r"it has 0 link\(s\) for 2 rank\(s\)"),
+        (damaged(ranks=1), r"it has 3 link\(s\) for 1 rank\(s\)"),
     ],
 )
 def test_what_is_no_machine(tmp_path: Path, text: str, letter: str) -> None:
     path = tmp_path / "machine.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=letter) as caught:
-        Machine.load(path)
-    assert f"machine={path} is no file of `distaccum profile`, or damaged" in str(caught.value)
+        HardwareProfile.load(path)
+    assert f"machine={path} was not written by `distaccum profile`, or is damaged" in str(caught.value)
 
 
 def test_what_is_not_there_and_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.json cannot be read: No such file or directory"):
-        Machine.load(tmp_path / "none.json")
+        HardwareProfile.load(tmp_path / "none.json")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
-        Machine.load(tmp_path)
+        HardwareProfile.load(tmp_path)
     with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
         MACHINE.save(tmp_path / "none" / "machine.json")

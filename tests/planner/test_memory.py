@@ -15,7 +15,7 @@ from worlds import World
 from distaccum.planner import Memory, Setup, describe, memory, states_of
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-MICROS = 2
+MICRO_BATCHES = 2
 
 
 def tied() -> nn.Module:
@@ -44,7 +44,7 @@ def test_description() -> None:
 def test_by_hand() -> None:
     """4 shards: 5 rows become 4 x 2 rows, 7 numbers 4 x 2, so that a rank holds 4 + 2 of 17 numbers."""
     model = describe(tied(), [])
-    found = memory(model, setup("fsdp", "boundary", 4), states_of("adamw", 0.0), MICROS, activations=1000)
+    found = memory(model, setup("fsdp", "boundary", 4), states_of("adamw", 0.0), MICRO_BATCHES, activations=1000)
     assert found == Memory(
         weights=6 * 4 + 12,
         gradients=6 * 4,
@@ -58,9 +58,9 @@ def test_by_hand() -> None:
     assert found.total == 36 + 24 + 68 + 56 + 192 + 96 + 1000
 
 
-def test_without_accumulation_nothing_is_kept_between_micros() -> None:
+def test_without_accumulation_nothing_is_kept_between_micro_batches() -> None:
     model, states = describe(tied(), []), states_of("adamw", 0.0)
-    for policy in ("boundary", "keep", "shard"):
+    for policy in ("boundary", "gather_once", "reduce_scatter"):
         chosen = setup("hsdp", policy, 4)
         assert memory(model, chosen, states, 1).accumulation == 0
         assert memory(model, chosen, states, 2).accumulation > 0
@@ -73,12 +73,12 @@ def cases(size: int) -> list[tuple[Setup, torch.dtype]]:
         made += [(setup("ddp", policy, size), dtype) for dtype in (F32, BF16)]
     made.append((setup("ddp", "boundary", size, accumulate=F64), F32))
     made.append((setup("ddp", "every", size, find_unused_parameters=True), F32))
-    for policy in ("boundary", "keep", "every"):
+    for policy in ("boundary", "gather_once", "every"):
         made += [(setup("fsdp", policy, size), dtype) for dtype in (F32, BF16)]
         made.append((setup("fsdp", policy, size, compute=BF16), F32))
     made.append((setup("fsdp", "boundary", size, reshard_after_forward=False), F32))
     if size > 1:
-        for policy in ("boundary", "keep", "every", "shard"):
+        for policy in ("boundary", "gather_once", "every", "reduce_scatter"):
             made += [(setup("hsdp", policy, size), dtype) for dtype in (F32, BF16)]
     return made
 
@@ -92,7 +92,7 @@ def worlds_of() -> Iterator[dict[int, World]]:
 
 
 def measure_all(name: str, chosen: list[tuple[Setup, torch.dtype]], optimizer: tuple[str, float]) -> list[Any]:
-    return [measured(name, dtype, one, optimizer, MICROS) for one, dtype in chosen]
+    return [measured(name, dtype, one, optimizer, MICRO_BATCHES) for one, dtype in chosen]
 
 
 @pytest.mark.parametrize(("name", "size"), [("odd", 1), ("odd", 2), ("gpt", 2), ("odd", 4)])
@@ -100,7 +100,7 @@ def test_real_models_hold_what_is_predicted(worlds_of: dict[int, World], name: s
     ranks, chosen = worlds_of[size], cases(size)
     found = ranks.run(measure_all, name, chosen, ("adamw", 0.0))
     for index, (one, dtype) in enumerate(chosen):
-        predicted = asdict(memory(shapes_of(name, dtype), one, states_of("adamw", 0.0), MICROS))
+        predicted = asdict(memory(shapes_of(name, dtype), one, states_of("adamw", 0.0), MICRO_BATCHES))
         real = [rank[index] for rank in found]
         assert real[0] == {part: predicted[part] for part in real[0]}, (one, dtype)
         # Rank 0 holds most; others hold less where rows do not divide.
@@ -111,11 +111,11 @@ def test_real_models_hold_what_is_predicted(worlds_of: dict[int, World], name: s
 def test_one_process(optimizer: tuple[str, float]) -> None:
     for dtype in (F32, BF16, F64):
         alone = setup("single", "boundary", 1)
-        predicted = asdict(memory(shapes_of("odd", dtype), alone, states_of(*optimizer), MICROS))
-        real = measured("odd", dtype, alone, optimizer, MICROS)
+        predicted = asdict(memory(shapes_of("odd", dtype), alone, states_of(*optimizer), MICRO_BATCHES))
+        real = measured("odd", dtype, alone, optimizer, MICRO_BATCHES)
         assert real == {part: predicted[part] for part in real}
 
 
 def test_an_unknown_optimizer() -> None:
-    with pytest.raises(ValueError, match="no numbers are known for the optimizer 'lion'"):
+    with pytest.raises(ValueError, match="the state of the optimizer 'lion' is unknown"):
         states_of("lion", 0.0)

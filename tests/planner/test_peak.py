@@ -10,7 +10,7 @@ from windows import VOCABULARY, Case, Counted, measured, predicted
 from worlds import World
 
 import distaccum as da
-from distaccum.planner import MicroTrace, Update, peak
+from distaccum.planner import MicroBatchTrace, Update, peak
 from distaccum.planner.shapes import ModelShape, ParameterShape
 from distaccum.planner.trace import LOSS, Segment
 
@@ -18,38 +18,38 @@ TOLERANCE = 0.02  # a fifth of what is promised; most are off by less than 0.002
 LATE = 0.04  # gloo may free the copy of a message late, so that more is counted than is needed
 
 ALONE = [
-    Case(micros=1),
-    Case(micros=4, optimizer="fused"),
-    Case(micros=2, checkpoint=True, optimizer="sgd", samples=12),
-    Case(precision="bf16", micros=2, samples=12),
-    Case(precision="bf16-pure", micros=1, optimizer="sgd"),
-    Case(precision="bf16-pure", micros=4, checkpoint=True),
-    Case(model="resnet", micros=2, samples=12, optimizer="sgd"),
-    Case(model="llama", micros=2, samples=6),
+    Case(micro_batches=1),
+    Case(micro_batches=4, optimizer="fused"),
+    Case(micro_batches=2, checkpoint=True, optimizer="sgd", samples=12),
+    Case(precision="bf16", micro_batches=2, samples=12),
+    Case(precision="bf16-pure", micro_batches=1, optimizer="sgd"),
+    Case(precision="bf16-pure", micro_batches=4, checkpoint=True),
+    Case(model="resnet", micro_batches=2, samples=12, optimizer="sgd"),
+    Case(model="llama", micro_batches=2, samples=6),
 ]
 ON_TWO = [
-    Case("ddp", micros=1, optimizer="fused"),
+    Case("ddp", micro_batches=1, optimizer="fused"),
     Case("ddp", precision="bf16", checkpoint=True, samples=8),
     Case("ddp", precision="bf16-pure"),
-    Case("ddp", "every", precision="bf16-pure", micros=4),
-    Case("ddp", micros=2, overlap=2, samples=12),
-    Case("ddp", micros=4, overlap=2, checkpoint=True, samples=12, precision="bf16"),
-    Case("fsdp", micros=1, optimizer="fused", samples=2),
-    Case("fsdp", precision="bf16", micros=4, samples=8),
-    Case("fsdp", precision="bf16-pure", micros=1, optimizer="fused", samples=2),
-    Case("fsdp", "every", precision="bf16", micros=2),
-    Case("fsdp", "every", precision="bf16-pure", micros=2),
-    Case("fsdp", "keep", micros=2, checkpoint=True),
-    Case("fsdp", "keep", precision="bf16", micros=4, overlap=4, samples=8),
-    Case("fsdp", micros=2, model="resnet", samples=12),
+    Case("ddp", "every", precision="bf16-pure", micro_batches=4),
+    Case("ddp", micro_batches=2, overlap=2, samples=12),
+    Case("ddp", micro_batches=4, overlap=2, checkpoint=True, samples=12, precision="bf16"),
+    Case("fsdp", micro_batches=1, optimizer="fused", samples=2),
+    Case("fsdp", precision="bf16", micro_batches=4, samples=8),
+    Case("fsdp", precision="bf16-pure", micro_batches=1, optimizer="fused", samples=2),
+    Case("fsdp", "every", precision="bf16", micro_batches=2),
+    Case("fsdp", "every", precision="bf16-pure", micro_batches=2),
+    Case("fsdp", "gather_once", micro_batches=2, checkpoint=True),
+    Case("fsdp", "gather_once", precision="bf16", micro_batches=4, overlap=4, samples=8),
+    Case("fsdp", micro_batches=2, model="resnet", samples=12),
 ]
 ON_FOUR = [
-    Case("hsdp", "shard", micros=4, optimizer="fused"),
-    Case("hsdp", "shard", precision="bf16-pure", micros=2, checkpoint=True),
-    Case("hsdp", precision="bf16", micros=2),
-    Case("hsdp", "every", micros=2, optimizer="sgd"),
-    Case("fsdp", micros=2, checkpoint=True, samples=8),
-    Case("fsdp", "keep", micros=1),
+    Case("hsdp", "reduce_scatter", micro_batches=4, optimizer="fused"),
+    Case("hsdp", "reduce_scatter", precision="bf16-pure", micro_batches=2, checkpoint=True),
+    Case("hsdp", precision="bf16", micro_batches=2),
+    Case("hsdp", "every", micro_batches=2, optimizer="sgd"),
+    Case("fsdp", micro_batches=2, checkpoint=True, samples=8),
+    Case("fsdp", "gather_once", micro_batches=1),
 ]
 
 
@@ -76,9 +76,12 @@ def test_four_ranks(four_ranks: World, case: Case) -> None:
     compare(case, 4, four_ranks.run(measured, case, 4)[0])
 
 
-def test_flat_from_two_micros_on() -> None:
-    """Gradients of a first micro come into being one by one; from the second on they are all there."""
-    peaks = [predicted(Case(micros=micros, optimizer="fused", samples=8), 1).total for micros in (1, 2, 3, 8, 64)]
+def test_flat_from_two_micro_batches_on() -> None:
+    """Gradients of a first micro-batch come into being one by one; from the second on they are all there."""
+    peaks = [
+        predicted(Case(micro_batches=micro_batches, optimizer="fused", samples=8), 1).total
+        for micro_batches in (1, 2, 3, 8, 64)
+    ]
     assert peaks[0] < peaks[1] == peaks[2] == peaks[3] == peaks[4]
 
 
@@ -97,35 +100,35 @@ def test_by_hand() -> None:
         Segment(-1, True, 300, (350, 320), (1,)),
         Segment(0, True, 300, (330, 100), (0,)),
     )
-    micro = MicroTrace(1, segments, saved=300, handed_on=20, micro_bytes=5, flops=0)
+    micro_batch = MicroBatchTrace(1, segments, saved=300, handed_on=20, micro_batch_bytes=5, flops=0)
     alone, update = setup("single", "boundary", 1), Update(kept=136, transient=128)
     held = 64 + 8 + 136 + 2 * 5
-    once = peak(model, alone, update, micro, 1)
+    once = peak(model, alone, update, micro_batch, 1)
     assert (once.total, once.moment) == (held + 500, "the forward of block 0")
-    again = peak(model, alone, update, micro, 2)
+    again = peak(model, alone, update, micro_batch, 2)
     assert (again.total, again.moment) == (held + 64 + 500, "the forward of block 0")
-    larger = peak(model, alone, Update(kept=136, transient=600), micro, 1)
+    larger = peak(model, alone, Update(kept=136, transient=600), micro_batch, 1)
     assert (larger.total, larger.moment) == (held + 64 + 600, "the update")
 
 
 def test_a_line_through_two_sizes() -> None:
-    def at(samples: int) -> MicroTrace:
+    def at(samples: int) -> MicroBatchTrace:
         segments = (Segment(LOSS, False, samples, (10 + 3 * samples,), ()),)
-        return MicroTrace(samples, segments, 7 * samples, samples, 2 * samples, 100 * samples)
+        return MicroBatchTrace(samples, segments, 7 * samples, samples, 2 * samples, 100 * samples)
 
-    assert MicroTrace.between(at(2), at(8), 5) == at(5)
-    assert MicroTrace.between(at(2), at(8), 64) == at(64)
-    other = MicroTrace(8, (), 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="micros of 2 and of 8 samples are computed in different ways"):
-        MicroTrace.between(at(2), other, 4)
+    assert MicroBatchTrace.between(at(2), at(8), 5) == at(5)
+    assert MicroBatchTrace.between(at(2), at(8), 64) == at(64)
+    other = MicroBatchTrace(8, (), 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="micro-batches of 2 and of 8 samples run different segments"):
+        MicroBatchTrace.between(at(2), other, 4)
 
 
 def test_what_is_counted_is_what_the_allocator_gives() -> None:
     """The profiler sees each allocation of torch's own allocator, whoever makes it."""
-    case = Case(micros=2, optimizer="fused", samples=8)
+    case = Case(micro_batches=2, optimizer="fused", samples=8)
     model = case.make_model()
     accumulator = da.Accumulator(model, case.make_optimizer(model), case.objective)
-    window = [case.micro(8)] * 2
+    window = [case.micro_batch(8)] * 2
     accumulator.step(window)
     with Counted() as tracker, profile(profile_memory=True) as profiled:
         tracker.count([*model.parameters(), *window[0].values()])

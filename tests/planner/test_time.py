@@ -1,4 +1,5 @@
-"""Seconds of a step, worked out by hand: one message takes a microsecond a byte, a micro 0.3 s, its backward 0.2 s."""
+"""Seconds of a step, worked out by hand: one message takes a microsecond a byte, a micro-batch 0.3 s, its backward
+0.2 s."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from spread import setup, shapes_of
 
 from distaccum.errors import ConfigError
 from distaccum.planner import gradient_sends
-from distaccum.planner.hardware import KINDS, Link, Machine
+from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings
 from distaccum.planner.shapes import ROOT, ModelShape, ParameterShape, Setup
 from distaccum.planner.step_time import StepTime, buckets, step_time
 
 F32 = torch.float32
-LINK = Link((1_000, 1_001_000), (0.001, 1.001))  # 1 us a byte; 1 ms for small ones
-MACHINE = Machine("cpu", 1, "-", "fp32", 0.1, 1e9, 1e-6, 2, dict.fromkeys(KINDS, LINK), False, {}, "-")
-FLOPS = 200_000_000  # 0.2 s; with the overhead of 0.1 s a micro takes 0.3 s
+LINK = LinkTimings((1_000, 1_001_000), (0.001, 1.001))  # 1 us a byte; 1 ms for small ones
+MACHINE = HardwareProfile("cpu", 1, "-", "fp32", 0.1, 1e9, 1e-6, 2, dict.fromkeys(KINDS, LINK), False, {}, "-")
+FLOPS = 200_000_000  # 0.2 s; with the overhead of 0.1 s a micro-batch takes 0.3 s
 # 200,000, 100,000 and 100,000 bytes: DDP's buckets take them from the back.
 MODEL = ModelShape(
     (
@@ -32,8 +33,10 @@ ONE_EACH = 100_000 / 2**20  # MiB in a bucket, so that each parameter fills one
 CONTROL = 0.001  # the small all-reduce of 2 x 6 float64
 
 
-def told(one: Setup, num_micros: int, overlap: int = 1, machine: Machine = MACHINE, flops: int = FLOPS) -> StepTime:
-    return step_time(machine, MODEL, one, num_micros, flops, overlap)
+def told(
+    one: Setup, num_micro_batches: int, overlap: int = 1, machine: HardwareProfile = MACHINE, flops: int = FLOPS
+) -> StepTime:
+    return step_time(machine, MODEL, one, num_micro_batches, flops, overlap)
 
 
 def ddp(sync: Any = "boundary", ranks: int = 2, **changes: Any) -> Setup:
@@ -41,7 +44,7 @@ def ddp(sync: Any = "boundary", ranks: int = 2, **changes: Any) -> Setup:
 
 
 def test_one_process_computes_and_updates() -> None:
-    """4 micros of 0.3 s; 100,000 numbers of 1 us."""
+    """4 micro-batches of 0.3 s; 100,000 numbers of 1 us."""
     time = told(setup("single", "boundary", 1), 4)
     assert time == StepTime(pytest.approx(1.2), 0.0, 0.0, pytest.approx(0.1))
     assert time.total_s == pytest.approx(1.3)
@@ -69,8 +72,8 @@ def test_ddp_hides_more_behind_two_backwards() -> None:
     assert told(ddp(), 2, overlap=8) == told(ddp(), 2, overlap=2)
 
 
-def test_ddp_in_each_micro() -> None:
-    """The same with both micros, whatever T is."""
+def test_ddp_in_each_micro_batch() -> None:
+    """The same with both micro-batches, whatever T is."""
     time = told(ddp("every"), 2, overlap=2)
     assert time.exposed_s == pytest.approx(2 * 0.25 + CONTROL)
     assert time.hidden_s == pytest.approx(2 * 0.15)
@@ -97,9 +100,9 @@ def test_which_parameters_were_used_is_told_by_12_bytes() -> None:
 @pytest.mark.parametrize(
     ("sync", "exposed"),
     [
-        # Gathered per micro: the root once and the blocks twice, 600,000 bytes; gradients are 400,000.
+        # Gathered per micro-batch: the root once and the blocks twice, 600,000 bytes; gradients are 400,000.
         ("boundary", 2 * 0.6 + 0.4),
-        ("keep", 0.4 + 0.4),
+        ("gather_once", 0.4 + 0.4),
         ("every", 2 * 0.6 + 2 * 0.4),
     ],
 )
@@ -111,17 +114,19 @@ def test_fsdp_blocks_on_cpus(sync: Any, exposed: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_micros", "exposed"),
+    ("num_micro_batches", "exposed"),
     [
-        (1, 0.6 + 0.4 - 0.3),  # gathers and scatters beside one micro of 0.3 s
+        (1, 0.6 + 0.4 - 0.3),  # gathers and scatters beside one micro-batch of 0.3 s
         (3, 0.6 + 0.4 - 0.3 + 2 * (0.6 - 0.3)),  # two more, which gather
     ],
 )
-def test_fsdp_hides_behind_its_own_micro_where_collectives_run_beside(num_micros: int, exposed: float) -> None:
+def test_fsdp_hides_behind_its_own_micro_batch_where_collectives_run_beside(
+    num_micro_batches: int, exposed: float
+) -> None:
     machine = replace(MACHINE, overlaps=True)
-    time = told(setup("fsdp", "boundary", 2), num_micros, machine=machine)
+    time = told(setup("fsdp", "boundary", 2), num_micro_batches, machine=machine)
     assert time.exposed_s == pytest.approx(exposed + CONTROL)
-    slow = told(setup("fsdp", "boundary", 2), num_micros, machine=machine, flops=5_000_000_000)
+    slow = told(setup("fsdp", "boundary", 2), num_micro_batches, machine=machine, flops=5_000_000_000)
     assert slow.exposed_s == pytest.approx(CONTROL)
 
 
@@ -138,7 +143,7 @@ def test_a_ring_of_more_ranks() -> None:
 
 
 def test_a_machine_of_one_rank_knows_no_link() -> None:
-    with pytest.raises(ConfigError, match=r"measured on 1 rank\(s\) and has no speed of all_reduce among 2"):
+    with pytest.raises(ConfigError, match=r"measured on 1 rank\(s\), so it has no speed of all_reduce for 2 ranks"):
         told(ddp(), 1, machine=replace(MACHINE, ranks=1, links={}))
     assert told(setup("fsdp", "boundary", 1), 1, machine=replace(MACHINE, ranks=1, links={})).exposed_s == 0
 

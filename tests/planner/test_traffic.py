@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from spread import OBJECTIVE, accumulator_for, make_micro, make_model, make_optimizer, setup, shapes_of, spread
+from spread import OBJECTIVE, accumulator_for, make_micro_batch, make_model, make_optimizer, setup, shapes_of, spread
 from worlds import World
 
 from distaccum.grads import accumulate
 from distaccum.parallel.ledger import Ledger
-from distaccum.planner import Sends, Setup, by_kind, control_sends, gradient_sends
+from distaccum.planner import CollectiveCost, Setup, by_kind, control_sends, gradient_sends
 from distaccum.planner import traffic as predicted_traffic
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-MICROS = 2
+MICRO_BATCHES = 2
 
 
 def sent(name: str, chosen: list[tuple[Setup, torch.dtype]]) -> list[dict[str, Any]]:
@@ -25,11 +25,11 @@ def sent(name: str, chosen: list[tuple[Setup, torch.dtype]]) -> list[dict[str, A
     for one, dtype in chosen:
         model = spread(make_model(name).to(dtype), one)
         accumulator = accumulator_for(model, one, make_optimizer("sgd", 0.0, model), OBJECTIVE.loss_sum)
-        window = [make_micro() for _ in range(MICROS)]
+        window = [make_micro_batch() for _ in range(MICRO_BATCHES)]
         accumulator.step(window)
         with Ledger() as ledger:
             accumulator.step(window)
-        forecast, counted = accumulator.strategy.forecast(MICROS), ledger.traffic
+        forecast, counted = accumulator.strategy.forecast(MICRO_BATCHES), ledger.traffic
         found.append(
             {
                 "forecast": {kind: (n, forecast.bytes[kind]) for kind, n in forecast.counts.items()},
@@ -43,7 +43,7 @@ def check(world: World, name: str, chosen: list[tuple[Setup, torch.dtype]], off_
     """Bytes and counts, of which the forecast's may be off by so many."""
     for found in world.run(sent, name, chosen):
         for (one, dtype), real in zip(chosen, found, strict=True):
-            gradients = gradient_sends(shapes_of(name, dtype), one, MICROS)
+            gradients = gradient_sends(shapes_of(name, dtype), one, MICRO_BATCHES)
             predicted = by_kind(gradients)
             if off_by:
                 assert all(abs(n - real["forecast"][kind][0]) <= off_by for kind, (n, _) in predicted.items())
@@ -58,8 +58,8 @@ def check(world: World, name: str, chosen: list[tuple[Setup, torch.dtype]], off_
 
 
 def sharded_cases(size: int) -> list[tuple[Setup, torch.dtype]]:
-    chosen = [("fsdp", policy) for policy in ("boundary", "keep", "every")]
-    chosen += [("hsdp", policy) for policy in ("boundary", "keep", "every", "shard")]
+    chosen = [("fsdp", policy) for policy in ("boundary", "gather_once", "every")]
+    chosen += [("hsdp", policy) for policy in ("boundary", "gather_once", "every", "reduce_scatter")]
     changes = [({}, F32), ({}, BF16), ({"compute": BF16}, F32), ({"reshard_after_forward": False}, F32)]
     return [(setup(name, policy, size, **change), dtype) for name, policy in chosen for change, dtype in changes]
 
@@ -69,12 +69,12 @@ def test_sharded_on_two_ranks(two_ranks: World) -> None:
 
 
 def test_sharded_on_four_ranks(four_ranks: World) -> None:
-    check(four_ranks, "odd", [*sharded_cases(4), (setup("hsdp", "shard", 4, replicas=4), F32)])
+    check(four_ranks, "odd", [*sharded_cases(4), (setup("hsdp", "reduce_scatter", 4, replicas=4), F32)])
 
 
 @pytest.mark.parametrize(("name", "off_by"), [("gpt", 0), ("odd", 2)])
 def test_ddp(two_ranks: World, name: str, off_by: int) -> None:
-    """The odd model uses its first parameter last: one bucket of its own in each of two micros."""
+    """The odd model uses its first parameter last: one bucket of its own in each of two micro-batches."""
     plain = [setup("ddp", policy, 2, bucket_mb=mb) for policy in ("boundary", "every") for mb in (25, 0.004, 0.0005)]
     unused = [replace(one, find_unused_parameters=True) for one in plain]
     own = [setup("ddp", policy, 2, accumulate=F64) for policy in ("boundary", "every")]
@@ -92,15 +92,15 @@ def test_large_messages_of_our_own() -> None:
 
 
 def test_one_process_sends_nothing() -> None:
-    assert gradient_sends(shapes_of("odd", F32), setup("single", "boundary", 1), MICROS) == ()
+    assert gradient_sends(shapes_of("odd", F32), setup("single", "boundary", 1), MICRO_BATCHES) == ()
 
 
 def test_what_a_network_card_sends() -> None:
     """Ring algorithm on 4 ranks: 3/4 of a message for a scatter or a gather, 6/4 for an all-reduce."""
-    assert Sends("", "reduce_scatter", 1, 400, 4).card_bytes == 300
-    assert Sends("", "all_gather", 5, 400, 4).card_bytes == 300
-    assert Sends("", "all_reduce", 1, 400, 4).card_bytes == 600
-    assert Sends("", "all_reduce", 1, 400, 1).card_bytes == 0
+    assert CollectiveCost("", "reduce_scatter", 1, 400, 4).bytes_sent_per_rank == 300
+    assert CollectiveCost("", "all_gather", 5, 400, 4).bytes_sent_per_rank == 300
+    assert CollectiveCost("", "all_reduce", 1, 400, 4).bytes_sent_per_rank == 600
+    assert CollectiveCost("", "all_reduce", 1, 400, 1).bytes_sent_per_rank == 0
 
 
 def test_control_row() -> None:

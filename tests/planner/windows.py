@@ -19,7 +19,7 @@ from distaccum.nn.blocks import blocks_of, checkpoint_blocks
 from distaccum.planner import ModelShape, Peak, Setup, describe, peak, trace, update
 from distaccum.planner.meter import Tracker
 from distaccum.planner.shapes import Policy, Strategy
-from distaccum.planner.trace import MicroTrace
+from distaccum.planner.trace import MicroBatchTrace
 from distaccum.planner.update import Update
 
 BF16 = torch.bfloat16
@@ -33,7 +33,7 @@ class Case:
     strategy: Strategy = "single"
     sync: Policy = "boundary"
     precision: str = "fp32"  # bf16: autocast, or gathered so; bf16-pure: parameters too
-    micros: int = 2
+    micro_batches: int = 2
     checkpoint: bool = False
     optimizer: str = "foreach"
     overlap: int = 1
@@ -41,7 +41,14 @@ class Case:
     samples: int = 4
 
     def __str__(self) -> str:
-        parts = [self.strategy, self.sync, self.precision, f"{self.micros}micros", self.optimizer, self.model]
+        parts = [
+            self.strategy,
+            self.sync,
+            self.precision,
+            f"{self.micro_batches}micro_batches",
+            self.optimizer,
+            self.model,
+        ]
         return "-".join([*parts, *["checkpoint"] * self.checkpoint, *[f"T{self.overlap}"] * (self.overlap > 1)])
 
     def setup(self, world_size: int) -> Setup:
@@ -57,7 +64,7 @@ class Case:
         torch.manual_seed(3)
         if self.model == "resnet":
             model: nn.Module = ResNet(ResNetConfig("resnet", 10, 3, [32, 64, 128], 2, False))
-            da.convert_batchnorm(model, "micro")
+            da.convert_batchnorm(model, "micro_batch")
         elif self.model == "llama":
             from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,7 +89,7 @@ class Case:
             return autocast(objective, BF16)
         return objective
 
-    def micro(self, samples: int) -> dict[str, Tensor]:
+    def micro_batch(self, samples: int) -> dict[str, Tensor]:
         if self.model == "resnet":
             dtype = torch.float32 if self.precision != "bf16-pure" else BF16
             return {
@@ -124,12 +131,12 @@ def measured(case: Case, world_size: int) -> int:
             optimizer,
             case.objective,
             sync=case.sync,
-            overlap_micros=case.overlap,
+            overlap_micro_batches=case.overlap,
             blocks=blocks,
             clip_norm=1.0,
         )
-        micros = [case.micro(case.samples) for _ in range(min(2, case.micros))]
-        window = [micros[index % 2] for index in range(case.micros)]
+        micro_batches = [case.micro_batch(case.samples) for _ in range(min(2, case.micro_batches))]
+        window = [micro_batches[index % 2] for index in range(case.micro_batches)]
         accumulator.step(window)
         peaks = []
         for _ in range(3 if case.setup(world_size).sharded else 1):
@@ -140,31 +147,31 @@ def measured(case: Case, world_size: int) -> int:
 
 
 @functools.cache
-def traced(model: str, precision: str, sharded: bool, checkpoint: bool, samples: int) -> MicroTrace:
+def traced(model: str, precision: str, sharded: bool, checkpoint: bool, samples: int) -> MicroBatchTrace:
     case = Case("fsdp" if sharded else "single", precision=precision, model=model, checkpoint=checkpoint)
     with torch.device("meta"):
         shapes = case.make_model()
     compute = BF16 if sharded and precision == "bf16" else None
 
-    def loss_sum(model: nn.Module, micro: dict[str, Tensor]) -> Any:
+    def loss_sum(model: nn.Module, micro_batch: dict[str, Tensor]) -> Any:
         if compute is not None:
-            micro = {name: t.to(compute) if t.is_floating_point() else t for name, t in micro.items()}
-        return case.objective.loss_sum(model, micro)
+            micro_batch = {name: t.to(compute) if t.is_floating_point() else t for name, t in micro_batch.items()}
+        return case.objective.loss_sum(model, micro_batch)
 
-    return trace(shapes, blocks_of, loss_sum, case.micro(samples), samples, compute=compute)
+    return trace(shapes, blocks_of, loss_sum, case.micro_batch(samples), samples, compute=compute)
 
 
 def predicted(case: Case, world_size: int) -> Peak:
-    """The same, from shapes and two traced micros of other sizes."""
+    """The same, from shapes and two traced micro-batches of other sizes."""
     chosen = case.setup(world_size)
     with torch.device("meta"):
         shapes = case.make_model()
     shape = describe(shapes, blocks_of(shapes))
-    micro = MicroTrace.between(
+    micro_batch = MicroBatchTrace.between(
         *(traced(case.model, case.precision, chosen.sharded, case.checkpoint, samples) for samples in (2, 8)),
         case.samples,
     )
-    return peak(shape, chosen, updated(case, shape, chosen.shards), micro, case.micros, case.overlap)
+    return peak(shape, chosen, updated(case, shape, chosen.shards), micro_batch, case.micro_batches, case.overlap)
 
 
 def updated(case: Case, shape: ModelShape, shards: int) -> Update:

@@ -1,7 +1,8 @@
 """Memory runs out at any moment of a window, on one rank: all ranks learn it, nothing is lost, nothing hangs.
 
-The window is tried again in halved micros, and the run ends where the undisturbed one does. float64; relative errors
-are those of sums in another order: a few roundoffs of 1.1e-16 each in a few dozen additions, 1e-12 is far beyond.
+The window is tried again in halved micro-batches, and the run ends where the undisturbed one does. float64; relative
+errors are those of sums in another order: a few roundoffs of 1.1e-16 each in a few dozen additions, 1e-12 is far
+beyond.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from setting import make_micro, make_model, masked_objective, relative, whole, wrap
+from setting import make_micro_batch, make_model, masked_objective, relative, whole, wrap
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import World
 
 import distaccum as da
 
 POLICIES = [
-    ("ddp", (), "boundary"), ("ddp", (), "every"), ("fsdp", (2,), "boundary"), ("fsdp", (2,), "keep"),
+    ("ddp", (), "boundary"), ("ddp", (), "every"), ("fsdp", (2,), "boundary"), ("fsdp", (2,), "gather_once"),
     ("fsdp", (2,), "every"),
 ]  # fmt: skip
-ON_FOUR = [("hsdp", (2, 2), policy) for policy in ("boundary", "keep", "shard", "every")]
-NUM_WINDOWS, NUM_MICROS, SIZE = 3, 3, 4
+ON_FOUR = [("hsdp", (2, 2), policy) for policy in ("boundary", "gather_once", "reduce_scatter", "every")]
+NUM_WINDOWS, NUM_MICRO_BATCHES, SIZE = 3, 3, 4
 MOMENTS = 8  # at which it happens, evenly over the operators of the window
 
 
@@ -36,23 +37,23 @@ class Shortage(TorchDispatchMode):
         self.accumulator = accumulator
 
     def __enter__(self) -> Any:
-        self.objective, agreement = self.accumulator.objective, self.accumulator._agreement
-        self.accumulator.objective = da.Objective(self.first_forward, self.objective.weight)
-        agreement.shortage = self.after_the_last_backward  # type: ignore[method-assign]
+        self.objective, consensus = self.accumulator.objective, self.accumulator._consensus
+        self.accumulator.objective = da.Objective(self.first_forward, self.objective.denominator)
+        consensus.out_of_memory_ranks = self.after_the_last_backward  # type: ignore[method-assign]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.accumulator.objective = self.objective
-        del self.accumulator._agreement.shortage
+        del self.accumulator._consensus.out_of_memory_ranks
 
-    def first_forward(self, model: Any, micro: Any) -> Any:
+    def first_forward(self, model: Any, micro_batch: Any) -> Any:
         self.counts = True
-        return self.objective.loss_sum(model, micro)
+        return self.objective.loss_sum(model, micro_batch)
 
     def after_the_last_backward(self, short: bool) -> list[int]:
         self.counts = False
-        return type(self.accumulator._agreement).shortage(self.accumulator._agreement, short)
+        return type(self.accumulator._consensus).out_of_memory_ranks(self.accumulator._consensus, short)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.counts and func.namespace == "aten":
@@ -63,17 +64,19 @@ class Shortage(TorchDispatchMode):
 
 
 def windows(rank: int, ranks: int) -> list[list[Any]]:
-    """The micros of one rank in each window."""
+    """The micro-batches of one rank in each window."""
     return [
-        [make_micro(100 * step + i * ranks + rank, SIZE, "some") for i in range(NUM_MICROS)]
+        [make_micro_batch(100 * step + i * ranks + rank, SIZE, "some") for i in range(NUM_MICRO_BATCHES)]
         for step in range(NUM_WINDOWS)
     ]
 
 
-def in_halves(micros: list[Any]) -> list[Any]:
-    """The same samples in micros of half the size."""
+def in_halves(micro_batches: list[Any]) -> list[Any]:
+    """The same samples in micro-batches of half the size."""
     parts = (slice(0, SIZE // 2), slice(SIZE // 2, SIZE))
-    return [{name: tensor[part] for name, tensor in micro.items()} for micro in micros for part in parts]
+    return [
+        {name: tensor[part] for name, tensor in micro_batch.items()} for micro_batch in micro_batches for part in parts
+    ]
 
 
 def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, int | None]) -> dict[str, Any]:
@@ -85,14 +88,14 @@ def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always", agree_on_oom=True)
     told, losses, counted = [], [], 0
-    for step, micros in enumerate(windows(rank, dist.get_world_size())):
+    for step, micro_batches in enumerate(windows(rank, dist.get_world_size())):
         shortage = Shortage(accumulator, short.get(rank) if step == 1 else None)
         try:
             with shortage:
-                record = accumulator.step(micros)
+                record = accumulator.step(micro_batches)
         except da.OutOfMemoryError as error:
             told.append(str(error))
-            record = accumulator.step(in_halves(micros))
+            record = accumulator.step(in_halves(micro_batches))
         counted = shortage.count if step == 1 else counted
         losses.append(record.loss)
     return {
@@ -119,14 +122,16 @@ def with_batchnorm(mode: str, at: int | None) -> dict[str, Any]:
     told, operators = 0, 0
     for step in range(NUM_WINDOWS):
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
-        micros = [torch.randn(SIZE, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(NUM_MICROS)]
+        micro_batches = [
+            torch.randn(SIZE, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(NUM_MICRO_BATCHES)
+        ]
         shortage = Shortage(accumulator, at if step == 1 and dist.get_rank() == 1 else None)
         try:
             with shortage:
-                accumulator.step(micros)
+                accumulator.step(micro_batches)
         except da.OutOfMemoryError:
             told += 1
-            accumulator.step(micros)
+            accumulator.step(micro_batches)
         operators = shortage.count
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return {"told": told, "operators": operators, "state": state}
@@ -166,7 +171,7 @@ def test_on_one_of_four_ranks(four_ranks: World, case: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "pooled"])
 def test_batchnorm_that_communicates(two_ranks: World, mode: str) -> None:
-    """Within micros or at their end. The same micros are repeated, as layers normalise within them."""
+    """Within micro-batches or at their end. The same micro-batches are repeated, as layers normalise within them."""
     undisturbed = two_ranks.run(with_batchnorm, mode, None)
     for moment in range(4):
         at = moment * (undisturbed[1]["operators"] - 1) // 3

@@ -150,7 +150,7 @@ def test_nano_gpt(two_ranks: World, seed: int | None) -> None:
 
 # --- Accelerate and Lightning Fabric: what their `prepare` and `setup` return is handed over as it is.
 
-SAMPLES, MICRO = 24, 2  # 6 micro-batches a rank: windows of 4 and of 2
+SAMPLES, MICRO_BATCH_SIZE = 24, 2  # 6 micro-batches a rank: windows of 4 and of 2
 
 
 def samples() -> tuple[Tensor, Tensor]:
@@ -206,7 +206,7 @@ def accelerate(prepares_scheduler: bool) -> tuple[list[float], list[float]] | st
             raw = make_regression()
             optimizer = torch.optim.AdamW(raw.parameters(), lr=1e-2)
             scheduler = LambdaLR(optimizer, falling)
-            loader = DataLoader(TensorDataset(*samples()), batch_size=MICRO)
+            loader = DataLoader(TensorDataset(*samples()), batch_size=MICRO_BATCH_SIZE)
             model, optimizer, loader = accelerator.prepare(raw, optimizer, loader)
             if prepares_scheduler:
                 scheduler = accelerator.prepare(scheduler)
@@ -255,7 +255,7 @@ def fabric(prepares_optimizer: bool) -> tuple[list[float], list[float]] | str:
             model, optimizer = launcher.setup(raw, optimizer)
         else:
             model = launcher.setup_module(raw)
-        loader = launcher.setup_dataloaders(DataLoader(TensorDataset(*samples()), batch_size=MICRO))
+        loader = launcher.setup_dataloaders(DataLoader(TensorDataset(*samples()), batch_size=MICRO_BATCH_SIZE))
         try:
             accumulator = da.Accumulator(model, optimizer, da.Regression(), clip_norm=0.5, scheduler=scheduler)
         except da.ConfigError as error:
@@ -331,11 +331,11 @@ def timm_by_hand() -> tuple[list[float], list[float], list[float]]:
     for _ in range(EPOCHS):
         for parts in ([slice(0, 6), slice(12, 18)], [slice(6, 12), slice(18, IMAGES)]):
             window = [range(IMAGES)[part][i : i + 2] for part in parts for i in range(0, part.stop - part.start, 2)]
-            features = [conv(images[list(micro)]) for micro in window]
+            features = [conv(images[list(micro_batch)]) for micro_batch in window]
             total = torch.zeros((), dtype=torch.float64)
-            for micro, x in zip(window, features, strict=True):
+            for micro_batch, x in zip(window, features, strict=True):
                 y = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).flatten(1)
-                total = total + F.cross_entropy(head(y), labels[list(micro)], reduction="sum")
+                total = total + F.cross_entropy(head(y), labels[list(micro_batch)], reduction="sum")
             loss = total / sum(map(len, window))
             update(model, loss, optimizer, clip_norm=1.0)
             losses.append(loss.item())
@@ -445,7 +445,7 @@ def detection_by_hand() -> tuple[list[float], list[dict[str, float]]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for start in (0, 2, 4):
-        parts = [make_image_list(*part) for micros in DETECTION for part in micros[start : start + 2]]
+        parts = [make_image_list(*part) for micro_batches in DETECTION for part in micro_batches[start : start + 2]]
         images = [image for part in parts for image in part.images]
         logits, boxes = zip(*model(images), strict=True)
         classes = torch.cat([value.flatten() for part in parts for value in part.classes])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from setting import make_micro, make_model, masked_objective, relative, whole, wrap
+from setting import make_micro_batch, make_model, masked_objective, relative, whole, wrap
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -82,11 +82,11 @@ def test_gradients_switched_off_around_the_step(mode: Any) -> None:
     assert value(model) == -2.0
 
 
-@pytest.mark.parametrize("weight", [None, torch.ones(2), torch.tensor(float("nan")), "three", -1], ids=str)
-def test_a_denominator_that_is_no_number(weight: Any) -> None:
+@pytest.mark.parametrize("denominator", [None, torch.ones(2), torch.tensor(float("nan")), "three", -1], ids=str)
+def test_a_denominator_that_is_no_number(denominator: Any) -> None:
     model = linear()
-    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, lambda x: weight))
-    with pytest.raises(da.ConfigError, match="weight for 'loss' is"):
+    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, lambda x: denominator))
+    with pytest.raises(da.ConfigError, match="denominator for 'loss' is"):
         accumulator.step([column(1.0)])
 
 
@@ -113,15 +113,15 @@ def test_the_users_generator_beside_keyed_randomness(two_ranks: World) -> None:
 
 def mean_and_count(kind: str) -> str:
     model = wrap(make_model(), kind, (dist.get_world_size(),) if kind == "fsdp" else ())
-    micro = make_micro(1, size=4)
+    micro_batch = make_micro_batch(1, size=4)
     before = [whole(p) for p in model.parameters()]
     objective = da.Objective(
-        lambda called, m: masked_objective().loss_sum(called, m) / m["mask"].sum(), masked_objective().weight
+        lambda called, m: masked_objective().loss_sum(called, m) / m["mask"].sum(), masked_objective().denominator
     )
-    text = refusal(lambda: da.Accumulator(model, sgd(model), objective).step([micro] if dist.get_rank() else []))
+    text = refusal(lambda: da.Accumulator(model, sgd(model), objective).step([micro_batch] if dist.get_rank() else []))
     assert all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
     quiet = da.Accumulator(model, sgd(model), objective, check_cut=False)
-    return f"{text} {quiet.step([micro]).step}"
+    return f"{text} {quiet.step([micro_batch]).step}"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -310,7 +310,7 @@ class _FabricModule(nn.Module):
 def looked_through(kind: str) -> Any:
     torch.manual_seed(0)
     expected = [whole(p) for p in make_model().parameters()]
-    window = [make_micro(10 * dist.get_rank() + i) for i in range(3)]
+    window = [make_micro_batch(10 * dist.get_rank() + i) for i in range(3)]
     results = []
     for wrapping in (False, True):
         model = wrap(make_model(), "ddp", ())
@@ -378,7 +378,7 @@ def test_state_that_a_forward_moves_is_named_once() -> None:
     (text,) = warned(Codebook())
     assert "centre" in text
     assert warned(nn.Sequential(linear(), nn.BatchNorm1d(1, dtype=F64).eval()).train(False)) == []
-    for mode in ("pooled", "frozen", "micro"):
+    for mode in ("pooled", "frozen", "micro_batch"):
         model = nn.Sequential(linear(), nn.BatchNorm1d(1, dtype=F64))
         assert warned(da.convert_batchnorm(model, da.BatchNormMode(mode))) == [], mode
 
@@ -425,16 +425,16 @@ def evaluated_between(policy: str) -> list[bool]:
     accumulator = da.Accumulator(model, sgd(model, 0.1), masked_objective(), sync=policy, audit="always")
     agrees = []
     for i in range(3):
-        record = accumulator.step([make_micro(i), make_micro(10 + i)])
+        record = accumulator.step([make_micro_batch(i), make_micro_batch(10 + i)])
         agrees.append(record.verdict is not None and record.verdict.agrees)
         model.eval()
         with torch.no_grad():
-            model(make_micro(5)["x"].flatten(0, 1))
+            model(make_micro_batch(5)["x"].flatten(0, 1))
         model.train()
     return agrees
 
 
-@pytest.mark.parametrize("policy", ["boundary", "keep", "every"])
+@pytest.mark.parametrize("policy", ["boundary", "gather_once", "every"])
 def test_an_evaluation_between_windows_adds_nothing_to_the_next_one(two_ranks: World, policy: str) -> None:
     assert two_ranks.run(evaluated_between, policy) == [[True] * 3] * 2
 
@@ -457,17 +457,17 @@ def one_rank_cannot_count(when: str) -> str:
     model = DistributedDataParallel(linear())
     calls = [0]
 
-    def weight(x: Tensor) -> float:
+    def denominator(x: Tensor) -> float:
         calls[0] += 1
         late = when == "first" or calls[0] > 2
         return float("nan") if dist.get_rank() == 1 and late else len(x)
 
-    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, weight), check_cut=False)
-    micros = [column(2.0)] * 4
-    loader: Any = (micro for micro in micros) if when == "streamed" else micros
+    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, denominator), check_cut=False)
+    micro_batches = [column(2.0)] * 4
+    loader: Any = (micro_batch for micro_batch in micro_batches) if when == "streamed" else micro_batches
 
     def train() -> None:
-        for window in da.windows(loader, num_micros=1):
+        for window in da.windows(loader, gradient_accumulation_steps=1):
             accumulator.step(window)
 
     return f"{refusal(train)} {accumulator.steps} {value(model)}"
@@ -477,7 +477,7 @@ def one_rank_cannot_count(when: str) -> str:
 def test_a_denominator_that_is_no_number_on_one_rank(two_ranks: World, when: str, steps: int) -> None:
     first, second = two_ranks.run(one_rank_cannot_count, when)
     assert "The micro-batches of rank 1 cannot be counted" in first
-    assert "weight for 'loss' is nan" in second
+    assert "denominator for 'loss' is nan" in second
     for text in (first, second):
         assert text.endswith(f" {steps} {-2.0 * steps + 0.0}"), text
 
@@ -520,7 +520,7 @@ def bad_sample(when: str) -> str:
     bad = {"y": column(2.0)} if dist.get_rank() else good
     loader = [bad] if when == "first" else [good, bad]
     try:
-        for window in da.windows(loader, num_micros=1):
+        for window in da.windows(loader, gradient_accumulation_steps=1):
             accumulator.step(window)
     except (KeyError, da.ConfigError) as error:
         return f"{type(error).__name__} {error} after {accumulator.steps}"

@@ -46,7 +46,7 @@ class Tokens:
         labels = torch.where(torch.arange(8)[None] < lengths[:, None], tokens[:, 1:], -100)
         return {"input_ids": tokens[:, :-1], "labels": labels}
 
-    def counted(self, indices: list[int]) -> int:
+    def num_targets(self, indices: list[int]) -> int:
         return sum(3 + i % 6 for i in indices)
 
 
@@ -77,14 +77,16 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
     accumulator = da.Accumulator(
         model, optimizer, da.CausalLM(shift=False), sync=sync, clip_norm=0.5, seed=7, audit="first"
     )
-    plan = da.Plan(num_samples=150, effective_batch=16, micro_size=2, seed=3)  # the last window of an epoch holds 6
+    plan = da.Plan(
+        num_samples=150, effective_batch_size=16, micro_batch_size=2, seed=3
+    )  # the last window of an epoch holds 6
     loader = Loader(Tokens(), plan, rank, size)
     parameters = list(model.parameters())
     rows: list[list[Tensor]] = [[] for _ in parameters]
     losses, norms = [], []
-    for window, micros in loader.windows(0, 0, steps):
+    for window, micro_batches in loader.windows(0, 0, steps):
         rates.set(window.step)
-        record = accumulator.step(micros)
+        record = accumulator.step(micro_batches)
         for row, parameter in zip(rows, parameters, strict=True):
             row.append(own_part(parameter))
         losses.append(record.loss)
@@ -119,7 +121,7 @@ def one_rank() -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize(
-    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("fsdp", (2,), "keep")], ids=["ddp", "fsdp"]
+    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("fsdp", (2,), "gather_once")], ids=["ddp", "fsdp"]
 )
 def test_two_ranks_follow_one(
     one_rank: dict[str, Tensor], two_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
@@ -128,7 +130,7 @@ def test_two_ranks_follow_one(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("hsdp", (2, 2), "shard")], ids=["ddp", "hsdp"]
+    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("hsdp", (2, 2), "reduce_scatter")], ids=["ddp", "hsdp"]
 )
 def test_four_ranks_follow_one(
     one_rank: dict[str, Tensor], four_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
@@ -147,7 +149,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_other_randomness_is_seen(one_rank: dict[str, Tensor]) -> None:
-    """The comparison can fail: without dropout keyed by the micro the trajectory is another one."""
+    """The comparison can fail: without dropout keyed by the micro-batch the trajectory is another one."""
     with world(1) as alone:
         other = alone.run(train_unkeyed)[0]
     difference = (other - one_rank["parameters"][9]).norm() / other.norm()

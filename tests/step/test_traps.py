@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from setting import make_micro, make_model, masked_objective, relative, whole, wrap
+from setting import make_micro_batch, make_model, masked_objective, relative, whole, wrap
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,7 +37,7 @@ def mean_of_outputs() -> da.Objective:
 
 
 def token_objective() -> da.Objective:
-    """Micros are pairs of x [B, 1] and a mask [B] of tokens that count."""
+    """Micro-batches are pairs of x [B, 1] and a mask [B] of tokens that count."""
     return da.Objective(lambda model, xm: (model(xm[0])[:, 0] * xm[1]).sum(), lambda xm: int(xm[1].sum()))
 
 
@@ -45,7 +45,9 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None]
 
 
-def updates(loader: Iterable[Any], num_micros: int, epochs: int = 1, objective: Any = None) -> list[float]:
+def updates(
+    loader: Iterable[Any], gradient_accumulation_steps: int, epochs: int = 1, objective: Any = None
+) -> list[float]:
     """The updates of w, as positive numbers, over windows of a loader."""
     model = linear()
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -54,7 +56,7 @@ def updates(loader: Iterable[Any], num_micros: int, epochs: int = 1, objective: 
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective or mean_of_outputs())
     found = []
     for _ in range(epochs):
-        for window in da.windows(loader, num_micros=num_micros):
+        for window in da.windows(loader, gradient_accumulation_steps=gradient_accumulation_steps):
             before = float(weight.detach())
             accumulator.step(window)
             found.append(before - float(weight.detach()))
@@ -64,12 +66,12 @@ def updates(loader: Iterable[Any], num_micros: int, epochs: int = 1, objective: 
 # Rank functions stand beside the test that uses them.
 
 
-def one_micro_in_the_last_window() -> list[float]:
-    return updates([column(1.0)] * 5, num_micros=4)
+def one_micro_batch_in_the_last_window() -> list[float]:
+    return updates([column(1.0)] * 5, gradient_accumulation_steps=4)
 
 
 def test_trap_01_the_last_short_window_is_a_mean_of_its_own(two_ranks: World) -> None:
-    assert two_ranks.run(one_micro_in_the_last_window) == [[1.0, 1.0]] * 2
+    assert two_ranks.run(one_micro_batch_in_the_last_window) == [[1.0, 1.0]] * 2
 
 
 class Endless:
@@ -80,7 +82,7 @@ class Endless:
 
 
 def two_epochs_without_length() -> list[float]:
-    return updates(Endless(), num_micros=4, epochs=2)
+    return updates(Endless(), gradient_accumulation_steps=4, epochs=2)
 
 
 def test_trap_02_nothing_leaks_into_the_next_epoch(two_ranks: World) -> None:
@@ -88,14 +90,14 @@ def test_trap_02_nothing_leaks_into_the_next_epoch(two_ranks: World) -> None:
 
 
 def token_counts_1_9_9_9() -> list[float]:
-    """One token with x = 1, and 27 with x = 0, over 2 ranks x 2 micros."""
+    """One token with x = 1, and 27 with x = 0, over 2 ranks x 2 micro-batches."""
     counts = [[1, 9], [9, 9]][dist.get_rank()]
     first = dist.get_rank() == 0
-    micros = [
+    micro_batches = [
         (column(*[1.0 if first and i == 0 else 0.0] * 9), (torch.arange(9) < count).double())
         for i, count in enumerate(counts)
     ]
-    return updates(micros, num_micros=2, objective=token_objective())
+    return updates(micro_batches, gradient_accumulation_steps=2, objective=token_objective())
 
 
 def test_trap_03_every_token_counts_once(two_ranks: World) -> None:
@@ -103,22 +105,22 @@ def test_trap_03_every_token_counts_once(two_ranks: World) -> None:
         assert found == [pytest.approx(1 / 28, rel=1e-15)]
 
 
-def planned_shares(num_samples: int, micro_size: int) -> list[float]:
+def planned_shares(num_samples: int, micro_batch_size: int) -> list[float]:
     """What each sample contributed to one update over all of them: x is one-hot in the sample's number."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    plan = da.Plan(num_samples, effective_batch=num_samples, micro_size=micro_size, seed=3)
+    plan = da.Plan(num_samples, effective_batch_size=num_samples, micro_batch_size=micro_batch_size, seed=3)
     model = nn.Linear(num_samples, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     wrapped = DistributedDataParallel(model) if size > 1 else model
     accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
     rows = torch.eye(num_samples, dtype=torch.float64)
-    accumulator.step([rows[plan.samples(micro)] for micro in plan.window().deal(rank, size)])
+    accumulator.step([rows[plan.samples(micro_batch)] for micro_batch in plan.window().of_rank(rank, size)])
     return (-model.weight.detach()[0]).tolist()
 
 
-@pytest.mark.parametrize(("num_samples", "micro_size"), [(5, 1), (5, 2), (9, 4)])
-def test_trap_04_no_sample_counts_twice(two_ranks: World, num_samples: int, micro_size: int) -> None:
-    for shares in two_ranks.run(planned_shares, num_samples, micro_size):
+@pytest.mark.parametrize(("num_samples", "micro_batch_size"), [(5, 1), (5, 2), (9, 4)])
+def test_trap_04_no_sample_counts_twice(two_ranks: World, num_samples: int, micro_batch_size: int) -> None:
+    for shares in two_ranks.run(planned_shares, num_samples, micro_batch_size):
         assert shares == pytest.approx([1 / num_samples] * num_samples, rel=1e-15)
 
 
@@ -131,31 +133,31 @@ def all_labels_ignored() -> tuple[list[Any], list[float], list[float]]:
     accumulator.step([(inputs, torch.tensor([1, 2]))])
     before = model.weight.detach().flatten().tolist()
     record = accumulator.step([(inputs, torch.tensor([-100, -100]))] * 2)
-    return [record.skipped, record.step, record.num_micros], before, model.weight.detach().flatten().tolist()
+    return [record.skipped, record.step, record.num_micro_batches], before, model.weight.detach().flatten().tolist()
 
 
 def test_trap_05_a_window_without_labels_is_skipped_by_agreement(two_ranks: World) -> None:
     for record, before, after in two_ranks.run(all_labels_ignored):
-        assert record == ["weight 0", 1, 4]
+        assert record == ["denominator 0", 1, 4]
         assert after == before
 
 
 def uneven_ranks() -> list[float]:
-    """Rank 0 has five micros of x = 1, 2, 3, 4, 5; rank 1 has one whose only token does not count."""
+    """Rank 0 has five micro-batches of x = 1, 2, 3, 4, 5; rank 1 has one whose only token does not count."""
     if dist.get_rank() == 0:
-        micros = [(column(x), torch.ones(1, dtype=torch.float64)) for x in (1.0, 2.0, 3.0, 4.0, 5.0)]
+        micro_batches = [(column(x), torch.ones(1, dtype=torch.float64)) for x in (1.0, 2.0, 3.0, 4.0, 5.0)]
     else:
-        micros = [(column(100.0), torch.zeros(1, dtype=torch.float64))]
-    return updates(micros, num_micros=2, objective=token_objective())
+        micro_batches = [(column(100.0), torch.zeros(1, dtype=torch.float64))]
+    return updates(micro_batches, gradient_accumulation_steps=2, objective=token_objective())
 
 
-def no_micro_from_the_beginning() -> list[float]:
-    return updates([column(1.0), column(3.0)] if dist.get_rank() == 1 else [], num_micros=1)
+def no_micro_batch_from_the_beginning() -> list[float]:
+    return updates([column(1.0), column(3.0)] if dist.get_rank() == 1 else [], gradient_accumulation_steps=1)
 
 
 def test_trap_06_ranks_with_nothing_left_wait_for_the_others(two_ranks: World) -> None:
     assert two_ranks.run(uneven_ranks) == [[1.5, 3.5, 5.0]] * 2
-    assert two_ranks.run(no_micro_from_the_beginning) == [[1.0, 3.0]] * 2
+    assert two_ranks.run(no_micro_batch_from_the_beginning) == [[1.0, 3.0]] * 2
 
 
 def generator_and_discriminator() -> tuple[int, int, list[float]]:
@@ -174,8 +176,8 @@ def generator_and_discriminator() -> tuple[int, int, list[float]]:
         da.Objective(lambda model, z: (model(z) - model(generator(z).detach())).sum(), len),
     )
     noise = torch.Generator().manual_seed(dist.get_rank())
-    micros = [torch.randn(3, 2, generator=noise, dtype=torch.float64) for _ in range(8)]
-    for window in da.windows(micros, num_micros=2):
+    micro_batches = [torch.randn(3, 2, generator=noise, dtype=torch.float64) for _ in range(8)]
+    for window in da.windows(micro_batches, gradient_accumulation_steps=2):
         for_discriminator.step(window)
         for_generator.step(window)
     parameters = [p.detach().flatten() for m in (generator, discriminator) for p in m.parameters()]
@@ -215,7 +217,7 @@ def break_and_evaluate() -> list[float]:
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
     found = []
     for _ in range(3):
-        for window in da.windows([column(float(x)) for x in (1, 2, 3, 4, 5)], num_micros=2):
+        for window in da.windows([column(float(x)) for x in (1, 2, 3, 4, 5)], gradient_accumulation_steps=2):
             before = float(weight.detach())
             accumulator.step(window)
             found.append(before - float(weight.detach()))
@@ -236,12 +238,14 @@ def window_size_changes() -> list[float]:
     model = DistributedDataParallel(linear())
     weight = model.module.weight
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
-    windows, found = da.windows([column(float(x)) for x in range(1, 11)], num_micros=2), []
+    windows, found = da.windows([column(float(x)) for x in range(1, 11)], gradient_accumulation_steps=2), []
     for window in windows:
         before = float(weight.detach())
         accumulator.step(window)
         found.append(before - float(weight.detach()))
-        windows.num_micros = 3 if len(found) == 1 else 1 if len(found) == 2 else windows.num_micros
+        windows.gradient_accumulation_steps = (
+            3 if len(found) == 1 else 1 if len(found) == 2 else windows.gradient_accumulation_steps
+        )
     return found
 
 
@@ -258,17 +262,19 @@ class Rows:
     def batch(self, indices: list[int], generator: torch.Generator) -> Tensor:
         return torch.sin(torch.arange(5, dtype=torch.float64)[None] + torch.tensor(indices)[:, None])
 
-    def counted(self, indices: list[int]) -> int:
+    def num_targets(self, indices: list[int]) -> int:
         return len(indices)
 
 
 def stopped_and_continued(stop: int | None) -> list[float]:
-    """Six steps with dropout and AdamW in windows of 4 micros per rank; fresh objects after `stop` steps.
+    """Six steps with dropout and AdamW in windows of 4 micro-batches per rank; fresh objects after `stop` steps.
 
     A window is computed by one call, so that a boundary is the only place at which anybody can save; what is carried
     over are the state dicts and the plan's position.
     """
-    plan = da.Plan(num_samples=20, effective_batch=16, micro_size=2, seed=1)  # the second window of an epoch holds 4
+    plan = da.Plan(
+        num_samples=20, effective_batch_size=16, micro_batch_size=2, seed=1
+    )  # the second window of an epoch holds 4
     saved: dict[str, Any] = {"step": 0, "start": 0, "model": None, "optimizer": None}
     for last in [stop, 6] if stop is not None else [6]:
         model = DistributedDataParallel(nn.Sequential(make_model(), nn.Dropout(0.3)))
@@ -279,8 +285,8 @@ def stopped_and_continued(stop: int | None) -> list[float]:
         objective = da.Objective(lambda m, x: m(x).square().sum(), len)
         accumulator = da.Accumulator(model, optimizer, objective, seed=5)
         loader = Loader(Rows(), plan, dist.get_rank(), dist.get_world_size())
-        for window, micros in loader.windows(saved["step"], saved["start"], last):
-            accumulator.step(micros)
+        for window, micro_batches in loader.windows(saved["step"], saved["start"], last):
+            accumulator.step(micro_batches)
             saved = {"step": window.step + 1, "start": window.next_start}
         saved["model"], saved["optimizer"] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
@@ -338,7 +344,7 @@ def forward_without_no_sync() -> str:
 
 def test_trap_11_a_sync_that_is_not_planned_is_an_error(two_ranks: World) -> None:
     for message in two_ranks.run(forward_without_no_sync):
-        assert "sent 4 all_reduce" in message  # one a micro, and the control numbers
+        assert "sent 4 all_reduce" in message  # one a micro-batch, and the control numbers
         assert "forecast is 2 all_reduce" in message
 
 
@@ -346,8 +352,8 @@ def clipped_update() -> list[float]:
     """Rank 0 has gradients 3 and -3, rank 1 has 4 and 4: partial sums are large, the window's mean is 2."""
     model = DistributedDataParallel(linear())
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), clip_norm=1.0)
-    micros = [column(3.0), column(-3.0)] if dist.get_rank() == 0 else [column(4.0), column(4.0)]
-    record = accumulator.step(micros)
+    micro_batches = [column(3.0), column(-3.0)] if dist.get_rank() == 0 else [column(4.0), column(4.0)]
+    record = accumulator.step(micro_batches)
     return [record.grad_norm, -float(model.module.weight.detach())]
 
 
@@ -357,40 +363,43 @@ def test_trap_12_clip_once_after_the_reduction(two_ranks: World) -> None:
         assert update == pytest.approx(1.0, rel=1e-6)  # torch's own formula divides by norm + 1e-6
 
 
-def final_learning_rate(num_micros: int) -> list[float]:
+def final_learning_rate(num_micro_batches: int) -> list[float]:
     model = DistributedDataParallel(linear())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
     accumulator = da.Accumulator(model, optimizer, mean_of_outputs(), scheduler=scheduler)
-    rates = [accumulator.step(window).lr for window in da.windows([column(1.0)] * 4 * num_micros, num_micros)]
+    rates = [
+        accumulator.step(window).lr for window in da.windows([column(1.0)] * 4 * num_micro_batches, num_micro_batches)
+    ]
     return [*rates, scheduler.get_last_lr()[0]]
 
 
-@pytest.mark.parametrize("num_micros", [1, 3])
-def test_trap_13_the_schedule_counts_steps(two_ranks: World, num_micros: int) -> None:
-    assert two_ranks.run(final_learning_rate, num_micros) == [[1.0, 0.75, 0.5, 0.25, 0.0]] * 2
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_trap_13_the_schedule_counts_steps(two_ranks: World, num_micro_batches: int) -> None:
+    assert two_ranks.run(final_learning_rate, num_micro_batches) == [[1.0, 0.75, 0.5, 0.25, 0.0]] * 2
 
 
-def narrow_update(strategy: str, policy: str, num_micros: int) -> float:
+def narrow_update(strategy: str, policy: str, num_micro_batches: int) -> float:
     model: nn.Module = nn.Sequential(nn.Linear(1, 2, bias=False)).to(torch.bfloat16)
     nn.init.zeros_(next(model.parameters()))
     mesh = (dist.get_world_size(),) if strategy == "fsdp" else (2, 1)
     model = wrap(model, strategy, mesh)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
-    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micros)
+    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     return -float(whole(next(model.parameters())).float().mean())
 
 
 @pytest.mark.parametrize(
-    ("strategy", "policy"), [("ddp", "boundary"), ("fsdp", "keep"), ("fsdp", "boundary"), ("hsdp", "shard")]
+    ("strategy", "policy"),
+    [("ddp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "boundary"), ("hsdp", "reduce_scatter")],
 )
 def test_trap_14_bf16_sums_do_not_stall(two_ranks: World, strategy: str, policy: str) -> None:
-    """512 micros; each strategy and policy with 1,024 is in test_precisions.py."""
+    """512 micro-batches; each strategy and policy with 1,024 is in test_precisions.py."""
     assert two_ranks.run(narrow_update, strategy, policy, 512) == [1.0, 1.0]
 
 
-def narrow_gather(policy: str, num_micros: int) -> float:
+def narrow_gather(policy: str, num_micro_batches: int) -> float:
     """Float32 parameters that FSDP2 gathers in bf16, so that autograd delivers bf16 gradients."""
     model: nn.Module = nn.Sequential(nn.Linear(1, 2, bias=False))
     nn.init.zeros_(next(model.parameters()))
@@ -398,11 +407,11 @@ def narrow_gather(policy: str, num_micros: int) -> float:
     model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=mixed)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
-    accumulator.step([torch.ones(1, 1)] * num_micros)
+    accumulator.step([torch.ones(1, 1)] * num_micro_batches)
     return -float(whole(next(model.parameters())).mean())
 
 
-@pytest.mark.parametrize("policy", ["boundary", "keep", "every"])
+@pytest.mark.parametrize("policy", ["boundary", "gather_once", "every"])
 def test_trap_14_nor_where_fsdp_gathers_in_bf16(two_ranks: World, policy: str) -> None:
     assert two_ranks.run(narrow_gather, policy, 512) == [1.0, 1.0]
 
@@ -418,24 +427,24 @@ def refuse_narrow_reduction() -> str:
 
 def test_trap_14_a_bf16_reduction_is_refused(two_ranks: World) -> None:
     for message in two_ranks.run(refuse_narrow_reduction):
-        assert "reduces gradients in torch.bfloat16, and torch.float32 is asked for: sums over many" in message
+        assert "reduces gradients in torch.bfloat16, but torch.float32 is needed, because long sums" in message
 
 
-def narrow_update_alone(num_micros: int) -> float:
+def narrow_update_alone(num_micro_batches: int) -> float:
     model = linear(torch.bfloat16)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective)
-    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micros)
+    accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     return -float(model.weight.detach())
 
 
-@pytest.mark.parametrize("num_micros", [512, 1024])
-def test_trap_14_nor_on_one_process(num_micros: int) -> None:
-    assert narrow_update_alone(num_micros) == 1.0
+@pytest.mark.parametrize("num_micro_batches", [512, 1024])
+def test_trap_14_nor_on_one_process(num_micro_batches: int) -> None:
+    assert narrow_update_alone(num_micro_batches) == 1.0
 
 
 class Conditional(nn.Module):
-    """Uses parameter `a` or `b`, as the micro says."""
+    """Uses parameter `a` or `b`, as the micro-batch says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -447,14 +456,17 @@ class Conditional(nn.Module):
 
 
 def conditional(strategy: str, policy: str) -> tuple[list[float], list[float], bool]:
-    """`a` is used in micro 0 only, with gradient 2; `b` in micro 1 only, with gradient 3 (times 1 / 2 micros)."""
+    """`a` is used in micro-batch 0 only, with gradient 2; `b` in micro-batch 1 only, with gradient 3 (times 1 / 2
+    micro-batches)."""
     model: nn.Module = Conditional()
     if strategy == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     else:
         shape = (2, 2) if strategy == "hsdp" else (4,)
         model = fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :]))
-    objective = da.Objective(lambda m, micro: m(torch.full((4,), micro[1]).double(), micro[0]).sum(), lambda micro: 1)
+    objective = da.Objective(
+        lambda m, micro_batch: m(torch.full((4,), micro_batch[1]).double(), micro_batch[0]).sum(), lambda micro_batch: 1
+    )
     accumulator = da.Accumulator(
         model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy, audit="always"
     )
@@ -464,14 +476,14 @@ def conditional(strategy: str, policy: str) -> tuple[list[float], list[float], b
 
 
 def test_trap_15_a_postponed_all_reduce_mixes_no_parameters(four_ranks: World) -> None:
-    for policy in ("shard", "boundary", "keep", "every"):
+    for policy in ("reduce_scatter", "boundary", "gather_once", "every"):
         assert four_ranks.run(conditional, "hsdp", policy) == [([1.0] * 4, [1.5] * 4, True)] * 4
 
 
-def test_trap_25_parameters_used_in_some_micros(four_ranks: World) -> None:
+def test_trap_25_parameters_used_in_some_micro_batches(four_ranks: World) -> None:
     for policy in ("boundary", "every"):
         assert four_ranks.run(conditional, "ddp", policy) == [([1.0] * 4, [1.5] * 4, True)] * 4
-    for policy in ("boundary", "keep", "every"):
+    for policy in ("boundary", "gather_once", "every"):
         assert four_ranks.run(conditional, "fsdp", policy) == [([1.0] * 4, [1.5] * 4, True)] * 4
 
 
@@ -488,7 +500,8 @@ class Fails(torch.autograd.Function):
 
 
 def clean_after_failure(strategy: str, policy: str, where: str, at: int) -> tuple[float, str]:
-    """A window fails in its micro `at`; the next one must be as if it had never been. Relative error of its update."""
+    """A window fails in its micro-batch `at`; the next one must be as if it had never been. Relative error of its
+    update."""
 
     class Breaks(nn.Module):
         def __init__(self) -> None:
@@ -507,7 +520,7 @@ def clean_after_failure(strategy: str, policy: str, where: str, at: int) -> tupl
 
     model = Breaks()
     expected = make_model()
-    good = [make_micro(i) for i in range(3)]
+    good = [make_micro_batch(i) for i in range(3)]
     loss = sum(((expected(m["x"]) - m["y"]).square()).sum() for m in good) / 24.0
     gradient = torch.autograd.grad(loss, list(expected.parameters()))
 
@@ -533,16 +546,16 @@ def clean_after_failure(strategy: str, policy: str, where: str, at: int) -> tupl
     )
     calls = 0
 
-    def bad(module: nn.Module, micro: Any) -> Tensor:
+    def bad(module: nn.Module, micro_batch: Any) -> Tensor:
         nonlocal calls
         model.failing = calls == at
         calls += 1
-        return masked_objective().loss_sum(module, micro)  # type: ignore[return-value]
+        return masked_objective().loss_sum(module, micro_batch)  # type: ignore[return-value]
 
-    accumulator.objective = da.Objective(bad, masked_objective().weight)
+    accumulator.objective = da.Objective(bad, masked_objective().denominator)
     message = ""
     try:
-        accumulator.step([make_micro(50 + i) for i in range(3)])
+        accumulator.step([make_micro_batch(50 + i) for i in range(3)])
     except ValueError as error:
         message = str(error)
     model.failing = False
@@ -557,8 +570,8 @@ def clean_after_failure(strategy: str, policy: str, where: str, at: int) -> tupl
 def test_trap_16_a_failed_window_leaves_nothing_behind(two_ranks: World, where: str) -> None:
     for strategy, policies in (
         ("ddp", ("boundary", "every")),
-        ("fsdp", ("boundary", "keep", "every")),
-        ("hsdp", ("boundary", "keep", "shard")),
+        ("fsdp", ("boundary", "gather_once", "every")),
+        ("hsdp", ("boundary", "gather_once", "reduce_scatter")),
     ):
         for policy in policies:
             for at in (1, 2):
@@ -579,15 +592,15 @@ def skipped_window(strategy: str) -> list[float]:
         model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective(), nonfinite="skip", audit="always"
     )
     before = [whole(p) for p in model.parameters()]
-    micros = [make_micro(i) for i in range(2)]
+    micro_batches = [make_micro_batch(i) for i in range(2)]
     if dist.get_rank() == 1:
-        micros[1]["y"][0] = torch.inf
-    record = accumulator.step(micros)
-    assert record.skipped == "loss not finite on rank 1, its micro 1 (global 3)", record.skipped
+        micro_batches[1]["y"][0] = torch.inf
+    record = accumulator.step(micro_batches)
+    assert record.skipped == "loss not finite on rank 1, its micro-batch 1 (global 3)", record.skipped
     assert record.step == 0
     unchanged = max(relative(whole(p), b) for p, b in zip(model.parameters(), before, strict=True))
     expected = make_model()
-    good = make_micro(9)
+    good = make_micro_batch(9)
     loss = (expected(good["x"]) - good["y"]).square().sum() / 8.0
     gradient = torch.autograd.grad(loss, list(expected.parameters()))
     accumulator.step([good])
@@ -656,7 +669,8 @@ def test_trap_18_what_cannot_accumulate_is_refused(two_ranks: World) -> None:
 
 
 def two_terms() -> list[float]:
-    """A token loss over 10 tokens and an auxiliary one over 4 micros, weight 0.01: each has its own denominator."""
+    """A token loss over 10 tokens and an auxiliary one over 4 micro-batches, weight 0.01: each has its own
+    denominator."""
     model = DistributedDataParallel(linear())
     weight = model.module.weight
     objective = da.Objective(
@@ -666,12 +680,12 @@ def two_terms() -> list[float]:
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective)
     sizes = [(1, 2), (3, 4)][dist.get_rank()]
     record = accumulator.step([column(*[float(size)] * size) for size in sizes])
-    return [-float(weight.detach()), record.weights["tokens"], record.weights["auxiliary"]]
+    return [-float(weight.detach()), record.denominators["tokens"], record.denominators["auxiliary"]]
 
 
 def test_trap_20_each_term_has_its_own_denominator(two_ranks: World) -> None:
-    for update, tokens, micros in two_ranks.run(two_terms):
-        assert (tokens, micros) == (10.0, 4.0)
+    for update, tokens, micro_batches in two_ranks.run(two_terms):
+        assert (tokens, micro_batches) == (10.0, 4.0)
         assert update == pytest.approx((1 + 4 + 9 + 16) / 10 + 0.01, rel=1e-15)
 
 
@@ -679,8 +693,8 @@ def logged_loss() -> float:
     """Squared errors 0, 1, 4, 9 over 1, 2, 3, 4 numbers: the mean over all ten."""
     model = DistributedDataParallel(linear())
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), da.Regression())
-    micros = [(column(*[1.0] * (i + 1)), column(*[float(i)] * (i + 1))) for i in range(4)]
-    return accumulator.step(micros[dist.get_rank() :: 2]).loss
+    micro_batches = [(column(*[1.0] * (i + 1)), column(*[float(i)] * (i + 1))) for i in range(4)]
+    return accumulator.step(micro_batches[dist.get_rank() :: 2]).loss
 
 
 def test_trap_21_the_logged_loss_is_the_optimised_one(two_ranks: World) -> None:
@@ -714,12 +728,12 @@ def test_trap_22_a_rank_that_raises_takes_the_others_down() -> None:
 def test_trap_23_never_another_effective_batch_than_asked_for() -> None:
     from distaccum.core.batch_size import Ragged, solve
 
-    arithmetic = solve(world_size=8, effective_batch=100, micro_size=5)
-    assert (arithmetic.effective_batch, arithmetic.num_micros, arithmetic.even) == (100, 3, False)
-    window = da.Plan(1000, effective_batch=100, micro_size=5).window()
-    assert sum(micro.size for rank in range(8) for micro in window.deal(rank, 8)) == 100
+    arithmetic = solve(world_size=8, effective_batch_size=100, micro_batch_size=5)
+    assert (arithmetic.effective_batch_size, arithmetic.gradient_accumulation_steps, arithmetic.even) == (100, 3, False)
+    window = da.Plan(1000, effective_batch_size=100, micro_batch_size=5).window()
+    assert sum(micro_batch.size for rank in range(8) for micro_batch in window.of_rank(rank, 8)) == 100
     with pytest.raises(da.ConfigError, match="80 or 120"):
-        solve(world_size=8, effective_batch=100, micro_size=5, ragged=Ragged.refuse)
+        solve(world_size=8, effective_batch_size=100, micro_batch_size=5, ragged=Ragged.refuse)
 
 
 def fsdp_on_the_cpu() -> str:

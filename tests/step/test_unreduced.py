@@ -49,7 +49,7 @@ def outputs() -> da.Objective:
     return da.Objective(lambda model, x: model(x).double().sum(), lambda x: len(x))
 
 
-def own_micros(dtype: torch.dtype = F64) -> list[Tensor]:
+def own_micro_batches(dtype: torch.dtype = F64) -> list[Tensor]:
     rank = dist.get_rank() if dist.is_initialized() else 0
     return [torch.tensor([x], dtype=dtype) for x in XS[rank]]
 
@@ -85,7 +85,7 @@ def criterion_outside(kind: str) -> str:
     wrapped = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
     objective = da.Objective(lambda model, x: (model(x) + temperature * x).sum(), lambda x: len(x))
     optimizer = sgd([*(p for p in wrapped.parameters() if p.requires_grad), temperature])
-    return refusal(lambda: da.Accumulator(wrapped, optimizer, objective).step(own_micros()))
+    return refusal(lambda: da.Accumulator(wrapped, optimizer, objective).step(own_micro_batches()))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -95,7 +95,7 @@ def test_a_criterion_of_its_own_in_the_optimizer(two_ranks: World, kind: str) ->
 
 def criterion_inside() -> list[float]:
     wrapped = DistributedDataParallel(Line())
-    da.Accumulator(wrapped, sgd(wrapped.parameters()), outputs()).step(own_micros())
+    da.Accumulator(wrapped, sgd(wrapped.parameters()), outputs()).step(own_micro_batches())
     return values(wrapped)
 
 
@@ -128,7 +128,7 @@ def thawed(when: str, dtype: torch.dtype = F64) -> str:
     accumulator = None
     if when not in ("before the accumulator", "ignored"):
         accumulator = da.Accumulator(wrapped, optimizer, outputs())
-        accumulator.step(own_micros(dtype))
+        accumulator.step(own_micro_batches(dtype))
         model.c.requires_grad_(True)
     if when == "added":
         model.late = nn.Parameter(torch.zeros(1, dtype=dtype))
@@ -136,7 +136,7 @@ def thawed(when: str, dtype: torch.dtype = F64) -> str:
 
     def act() -> list[float]:
         made = accumulator or da.Accumulator(wrapped, optimizer, outputs())
-        made.step(own_micros(dtype))
+        made.step(own_micro_batches(dtype))
         return values(model)
 
     return refusal(act)
@@ -144,7 +144,7 @@ def thawed(when: str, dtype: torch.dtype = F64) -> str:
 
 @pytest.mark.parametrize("when", ["before the accumulator", "between windows", "added", "ignored"])
 def test_a_parameter_thawed_or_added_after_ddp_was_made(two_ranks: World, when: str) -> None:
-    everywhere(two_ranks.run(thawed, when), "would keep gradients of this rank only")
+    everywhere(two_ranks.run(thawed, when), "would get the gradients of this rank only")
 
 
 def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_ranks: World) -> None:
@@ -152,19 +152,19 @@ def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_r
     assert len(set(texts)) == 1
     values = [float(value) for value in texts[0].removeprefix("accepted: ").strip("[]").split(", ")]
     assert values == pytest.approx([-MEAN, -MEAN], rel=2**-8)
-    everywhere(two_ranks.run(thawed, "between windows", torch.bfloat16), "would keep gradients of this rank only")
+    everywhere(two_ranks.run(thawed, "between windows", torch.bfloat16), "would get the gradients of this rank only")
 
 
 def frozen_later(find_unused: bool) -> str:
     model = Line()
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
     accumulator = da.Accumulator(wrapped, sgd(model.parameters()), outputs(), audit="always")
-    accumulator.step(own_micros())
+    accumulator.step(own_micro_batches())
     model.c.requires_grad_(False)
     before = value(model.w)
-    text = refusal(lambda: accumulator.step(own_micros()).loss)
+    text = refusal(lambda: accumulator.step(own_micro_batches()).loss)
     assert find_unused or value(model.w) == before
-    accumulator.step(own_micros())  # nothing of the refused window is left, and c stays frozen
+    accumulator.step(own_micro_batches())  # nothing of the refused window is left, and c stays frozen
     return f"{text} {value(model.w):.6f} {value(model.c):.6f}"
 
 
@@ -191,7 +191,7 @@ def unused_in_the_last(policy: str, by_all: bool, **ddp: bool) -> tuple[float, f
     accumulator = da.Accumulator(
         wrapped, sgd(model.parameters()), objective, sync=policy, check_cut=False, audit="always"
     )
-    accumulator.step(own_micros())
+    accumulator.step(own_micro_batches())
     return value(model.w), value(model.c)
 
 
@@ -220,7 +220,7 @@ def past_ddp(method: str) -> str:
         lambda called, x: called.module.loss(x) if method == "method" else called.module(x).sum(), lambda x: len(x)
     )
     accumulator = da.Accumulator(wrapped, sgd(model.parameters()), objective)
-    text = refusal(lambda: accumulator.step(own_micros()).loss)
+    text = refusal(lambda: accumulator.step(own_micro_batches()).loss)
     return f"{text} {value(model.w)}"
 
 
@@ -238,14 +238,14 @@ def under_no_sync(kind: str) -> list[float]:
         accumulator = da.Accumulator(wrapped, sgd(model.parameters()), outputs(), audit="always")
         for _ in range(2):
             with wrapped.no_sync():
-                accumulator.step(own_micros())
+                accumulator.step(own_micro_batches())
         assert wrapped.require_backward_grad_sync
     else:
         wrapped = fully_shard(model)
         accumulator = da.Accumulator(wrapped, sgd(wrapped.parameters()), outputs(), audit="always")
         for _ in range(2):
             wrapped.set_requires_gradient_sync(False)
-            accumulator.step(own_micros())
+            accumulator.step(own_micro_batches())
     return values(wrapped)
 
 
@@ -303,7 +303,7 @@ def decayed(kind: str) -> tuple[float, float]:
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1.0, weight_decay=0.05)
     accumulator = da.Accumulator(wrapped, optimizer, outputs(), **dtype)
     for _ in range(2):
-        accumulator.step(own_micros())
+        accumulator.step(own_micro_batches())
     if kind == "fsdp in groups":
         return value(parts[1].w), value(parts[0].c)
     unused = dict(wrapped.named_parameters())
@@ -329,7 +329,7 @@ def part_of_the_parameters(kind: str) -> list[float]:
         accumulator = da.Accumulator(wrapped, sgd([named["w"]]), outputs())
         found = []
         for _ in range(3):
-            norm = accumulator.step(own_micros()).grad_norm
+            norm = accumulator.step(own_micro_batches()).grad_norm
             found += [norm, 0.0 if named["c"].grad is None else 1.0]
     rank = dist.get_rank() if dist.is_initialized() else 0
     assert len([w for w in caught if "not in the optimizer" in str(w.message)]) == (rank == 0)
@@ -385,7 +385,7 @@ def thawed_and_frozen_under_fsdp() -> list[list[float]]:
     found = []
     for trained in (False, True, False):
         wrapped.c.requires_grad_(trained)
-        accumulator.step(own_micros())
+        accumulator.step(own_micro_batches())
         found.append(values(wrapped))
     return found
 
@@ -401,17 +401,17 @@ def frozen_after_an_evaluation(reshard: bool) -> list[Any]:
     model = fully_shard(Line())
     optimizer = sgd(model.parameters())
     with torch.no_grad():
-        model(own_micros()[0])  # before the accumulator is made, too
+        model(own_micro_batches()[0])  # before the accumulator is made, too
     accumulator = da.Accumulator(model, optimizer, outputs(), audit="always")
     found: list[Any] = []
     for trained in (True, True, False):
         with torch.no_grad():
-            model(own_micros()[0])
+            model(own_micro_batches()[0])
         if reshard:
             model.reshard()
         model.c.requires_grad_(trained)
         try:
-            accumulator.step(own_micros())
+            accumulator.step(own_micro_batches())
         except da.ConfigError as error:
             return [*found, str(error)]
         found.append(values(model))
@@ -422,7 +422,7 @@ def test_a_parameter_frozen_after_an_evaluation_under_fsdp(two_ranks: World) -> 
     both = [pytest.approx([-MEAN, -MEAN], rel=1e-15), pytest.approx([-2 * MEAN, -2 * MEAN], rel=1e-15)]
     for found in two_ranks.run(frozen_after_an_evaluation, False):
         assert found[:2] == both
-        assert found[2].startswith("1 parameter(s), c first, were frozen or thawed while FSDP2 held the model gathered")
+        assert found[2].startswith("1 parameter(s), such as c, were frozen or unfrozen while FSDP2 held the model")
         assert len(found) == 3
     for found in two_ranks.run(frozen_after_an_evaluation, True):
         assert found == [*both, pytest.approx([-3 * MEAN, -2 * MEAN], rel=1e-15)]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distaccum as da
 
-KINDS = ("uniform", "ragged", "zero_weight_micros", "ranks_without_micros", "short_last")
+KINDS = ("uniform", "ragged", "zero_weight_micro_batches", "ranks_without_micro_batches", "short_last")
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -25,16 +25,16 @@ def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def masked_objective() -> da.Objective:
     """Squared error over the tokens that a mask counts."""
-    return da.Objective(loss_sum=masked_sum, weight=lambda micro: int(micro["mask"].sum()))
+    return da.Objective(loss_sum=masked_sum, denominator=lambda micro_batch: int(micro_batch["mask"].sum()))
 
 
-def masked_sum(model: nn.Module, micro: dict[str, Tensor]) -> Tensor:
+def masked_sum(model: nn.Module, micro_batch: dict[str, Tensor]) -> Tensor:
     """The sum of squared errors of the tokens that count; flat tokens, since FSDP2 warns of outputs that are views."""
-    x, y, mask = (micro[name].flatten(0, 1) for name in ("x", "y", "mask"))
+    x, y, mask = (micro_batch[name].flatten(0, 1) for name in ("x", "y", "mask"))
     return (mask[:, None] * (model(x) - y).square()).sum()
 
 
-def make_micro(seed: int, size: int = 2, counted: str = "all") -> dict[str, Tensor]:
+def make_micro_batch(seed: int, size: int = 2, counted: str = "all") -> dict[str, Tensor]:
     """A micro-batch of `size` samples of 4 tokens: all, some or none of them counted."""
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(size, 4, n, generator=generator, dtype=torch.float64) for n in (5, 3))
@@ -48,24 +48,28 @@ def make_micro(seed: int, size: int = 2, counted: str = "all") -> dict[str, Tens
     return {"x": x, "y": y, "mask": mask}
 
 
-def make_window(kind: str, num_micros: int, ranks: int, seed: int) -> list[list[dict[str, Tensor]]]:
-    """The micros of each rank in one window."""
+def make_window(kind: str, num_micro_batches: int, ranks: int, seed: int) -> list[list[dict[str, Tensor]]]:
+    """The micro-batches of each rank in one window."""
     counted = "all" if kind in ("uniform", "short_last") else "some"
     dealt = [
-        [make_micro(1000 * seed + 10 * i * ranks + r, size=1 + (i + r) % 3 if counted == "some" else 2, counted=counted)
-         for i in range(num_micros)]
+        [make_micro_batch(1000 * seed + 10 * i * ranks + r,
+                          size=1 + (i + r) % 3 if counted == "some" else 2, counted=counted)
+         for i in range(num_micro_batches)]
         for r in range(ranks)
     ]  # fmt: skip
-    if kind == "zero_weight_micros":
-        for rank, micros in enumerate(dealt):
-            for i in range(len(micros)):
-                if (i + rank) % 2 == 1 or (rank == 0 and num_micros > 1 and i == num_micros - 1):
-                    micros[i] = make_micro(77 * i + rank, counted="none")
-    if kind == "ranks_without_micros":
-        dealt = [micros[: max(0, num_micros - rank)] if rank else micros for rank, micros in enumerate(dealt)]
+    if kind == "zero_weight_micro_batches":
+        for rank, micro_batches in enumerate(dealt):
+            for i in range(len(micro_batches)):
+                if (i + rank) % 2 == 1 or (rank == 0 and num_micro_batches > 1 and i == num_micro_batches - 1):
+                    micro_batches[i] = make_micro_batch(77 * i + rank, counted="none")
+    if kind == "ranks_without_micro_batches":
+        dealt = [
+            micro_batches[: max(0, num_micro_batches - rank)] if rank else micro_batches
+            for rank, micro_batches in enumerate(dealt)
+        ]
         dealt[-1] = dealt[-1] if ranks == 1 else []
     if kind == "short_last":
-        dealt = [micros[: 1 if rank == 0 else 0] for rank, micros in enumerate(dealt)]
+        dealt = [micro_batches[: 1 if rank == 0 else 0] for rank, micro_batches in enumerate(dealt)]
     return dealt
 
 
@@ -109,8 +113,8 @@ def reference(windows: list[list[list[dict[str, Tensor]]]], lr: float) -> list[d
     model = make_model()
     results = []
     for dealt in windows:
-        batch = [micro for micros in dealt for micro in micros]
-        x, y, mask = (torch.cat([micro[name] for micro in batch]) for name in ("x", "y", "mask"))
+        batch = [micro_batch for micro_batches in dealt for micro_batch in micro_batches]
+        x, y, mask = (torch.cat([micro_batch[name] for micro_batch in batch]) for name in ("x", "y", "mask"))
         loss = (mask[..., None] * (model(x) - y).square()).sum() / mask.sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():

@@ -21,8 +21,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 PRECISIONS = sorted(path.stem for path in (CONF / "precision").glob("*.yaml"))
 POLICIES = [
     ("ddp", "boundary"), ("ddp", "every"),
-    ("fsdp", "boundary"), ("fsdp", "keep"), ("fsdp", "every"),
-    ("hsdp", "boundary"), ("hsdp", "keep"), ("hsdp", "shard"), ("hsdp", "every"),
+    ("fsdp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "every"),
+    ("hsdp", "boundary"), ("hsdp", "gather_once"), ("hsdp", "reduce_scatter"), ("hsdp", "every"),
 ]  # fmt: skip
 # One of each architecture, in a test's size; benchmarks/verify_all.py takes all models of conf/ as they are.
 SIZES = {
@@ -66,7 +66,7 @@ def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> No
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", SIZES)
 def test_every_combination_is_proven(two_ranks: World, parallel: dict[str, Any], model: str, precision: str) -> None:
-    small = ["accum.micro=2", "accum.num_micros=2", *SIZES[model]]
+    small = ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *SIZES[model]]
     whole = composed([f"model={model}", f"precision={precision}", *small])
     check(whole)
     for strategy, sync in POLICIES:
@@ -95,11 +95,17 @@ def prove_compiled(config: Config) -> tuple[da.Proof, int]:
 
 @pytest.mark.parametrize("choice", [
     ["model=gpt", "parallel=ddp"],
-    ["model=gpt", "parallel=fsdp", "accum.sync=keep", "nn.checkpoint=true"],
+    ["model=gpt", "parallel=fsdp", "accum.sync=gather_once", "nn.checkpoint=true"],
     ["model=resnet", "parallel=fsdp"],
 ])  # fmt: skip
 def test_compiled_blocks_are_exact(two_ranks: World, choice: list[str]) -> None:
-    overrides = ["accum.micro=2", "accum.num_micros=3", "nn.compile=true", "precision=fp64", *choice]
+    overrides = [
+        "accum.micro_batch_size=2",
+        "accum.gradient_accumulation_steps=3",
+        "nn.compile=true",
+        "precision=fp64",
+        *choice,
+    ]
     config = typed(composed([*overrides, *SIZES[choice[0].split("=")[1]]]))
     for proof, graphs in two_ranks.run(prove_compiled, config):
         assert proof.holds, proof

@@ -135,7 +135,7 @@ def made(model: nn.Module, objective: Any = None, **options: Any) -> da.Accumula
     return da.Accumulator(model, optimizer, objective or da.Objective(loss_sum, len), **options)
 
 
-def micros(number: int = 3) -> list[Tensor]:
+def micro_batches(number: int = 3) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(4, 2, generator=generator) for _ in range(number)]
 
@@ -174,41 +174,41 @@ def same(one: Any, other: Any) -> bool:
 def test_what_each_forward_moves_is_not_proven(kind: str) -> None:
     make, names = MOVED[kind]
     accumulator = made(make())
-    accumulator.step(micros())
+    accumulator.step(micro_batches())
     before = everything(accumulator)
-    proof = da.verify(accumulator, micros())
+    proof = da.verify(accumulator, micro_batches())
     assert same(everything(accumulator), before)
     assert not proof.holds
     (line,) = [line for line in proof.lines if not line.holds]
     assert (line.name, line.tolerance) == ("state", 0.0)
-    assert line.note == f"moved by each forward: {names}"
+    assert line.note == f"changed by each forward: {names}"
     assert "3 times in this window" in proof.failures
     assert ('da.convert_batchnorm(model, "pooled")' in proof.failures.replace("'", '"')) == ("BatchNorm" in kind)
-    assert ("once a window" in proof.failures) == ("BatchNorm" not in kind)
+    assert ("once per window" in proof.failures) == ("BatchNorm" not in kind)
     assert names in shown(proof)
     assert names in str(proof)
-    assert da.verify(accumulator, micros(1)).holds  # one micro-batch moves it once
+    assert da.verify(accumulator, micro_batches(1)).holds  # one micro-batch moves it once
 
 
 def test_the_first_window_of_the_training_is_looked_at_after_a_proof_too() -> None:
     accumulator = made(normed())
-    assert not da.verify(accumulator, micros()).holds
+    assert not da.verify(accumulator, micro_batches()).holds
     with pytest.warns(UserWarning, match="Each forward changes"):
-        accumulator.step(micros())
+        accumulator.step(micro_batches())
 
 
-@pytest.mark.parametrize("mode", ["pooled", "sync", "frozen", "micro"])
+@pytest.mark.parametrize("mode", ["pooled", "sync", "frozen", "micro_batch"])
 def test_batchnorm_with_a_mode_is_judged_by_it(mode: str) -> None:
     accumulator = made(da.convert_batchnorm(normed(), mode))
-    proof = da.verify(accumulator, micros())
+    proof = da.verify(accumulator, micro_batches())
     assert proof.holds, proof
     assert "state" not in [line.name for line in proof.lines]
-    assert ("differs by design (BatchNorm: micro)" in str(proof)) == (mode == "micro")
+    assert ("differs by design (BatchNorm: micro_batch)" in str(proof)) == (mode == "micro_batch")
     assert "None" not in str(proof)
 
 
-def test_micro_takes_a_conversion_back() -> None:
-    model = da.convert_batchnorm(da.convert_batchnorm(normed(), "pooled"), "micro")
+def test_micro_batch_takes_a_conversion_back() -> None:
+    model = da.convert_batchnorm(da.convert_batchnorm(normed(), "pooled"), "micro_batch")
     assert type(model[1]) is nn.BatchNorm1d  # type: ignore[index]
     with pytest.raises(da.ConfigError, match="mode='pool' is unknown"):
         da.convert_batchnorm(normed(), "pool")
@@ -228,10 +228,10 @@ class Cached(Layer):
 def test_caches_and_results_of_a_forward_are_no_state() -> None:
     model = Cached(cache=None, aux=None)
     accumulator = made(model, da.Objective(lambda m, x: m(x).square().sum() + 0.0 * m.aux, len))
-    assert da.verify(accumulator, micros()).holds
+    assert da.verify(accumulator, micro_batches()).holds
     assert model.cache is None
-    accumulator.step(micros())
-    assert da.verify(accumulator, micros()).holds
+    accumulator.step(micro_batches())
+    assert da.verify(accumulator, micro_batches()).holds
 
 
 class Centred:
@@ -245,14 +245,14 @@ class Centred:
         self.centre = 0.9 * self.centre + 0.1 * out.detach().mean(0).float()
         return out.square().sum()
 
-    def weight(self, x: Tensor) -> int:
+    def denominator(self, x: Tensor) -> int:
         return len(x)
 
 
 def test_state_of_the_objective_is_not_proven() -> None:
     objective = Centred()
     centre = objective.centre
-    proof = da.verify(made(Layer(), objective), micros())
+    proof = da.verify(made(Layer(), objective), micro_batches())
     assert objective.centre is centre
     assert not centre.any()
     assert "objective.centre" in proof.failures
@@ -265,8 +265,8 @@ def test_a_parameter_outside_the_model_is_refused_and_nothing_moves() -> None:
     objective = da.Objective(lambda m, x: (m(x) * temperature).square().sum(), len)
     accumulator = da.Accumulator(model, optimizer, objective)
     before = everything(accumulator)
-    with pytest.raises(da.ConfigError, match=r"1 that are none of its own.*register them"):
-        da.verify(accumulator, micros())
+    with pytest.raises(da.ConfigError, match=r"1 parameter\(s\) that are not the model's.*register them"):
+        da.verify(accumulator, micro_batches())
     assert same(everything(accumulator), before)
     assert float(temperature.detach()) == 1.0
     assert temperature.grad is None
@@ -294,14 +294,14 @@ def test_everything_is_as_before_whatever_happens(at: Any) -> None:
     model: Any = Fails()
     accumulator = made(model, clip_norm=1.0, seed=3)
     accumulator.scheduler = torch.optim.lr_scheduler.StepLR(accumulator.optimizer, 1)
-    accumulator.step(micros())
+    accumulator.step(micro_batches())
     model.calls, model.at = 0, at
     parameter = model.linear.weight
     parameter.grad = torch.ones_like(parameter)
     outside = nn.Linear(2, 2)
     before, group = everything(accumulator, outside), accumulator.optimizer.param_groups[0]
     try:
-        da.verify(accumulator, micros())
+        da.verify(accumulator, micro_batches())
     except ArithmeticError:
         assert at is not None
     else:
@@ -314,21 +314,21 @@ def test_everything_is_as_before_whatever_happens(at: Any) -> None:
 def test_the_model_itself_as_plain_stays_as_it_is() -> None:
     model = Layer()
     accumulator = made(model)
-    assert da.verify(accumulator, micros(), plain=model).holds
+    assert da.verify(accumulator, micro_batches(), plain=model).holds
     assert model.linear.weight.dtype is torch.float32
 
 
 def test_torch_sync_batchnorm_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, CHANNELS), nn.SyncBatchNorm(CHANNELS))
     with pytest.raises(da.ConfigError, match=r"1 is a torch.nn.SyncBatchNorm.*convert_batchnorm\(model, 'sync'\)"):
-        da.verify(made(model), micros())
+        da.verify(made(model), micro_batches())
 
 
 def on_two_ranks(kind: str) -> tuple[bool, str]:
     torch.manual_seed(0)
     model = MOVED[kind][0]()
     accumulator = made(DistributedDataParallel(model))
-    proof = da.verify(accumulator, micros(2)[dist.get_rank() :])  # rank 1 has one less
+    proof = da.verify(accumulator, micro_batches(2)[dist.get_rank() :])  # rank 1 has one less
     return proof.holds, proof.failures
 
 
@@ -370,18 +370,21 @@ CLASSES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def x_of(micro: Any) -> Tensor:
+def x_of(micro_batch: Any) -> Tensor:
     """The tensor of a micro-batch, whose class must be what it was."""
-    if type(micro) is dict:
-        micro = micro["inputs"]
-    found: Tensor = micro["x"] if isinstance(micro, UserDict) else micro.x
+    if type(micro_batch) is dict:
+        micro_batch = micro_batch["inputs"]
+    found: Tensor = micro_batch["x"] if isinstance(micro_batch, UserDict) else micro_batch.x
     return found
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_micros_of_any_class_are_proven(kind: str) -> None:
-    accumulator = made(Layer(), da.Objective(lambda m, micro: loss_sum(m, x_of(micro)), lambda micro: len(x_of(micro))))
-    window = [CLASSES[kind](x) for x in micros()]
+def test_micro_batches_of_any_class_are_proven(kind: str) -> None:
+    accumulator = made(
+        Layer(),
+        da.Objective(lambda m, micro_batch: loss_sum(m, x_of(micro_batch)), lambda micro_batch: len(x_of(micro_batch))),
+    )
+    window = [CLASSES[kind](x) for x in micro_batches()]
     if kind == "own class":
         with pytest.raises(da.ConfigError, match="combine=function"):
             da.verify(accumulator, window)
@@ -392,7 +395,9 @@ def test_micros_of_any_class_are_proven(kind: str) -> None:
 
 
 def test_lists_of_samples_are_not_joined_channel_by_channel() -> None:
-    samples = [([x, x], [1, 2]) for x in micros()]
-    accumulator = made(Layer(), da.Objective(lambda m, micro: loss_sum(m, torch.cat(micro[0])), lambda _: 8))
+    samples = [([x, x], [1, 2]) for x in micro_batches()]
+    accumulator = made(
+        Layer(), da.Objective(lambda m, micro_batch: loss_sum(m, torch.cat(micro_batch[0])), lambda _: 8)
+    )
     with pytest.raises(da.ConfigError, match="combine=function"):
         da.verify(accumulator, samples)

@@ -1,1 +1,4 @@
-"""Before a training begins: what each way of running it needs, which one to take, and the micro-batch that fits."""
+"""Chooses how to run a training before it begins: strategy, sync policy and micro-batch size.
+
+The choice follows from the predicted memory and time of each plan, and from dry runs.
+"""

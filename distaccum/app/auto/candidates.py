@@ -1,124 +1,161 @@
-"""The ways in which a configuration could be run on so many ranks, what each needs, and which of them to take."""
+"""Lists the plans for running a configuration, predicts what each one needs, and chooses one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from distaccum.app.assembly import batch_arithmetic, effective_batches
+from distaccum.app.assembly import batch_arithmetic, effective_batch_sizes
 from distaccum.app.auto.footprint import Footprint
 from distaccum.app.auto.limits import batches_for_auto
 from distaccum.app.auto.setups import POLICIES, setup_of, spread
 from distaccum.app.config import Config
-from distaccum.app.task import Problem
+from distaccum.app.task import Task
 from distaccum.core.batch_size import Ragged, solve
 from distaccum.metrics import size as human
 from distaccum.parallel.apply import StrategyName
 from distaccum.parallel.base import Sync
 from distaccum.planner import Peak, Setup, gradient_sends
-from distaccum.planner.hardware import Machine
+from distaccum.planner.hardware import HardwareProfile
 from distaccum.planner.shapes import Policy, Strategy
 from distaccum.planner.step_time import StepTime, step_time
 from distaccum.step.overlap.schedule import AUTO
 
-ACCURACY = 0.1  # of predicted peaks
-FOR_MEASUREMENT = ("ddp", "every")  # it sends more and keeps no less
-TAILS = (1, 2, 4, 8)  # overlap_micros that are looked at, where the time that they save can be told
+ACCURACY = 0.1  # relative error of predicted memory peaks
+FOR_MEASUREMENT = ("ddp", "every")  # for measurement only: it sends more and saves no memory
+TAILS = (1, 2, 4, 8)  # values of overlap_micro_batches to compare when times can be predicted
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way of running a step, and what it needs on the rank that has most to do."""
+    """Describes one plan for a step, and what it needs on the rank that has the most to do."""
 
     setup: Setup
-    micro_size: int
-    num_micros: int
-    overlap_micros: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    overlap_micro_batches: int
     checkpoint: bool
     peak: Peak
-    flops: int  # of a step
-    sent_bytes: int  # by a network card in a step, under the ring algorithm
-    time: StepTime | None  # None: no speeds are known
+    flops: int  # per step
+    sent_bytes: int  # that a network card sends per step under the ring algorithm
+    time: StepTime | None  # None: the speeds of the machine are unknown
 
     @property
     def cost(self) -> tuple[float, ...]:
-        """What is to be small beside the memory: seconds, or work, messages and micros where no speeds are known."""
+        """Return what to minimize besides memory, most important number first.
+
+        This is the seconds of a step. If the speeds of the machine are unknown, it is the FLOPs,
+        then the bytes sent, then the gradient accumulation steps.
+        """
         if self.time is not None:
             return (self.time.total_s,)
-        return self.flops, float(f"{self.sent_bytes:.1e}"), self.num_micros  # two digits: padding is no reason
+        # Bytes are rounded to two digits, so that padding alone does not decide.
+        return (self.flops, float(f"{self.sent_bytes:.1e}"), self.gradient_accumulation_steps)
 
     def __str__(self) -> str:
         setup = self.setup
-        tail = f", the last {self.overlap_micros} block by block" if self.overlap_micros > 1 else ""
+        tail = f", overlap_micro_batches {self.overlap_micro_batches}" if self.overlap_micro_batches > 1 else ""
         again = ", checkpointed" if self.checkpoint else ""
-        return f"{setup.strategy} {setup.sync}, micro {self.micro_size} x {self.num_micros}{tail}{again}"
+        return (
+            f"{setup.strategy} {setup.sync}, micro-batch size {self.micro_batch_size}, "
+            f"{self.gradient_accumulation_steps} accumulation step(s){tail}{again}"
+        )
 
 
 class Candidates:
-    """Weighs the ways of running one configuration."""
+    """Makes and compares the plans for one configuration."""
 
     def __init__(
-        self, config: Config, problem: Problem, world_size: int, machine: Machine | None, footprint: Footprint
+        self, config: Config, task: Task, world_size: int, machine: HardwareProfile | None, footprint: Footprint
     ) -> None:
-        """Nothing is weighed yet; `machine` tells times where there is one."""
+        """Prepare the plans; none is made yet.
+
+        Args:
+            config: the configuration, which may contain `auto`.
+            task: the task of the configuration.
+            world_size: the number of ranks.
+            machine: the measured speeds; None: no times are predicted.
+            footprint: predicts the memory and FLOPs of the configuration.
+        """
         self._config = config
-        self._problem = problem
+        self._task = task
         self._world_size = world_size
         self._machine = machine
         self._footprint = footprint
-        batches = (batches_for_auto if config.accum.micro == AUTO else effective_batches)(config, problem)
+        batches = (batches_for_auto if config.accum.micro_batch_size == AUTO else effective_batch_sizes)(config, task)
         self._batch = max(batches, default=None)
         self._blocks = len({p.group for p in footprint.model.parameters}) - 1
 
     def weigh(
-        self, setup: Setup, micro_size: int, overlap_micros: int = 1, checkpoint: bool | None = None
+        self, setup: Setup, micro_batch_size: int, overlap_micro_batches: int = 1, checkpoint: bool | None = None
     ) -> Candidate:
-        """One way."""
+        """Predict what one plan needs.
+
+        Args:
+            setup: how the model is distributed.
+            micro_batch_size: samples per micro-batch.
+            overlap_micro_batches: how many of the last micro-batches are computed block by block.
+            checkpoint: whether blocks are checkpointed; None: as configured.
+        """
         config, footprint = self._config, self._footprint
         checkpoint = config.nn.checkpoint if checkpoint is None else checkpoint
         if self._batch is not None:
-            num_micros = solve(setup.world_size, self._batch, micro_size).num_micros
+            gradient_accumulation_steps = solve(
+                setup.world_size, self._batch, micro_batch_size
+            ).gradient_accumulation_steps
         else:
-            num_micros = config.accum.num_micros or 1
-        flops = footprint.flops(micro_size, checkpoint)
-        sends = gradient_sends(footprint.model, setup, num_micros)
-        tail = min(overlap_micros, num_micros)
+            gradient_accumulation_steps = config.accum.gradient_accumulation_steps or 1
+        flops = footprint.flops(micro_batch_size, checkpoint)
+        sends = gradient_sends(footprint.model, setup, gradient_accumulation_steps)
+        tail = min(overlap_micro_batches, gradient_accumulation_steps)
         time = None
         if self._machine is not None:
-            time = step_time(self._machine, footprint.model, setup, num_micros, flops, tail)
+            time = step_time(self._machine, footprint.model, setup, gradient_accumulation_steps, flops, tail)
         return Candidate(
             setup=setup,
-            micro_size=micro_size,
-            num_micros=num_micros,
-            overlap_micros=tail,
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            overlap_micro_batches=tail,
             checkpoint=checkpoint,
-            peak=footprint.peak(setup, micro_size, num_micros, tail, checkpoint),
-            flops=flops * num_micros,
-            sent_bytes=sum(entry.card_bytes for entry in sends),
+            peak=footprint.peak(setup, micro_batch_size, gradient_accumulation_steps, tail, checkpoint),
+            flops=flops * gradient_accumulation_steps,
+            sent_bytes=sum(entry.bytes_sent_per_rank for entry in sends),
             time=time,
         )
 
     def choice(self, usable: int | None) -> tuple[Candidate, str]:
-        """What a training would run, and why.
+        """Return the plan that a training would run, and why.
 
         Args:
-            usable: bytes that a rank may take; None: no limit is known, and `auto` stays what it is without one.
+            usable: bytes that a rank may take; None: no limit is known, and the configured plan is
+                returned.
         """
         if usable is None:
-            return self.configured(), "as configured; auto chooses where a limit of memory is known (limits.memory)"
+            return (
+                self.configured(),
+                "as configured; auto compares plans only if a memory limit is known (limits.memory)",
+            )
         return choose(self.open(), usable)
 
     def configured(self) -> Candidate:
-        """As the configuration says, and as a training takes what it leaves open where no memory is short."""
+        """Return the plan that the configuration describes.
+
+        A value that is `auto` becomes the one that a training uses when no memory limit is known.
+        The exception is `accum.micro_batch_size=auto`, which becomes the largest possible size.
+        """
         accum = self._config.accum
-        tail = 1 if accum.overlap_micros == AUTO else accum.overlap_micros
-        if accum.micro == AUTO:
+        tail = 1 if accum.overlap_micro_batches == AUTO else accum.overlap_micro_batches
+        if accum.micro_batch_size == AUTO:
             return self.weigh(setup_of(self._config, self._world_size), self.sizes()[-1], tail)
-        arithmetic = batch_arithmetic(self._config, self._problem, self._world_size)
-        return self.weigh(setup_of(self._config, self._world_size), arithmetic.micro_size, tail)
+        arithmetic = batch_arithmetic(self._config, self._task, self._world_size)
+        return self.weigh(setup_of(self._config, self._world_size), arithmetic.micro_batch_size, tail)
 
     def open(self) -> list[Candidate]:
-        """Those among which `auto` chooses: of strategy, policy and micro size what the configuration leaves open."""
+        """Return the plans among which `auto` chooses.
+
+        They differ in strategy, policy and micro-batch size, as far as the configuration leaves
+        these to `auto`.
+        """
         config, own = self._config, self.configured()
         strategy = own.setup.strategy
         if config.parallel.name is StrategyName.auto:
@@ -127,14 +164,17 @@ class Candidates:
             ways = [(strategy, policy) for policy in POLICIES[strategy] if (strategy, policy) != FOR_MEASUREMENT]
         if config.accum.sync is not Sync.auto:
             ways = [way for way in ways if way[1] == own.setup.sync] or [(strategy, own.setup.sync)]
-        sizes = self.sizes() if config.accum.micro == AUTO else [own.micro_size]
-        tail = own.overlap_micros
+        sizes = self.sizes() if config.accum.micro_batch_size == AUTO else [own.micro_batch_size]
+        tail = own.overlap_micro_batches
         return [self.weigh(self._spread(*way), size, tail) for way in ways for size in sizes]
 
     def all(self) -> list[Candidate]:
-        """Every strategy, policy, micro size (by powers of two, and the configured one), tail and checkpointing."""
+        """Return the plans for every strategy, policy, micro-batch size, overlap and checkpointing.
+
+        Micro-batch sizes are those of `sizes` and the configured size.
+        """
         own = self.configured()
-        sizes = sorted({own.micro_size, *self.sizes()})
+        sizes = sorted({own.micro_batch_size, *self.sizes()})
         found = []
         for way in self._ways():
             setup = self._spread(*way)
@@ -142,13 +182,18 @@ class Candidates:
             for size in sizes:
                 for checkpoint in (False, True) if self._blocks else (False,):
                     found += [self.weigh(setup, size, tail, checkpoint) for tail in tails]
-        return list(dict.fromkeys(found))  # tails that are longer than the window are as long
+        return list(dict.fromkeys(found))  # capping the overlap makes duplicates
 
     def sizes(self) -> list[int]:
-        """Micro sizes by powers of two, and the largest that leaves no rank without work."""
+        """Return the micro-batch sizes to compare.
+
+        These are powers of two, and the largest size that leaves no rank without work. With
+        `accum.ragged=refuse` they must divide the effective batch. If the configuration fixes no
+        effective batch, it is the configured size only.
+        """
         if self._batch is None:
-            return [batch_arithmetic(self._config, self._problem, self._world_size).micro_size]
-        most = -(-min(self._batch, len(self._problem.train)) // self._world_size)
+            return [batch_arithmetic(self._config, self._task, self._world_size).micro_batch_size]
+        most = -(-min(self._batch, len(self._task.train)) // self._world_size)
         sizes = [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
         if self._config.accum.ragged is Ragged.refuse:
             sizes = [size for size in sizes if self._batch % (size * self._world_size) == 0] or sizes[:1]
@@ -168,15 +213,18 @@ class Candidates:
         return spread(self._config, self._world_size, strategy, policy)
 
     def _has_tail(self, setup: Setup) -> bool:
-        """Where the last micros can be computed block by block, see Strategy.tail_obstacle."""
+        """Return whether the last micro-batches can run block by block.
+
+        The conditions are those of `Strategy.tail_obstacle`.
+        """
         whole = setup.strategy == "ddp" and not setup.own_sums(self._footprint.model)
-        return self._blocks > 1 and (whole or (setup.sharded and setup.sync == "keep"))
+        return self._blocks > 1 and (whole or (setup.sharded and setup.sync == "gather_once"))
 
 
-def front(candidates: Iterable[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in memory and cost both, the cheapest first.
+def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Return the plans that no other plan beats in both memory and cost, the cheapest first.
 
-    What costs more has to take less memory by more than predictions may be off.
+    A plan that costs more is kept only if it saves more memory than the error of predictions.
     """
     ordered = sorted(candidates, key=lambda one: (one.cost, one.peak.total))
     kept: list[Candidate] = []
@@ -192,26 +240,27 @@ def front(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def choose(candidates: Sequence[Candidate], usable: int) -> tuple[Candidate, str]:
-    """The cheapest one that fits, and why it is this one.
+    """Choose the cheapest plan that fits, and give the reason.
 
     Args:
-        candidates: the simplest first, which is taken where costs are equal.
+        candidates: the plans, the simplest first; the first one wins if costs are equal.
         usable: bytes that a rank may take.
 
     Returns:
-        Where none fits, the one that takes least, and that it does not fit.
+        The plan and the reason. If no plan fits, it is the plan that takes the least memory, and
+        the reason says that it does not fit.
     """
     cheapest = min(candidates, key=lambda one: one.cost)
-    by = "the fastest" if cheapest.time is not None else "the least work, then the least sent"
+    by = "the fastest" if cheapest.time is not None else "the fewest FLOPs, then the fewest bytes sent,"
     fitting = [one for one in candidates if one.peak.total <= usable]
     if not fitting:
         least = min(candidates, key=lambda one: one.peak.total)
         return least, (
-            f"nothing is predicted to fit {human(usable)}: this takes least, {human(least.peak.total)} in "
-            f"{least.peak.moment}"
+            f"no plan is predicted to fit {human(usable)}: this one takes the least, {human(least.peak.total)} "
+            f"during {least.peak.moment}"
         )
     best = min(fitting, key=lambda one: one.cost)
     room = f"{human(best.peak.total)} of {human(usable)}"
     if best is cheapest:
-        return best, f"{by} of all, and fits ({room})"
-    return best, f"{by} of those that fit ({room}); {cheapest} would take {human(cheapest.peak.total)}"
+        return best, f"{by} of all plans, and it fits ({room})"
+    return best, f"{by} of all plans that fit ({room}); {cheapest} would take {human(cheapest.peak.total)}"

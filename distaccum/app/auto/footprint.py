@@ -1,4 +1,4 @@
-"""The memory and the work of a configured run, before it begins."""
+"""Predicts the memory and the FLOPs of a configured run before it begins."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import cached_property
 import torch
 
 from distaccum.app.config import Config
-from distaccum.app.task import Problem, in_precision, meta_model
+from distaccum.app.task import Task, in_precision, meta_model
 from distaccum.core.objectives import cast_inputs
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
 from distaccum.parallel.apply import StrategyName
 from distaccum.planner import (
     Memory,
-    MicroTrace,
+    MicroBatchTrace,
     ModelShape,
     Peak,
     Setup,
@@ -29,91 +29,123 @@ from distaccum.planner import (
 )
 from distaccum.step.overlap.schedule import AUTO
 
-TRACED = (2, 16)  # samples; other sizes lie on the line through them. BatchNorm takes two at least
+# Samples of the two traced micro-batches. The line through these two predicts other sizes. The
+# smaller one has 2 samples, since BatchNorm needs at least two.
+TRACED = (2, 16)
 
 
 class Footprint:
-    """Predicts for one configuration, whatever the strategy, policy, micro size, number of micros and checkpointing.
+    """Predicts memory and FLOPs of a configuration for any strategy, policy and micro-batch size.
 
-    A second or two for each kind of micro that is asked about first (checkpointed or not, cast by FSDP2 or not); from
-    then on a millisecond an answer.
+    The number of micro-batches and checkpointing may vary too. The first prediction for each kind
+    of micro-batch (checkpointed or not, cast by FSDP2 or not) takes a second or two; each further
+    prediction takes about a millisecond.
     """
 
-    def __init__(self, config: Config, problem: Problem) -> None:
-        """Nothing is traced yet."""
+    def __init__(self, config: Config, task: Task) -> None:
+        """Prepare the predictions; nothing is traced yet."""
         self._config = config
-        self._problem = problem
+        self._task = task
         self._device = torch.device("cuda" if torch.cuda.is_available() and config.device.value != "cpu" else "cpu")
-        self._traces: dict[tuple[bool, bool], tuple[MicroTrace, MicroTrace]] = {}
-        self._micros: dict[tuple[bool, bool, int], MicroTrace] = {}
+        self._traces: dict[tuple[bool, bool], tuple[MicroBatchTrace, MicroBatchTrace]] = {}
+        self._micro_batches: dict[tuple[bool, bool, int], MicroBatchTrace] = {}
         self._updates: dict[int, Update] = {}
 
     def peak(
-        self, setup: Setup, samples: int, num_micros: int, overlap_micros: int = 1, checkpoint: bool | None = None
+        self,
+        setup: Setup,
+        samples: int,
+        num_micro_batches: int,
+        overlap_micro_batches: int = 1,
+        checkpoint: bool | None = None,
     ) -> Peak:
-        """The most that a rank's tensors take at once.
+        """Predict the peak memory of a rank's tensors.
 
         Args:
-            setup: how the model is spread; its strategy may be another one than the configured one.
-            samples: in a micro.
-            num_micros: per rank in a window.
-            overlap_micros: how many of them are computed block by block.
-            checkpoint: whether blocks are computed twice; None: as configured.
+            setup: how the model is distributed; its strategy may differ from the configured one.
+            samples: samples per micro-batch.
+            num_micro_batches: micro-batches per rank in a window.
+            overlap_micro_batches: how many of the last micro-batches are computed block by block.
+            checkpoint: whether blocks are checkpointed; None: as configured.
         """
-        micro, device = self.micro(samples, setup.sharded, checkpoint), self._device.type
-        return peak(self.model, setup, self._update(setup.shards), micro, num_micros, overlap_micros, device)
+        micro_batch, device = self.micro_batch(samples, setup.sharded, checkpoint), self._device.type
+        return peak(
+            self.model, setup, self._update(setup.shards), micro_batch, num_micro_batches, overlap_micro_batches, device
+        )
 
-    def memory(self, setup: Setup, samples: int, num_micros: int, checkpoint: bool | None = None) -> Memory:
-        """What it is made of, part by part; the parts do not all live at once."""
+    def memory(self, setup: Setup, samples: int, num_micro_batches: int, checkpoint: bool | None = None) -> Memory:
+        """Predict the memory of a rank part by part; the parts are never all alive at once.
+
+        Args:
+            setup: how the model is distributed; its strategy may differ from the configured one.
+            samples: samples per micro-batch.
+            num_micro_batches: micro-batches per rank in a window.
+            checkpoint: whether blocks are checkpointed; None: as configured.
+        """
         optim = self._config.optim
         states = states_of(optim.name.value, optim.momentum)
-        parts = memory(self.model, setup, states, num_micros, self.micro(samples, setup.sharded, checkpoint).saved)
+        parts = memory(
+            self.model, setup, states, num_micro_batches, self.micro_batch(samples, setup.sharded, checkpoint).saved
+        )
         return replace(parts, optimizer=self._update(setup.shards).kept)
 
     def flops(self, samples: int, checkpoint: bool | None = None) -> int:
-        """Floating-point operations of matrix products in one micro, forward and backward, what is recomputed too."""
-        return self.micro(samples, self.configured_sharded, checkpoint).flops
+        """Count the FLOPs of matrix products in the forward and backward of one micro-batch.
 
-    def micro(self, samples: int, sharded: bool, checkpoint: bool | None = None) -> MicroTrace:
-        """One micro of the longest samples, as FSDP2 or the others compute it."""
+        Recomputation by checkpointing is included.
+
+        Args:
+            samples: samples in the micro-batch.
+            checkpoint: whether blocks are checkpointed; None: as configured.
+        """
+        return self.micro_batch(samples, self.configured_sharded, checkpoint).flops
+
+    def micro_batch(self, samples: int, sharded: bool, checkpoint: bool | None = None) -> MicroBatchTrace:
+        """Return the trace of one micro-batch of the longest samples.
+
+        Args:
+            samples: samples in the micro-batch.
+            sharded: whether FSDP2 shards the model; it may cast the parameters that it gathers.
+            checkpoint: whether blocks are checkpointed; None: as configured.
+        """
         recomputes = self._config.nn.checkpoint if checkpoint is None else checkpoint
         key = recomputes, sharded and self._casts
         if key not in self._traces:
             few, many = (self._traced(size, *key) for size in TRACED)
             self._traces[key] = few, many
-        if (*key, samples) not in self._micros:
-            self._micros[*key, samples] = MicroTrace.between(*self._traces[key], samples)
-        return self._micros[*key, samples]
+        if (*key, samples) not in self._micro_batches:
+            self._micro_batches[*key, samples] = MicroBatchTrace.between(*self._traces[key], samples)
+        return self._micro_batches[*key, samples]
 
     @cached_property
     def model(self) -> ModelShape:
-        """Shapes and dtypes of the configured model."""
-        model = meta_model(self._config, self._problem)
-        return describe(model, self._problem.blocks_of(model))
+        """Return the shapes and dtypes of the configured model."""
+        model = meta_model(self._config, self._task)
+        return describe(model, self._task.blocks_of(model))
 
     @property
     def configured_sharded(self) -> bool:
-        """Whether FSDP2 holds the model, as configured."""
+        """Return whether the configured strategy shards the model with FSDP2."""
         return self._config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
 
     @property
     def _casts(self) -> bool:
-        """Whether FSDP2 gathers parameters in another dtype, where others use autocast."""
+        """Return whether FSDP2 casts gathered parameters; other strategies use autocast."""
         precision = self._config.precision.name
         return precision.compute_dtype is not precision.parameter_dtype
 
-    def _traced(self, samples: int, checkpoint: bool, cast: bool) -> MicroTrace:
-        config, problem = self._config, self._problem
-        model, compute = meta_model(config, problem), config.precision.name.compute_dtype if cast else None
+    def _traced(self, samples: int, checkpoint: bool, cast: bool) -> MicroBatchTrace:
+        config, task = self._config, self._task
+        model, compute = meta_model(config, task), config.precision.name.compute_dtype if cast else None
         if checkpoint:
-            checkpoint_blocks(problem.blocks_of(model))
+            checkpoint_blocks(task.blocks_of(model))
         name = StrategyName.fsdp if cast else StrategyName.single
-        objective = in_precision(replace(config, parallel=replace(config.parallel, name=name)), problem.objective)
+        objective = in_precision(replace(config, parallel=replace(config.parallel, name=name)), task.objective)
         if compute is not None:
             objective = cast_inputs(objective, compute)
-        longest = problem.train.longest(1)
-        micro = problem.train.batch(longest * samples, torch.Generator().manual_seed(0))
-        return trace(model, problem.blocks_of, objective.loss_sum, micro, samples, self._device, compute)
+        longest = task.train.longest_samples(1)
+        micro_batch = task.train.batch(longest * samples, torch.Generator().manual_seed(0))
+        return trace(model, task.blocks_of, objective.loss_sum, micro_batch, samples, self._device, compute)
 
     def _update(self, shards: int) -> Update:
         if shards not in self._updates:
@@ -124,16 +156,22 @@ class Footprint:
         return self._updates[shards]
 
 
-def overlap_limit(config: Config, problem: Problem, micro_size: int) -> int | None:
-    """The largest T that accum.overlap_micros=auto may choose within accum.overlap_memory_mb; None: no limit.
+def overlap_limit(config: Config, task: Task, micro_batch_size: int) -> int | None:
+    """Return the largest T that accum.overlap_micro_batches=auto may choose; None: no limit.
 
-    Each further micro keeps what the backward of its blocks needs, and the head's gradients of parameters that an
-    earlier part of the model uses too.
+    T is limited by accum.overlap_memory_mb. Each further micro-batch keeps the activations that the
+    backward of its blocks needs, and the head's gradients of parameters that an earlier part of the
+    model uses too.
+
+    Args:
+        config: the configuration.
+        task: the task of the configuration.
+        micro_batch_size: samples per micro-batch.
     """
     memory_mb = config.accum.overlap_memory_mb
-    if config.accum.overlap_micros != AUTO or memory_mb is None:
+    if config.accum.overlap_micro_batches != AUTO or memory_mb is None:
         return None
-    if not problem.blocks_of(meta_model(config, problem)):
+    if not task.blocks_of(meta_model(config, task)):
         return None
-    footprint = Footprint(config, problem)
-    return 1 + memory_mb * 2**20 // footprint.micro(micro_size, footprint.configured_sharded).to_head
+    footprint = Footprint(config, task)
+    return 1 + memory_mb * 2**20 // footprint.micro_batch(micro_batch_size, footprint.configured_sharded).to_head

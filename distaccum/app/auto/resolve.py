@@ -1,4 +1,4 @@
-"""What `auto` stands for: a strategy and a policy by prediction, then a micro size by rehearsal."""
+"""Resolves `auto`: strategy and sync policy by prediction, micro-batch size by dry runs."""
 
 from __future__ import annotations
 
@@ -6,80 +6,99 @@ from dataclasses import replace
 from pathlib import Path
 
 from distaccum.app.auto.candidates import Candidates
-from distaccum.app.auto.finder import find_micro
+from distaccum.app.auto.finder import find_max_micro_batch
 from distaccum.app.auto.footprint import Footprint
 from distaccum.app.auto.limits import usable_bytes
 from distaccum.app.config import Config
 from distaccum.app.oom import Predicted
-from distaccum.app.task import Problem
+from distaccum.app.task import Task
 from distaccum.errors import ConfigError, in_one_line
 from distaccum.parallel.apply import StrategyName, chosen
 from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
-from distaccum.planner.hardware import Machine
+from distaccum.planner.hardware import HardwareProfile
 from distaccum.step.overlap.schedule import AUTO
 
 
-def settled(
+def resolve_auto(
     config: Config,
-    problem: Problem,
+    task: Task,
     world: World,
-    machine: Machine | None = None,
+    machine: HardwareProfile | None = None,
     kept: int | None = None,
     *,
-    anew: bool = False,
+    resumed: bool = False,
 ) -> tuple[Config, list[str]]:
-    """The configuration with what each `auto` stands for, and what people have to know of it. Call it on every rank.
+    """Resolve `auto` for strategy, policy and micro-batch size. Call it on every rank.
 
     Args:
-        config: any; without `auto` it is returned as it is.
-        problem: of the configuration.
+        config: the configuration; without `auto` it is returned unchanged.
+        task: the task of the configuration.
         world: the ranks of the run.
-        machine: tells times, by which plans are compared; None: by work and messages.
-        kept: the micro size that was found before in a run that goes on; None: it is found here.
-        anew: whether the run goes on all the same, on other ranks or with other settings.
+        machine: the measured speeds, so that plans are compared by their times; None: they are
+            compared by FLOPs and bytes sent.
+        kept: the micro-batch size that this run found before it was resumed; None: it is found
+            here.
+        resumed: whether the run is resumed. Without `kept` it then runs on other ranks or with
+            other settings than before.
+
+    Returns:
+        The configuration with the choices, and messages that explain them. Strategy and policy
+        remain `auto` if no memory limit is known.
 
     Raises:
-        ConfigError: on all ranks, see `find_micro`.
+        ConfigError: on all ranks, see `find_max_micro_batch`.
     """
     usable = usable_bytes(config, world.device)
-    told: list[str] = []
-    if usable is not None and is_open(config, world.size):
-        rows, _ = world.share([float(usable)]).read()  # GPUs may differ, and all ranks must choose alike
+    messages: list[str] = []
+    if usable is not None and has_auto(config, world.size):
+        # GPUs may differ, but all ranks must make the same choice.
+        rows, _ = world.gather_rows([float(usable)]).read()
         try:
-            config, told = resolved(config, problem, world.size, int(min(row[0] for row in rows)), machine)
+            config, messages = resolved(config, task, world.size, int(min(row[0] for row in rows)), machine)
         except ConfigError:
             raise
-        except Exception as error:  # a model may do what tensors without memory cannot; the same on all ranks
-            told = [f"auto as without a limit, as memory cannot be predicted here ({in_one_line(error)})"]
-    if config.accum.micro != AUTO:
-        return config, told
+        except Exception as error:  # the model does what fake tensors cannot; the same on all ranks
+            messages = [
+                "auto ignores the memory limit, because the memory of this model cannot be predicted "
+                f"({in_one_line(error)})"
+            ]
+    if config.accum.micro_batch_size != AUTO:
+        return config, messages
     if kept is not None:
-        told.append(f"accum.micro=auto: {kept} samples, as found before; nothing was rehearsed")
+        messages.append(f"accum.micro_batch_size=auto: {kept} samples, as found before; no dry run was needed")
     else:
-        found = find_micro(config, problem, world)
-        kept = found.micro_size
-        told.append(found.text + ("; found anew, as ranks or settings are others than before" if anew else ""))
-    return replace(config, accum=replace(config.accum, micro=kept)), told
+        found = find_max_micro_batch(config, task, world)
+        kept = found.micro_batch_size
+        messages.append(found.text + ("; found again, because the ranks or settings changed" if resumed else ""))
+    return replace(config, accum=replace(config.accum, micro_batch_size=kept)), messages
 
 
-def is_open(config: Config, world_size: int) -> bool:
-    """Whether there is a strategy or a policy to choose."""
+def has_auto(config: Config, world_size: int) -> bool:
+    """Return whether `auto` leaves a strategy or a policy to choose on this number of ranks."""
     if config.parallel.name is StrategyName.auto:
         return world_size > 1
     return config.accum.sync is Sync.auto and config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
 
 
 def resolved(
-    config: Config, problem: Problem, world_size: int, usable: int | None, machine: Machine | None
+    config: Config, task: Task, world_size: int, usable: int | None, machine: HardwareProfile | None
 ) -> tuple[Config, list[str]]:
-    """The configuration with a strategy and a policy in the place of `auto`, and why.
+    """Replace `auto` in the configuration by a strategy and a policy, and explain the choice.
 
-    Without a limit of memory `auto` stays what it is: ddp on several ranks, and gradients sent at the boundary.
+    Without a memory limit the configuration is returned unchanged. `auto` then means ddp on several
+    ranks, and gradients sent at the boundary.
+
+    Args:
+        config: the configuration.
+        task: the task of the configuration.
+        world_size: the number of ranks.
+        usable: bytes that each rank may take; None: no limit is known.
+        machine: the measured speeds; None: plans are compared by FLOPs and bytes sent.
     """
-    if usable is None or not is_open(config, world_size):
+    if usable is None or not has_auto(config, world_size):
         return config, []
-    candidates = Candidates(config, problem, world_size, machine, Footprint(config, problem))
+    candidates = Candidates(config, task, world_size, machine, Footprint(config, task))
     best, why = candidates.choice(usable)
     setup, keys = best.setup, []
     if config.parallel.name is StrategyName.auto:
@@ -91,18 +110,18 @@ def resolved(
     return replace(config, parallel=parallel, accum=accum), [f"{', '.join(keys)}: {why}"]
 
 
-def predicted(config: Config, problem: Problem, world_size: int, machine: Machine | None) -> Predicted:
-    """What a step of a configuration without `auto` should need on rank 0."""
+def predicted(config: Config, task: Task, world_size: int, machine: HardwareProfile | None) -> Predicted:
+    """Predict the memory and time of a step on rank 0 for a configuration without `auto`."""
     name = chosen(config.parallel.name, world_size)
     config = replace(config, parallel=replace(config.parallel, name=name))
-    one = Candidates(config, problem, world_size, machine, Footprint(config, problem)).configured()
+    one = Candidates(config, task, world_size, machine, Footprint(config, task)).configured()
     return Predicted(one.peak.total, one.peak.moment, None if one.time is None else one.time.total_s)
 
 
-def machine_of(config: Config) -> Machine | None:
-    """The speeds that the configuration names.
+def machine_of(config: Config) -> HardwareProfile | None:
+    """Return the hardware profile that the configuration names; None: it names none.
 
     Raises:
-        ConfigError: for a file that holds none.
+        ConfigError: if the file does not hold a hardware profile.
     """
-    return None if config.machine is None else Machine.load(Path(config.machine))
+    return None if config.machine is None else HardwareProfile.load(Path(config.machine))

@@ -1,4 +1,4 @@
-"""How a configuration spreads its model over so many ranks, as the predictions see it."""
+"""Derives from a configuration how its model is distributed over ranks, for the predictions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from distaccum.planner.shapes import Policy, Setup, Strategy
 POLICIES: dict[Strategy, tuple[Policy, ...]] = {
     "single": ("boundary",),
     "ddp": ("boundary", "every"),
-    "fsdp": ("boundary", "keep", "every"),
-    "hsdp": ("boundary", "keep", "shard", "every"),
+    "fsdp": ("boundary", "gather_once", "every"),
+    "hsdp": ("boundary", "gather_once", "reduce_scatter", "every"),
 }
 _STRATEGIES: dict[StrategyName, Strategy] = {
     StrategyName.single: "single",
@@ -24,21 +24,36 @@ _STRATEGIES: dict[StrategyName, Strategy] = {
 
 
 def setup_of(config: Config, world_size: int) -> Setup:
-    """As configured; `auto` without a planner: ddp on several ranks, and gradients sent at the boundary.
+    """Return how the configured strategy and sync policy distribute the model.
+
+    Nothing is predicted here: `auto` means ddp on several ranks, and gradients sent at the
+    boundary.
+
+    Args:
+        config: the configuration.
+        world_size: the number of ranks.
 
     Raises:
-        ConfigError: for a policy that the strategy cannot keep, and replicas that do not divide the ranks.
+        ConfigError: if the strategy does not support the policy, or if the number of replicas does
+            not divide the number of ranks.
     """
     strategy = _STRATEGIES[chosen(config.parallel.name, world_size)]
     asked = "boundary" if config.accum.sync is Sync.auto or strategy == "single" else config.accum.sync.value
     sync = next((policy for policy in POLICIES[strategy] if policy == asked), None)
     if sync is None:
-        raise ConfigError(f"accum.sync={asked} cannot be kept by {strategy}. Use one of {list(POLICIES[strategy])}.")
+        raise ConfigError(f"accum.sync={asked} is not supported by {strategy}. Use one of {list(POLICIES[strategy])}.")
     return spread(config, world_size, strategy, sync)
 
 
 def spread(config: Config, world_size: int, strategy: Strategy, sync: Policy) -> Setup:
-    """The same for any strategy and policy."""
+    """Return how a given strategy and sync policy distribute the model of a configuration.
+
+    Args:
+        config: the configuration, whose strategy and policy are not read.
+        world_size: the number of ranks.
+        strategy: the strategy to use.
+        sync: the sync policy to use.
+    """
     precision, parallel, accum = config.precision.name, config.parallel, config.accum
     replicas = mesh_shape(StrategyName.hsdp, parallel.replicas, world_size)[0] if strategy == "hsdp" else 1
     return Setup(

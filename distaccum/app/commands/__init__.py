@@ -1,1 +1,1 @@
-"""What each word of the command line does."""
+"""Implements the commands of the command line, one per module."""

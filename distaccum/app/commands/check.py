@@ -1,41 +1,65 @@
-"""What is wrong with a configuration before any rank works on it."""
+"""Checks a configuration before any rank starts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from distaccum.app.config import AccumConfig, typed
+from distaccum.app.config import AccumConfig, exists, typed
+from distaccum.app.names import RENAMED_VALUES, key_here
 from distaccum.core.batch_schedule import Ramp
 from distaccum.core.batch_size import Ragged
 from distaccum.errors import ConfigError
 
 
 def check(composed: dict[str, Any]) -> None:
-    """Refuse a configuration that cannot be carried out, whatever the data and the ranks.
+    """Refuse a configuration that is wrong for any data and any number of ranks.
 
     Raises:
-        ConfigError: for unknown keys, wrong types, and contradictions that need no data to be seen.
+        ConfigError: for unknown keys, wrong types, and contradictions that can be seen without the
+            data.
     """
     config = typed(composed)
     accum = config.accum
-    if accum.effective_batch is not None and accum.effective_tokens is not None:
+    if accum.effective_batch_size is not None and accum.effective_batch_tokens is not None:
         raise ConfigError(
-            f"accum.effective_batch={accum.effective_batch} and accum.effective_tokens={accum.effective_tokens} are "
-            "both given. They say the same thing in two units: set one to null."
+            f"accum.effective_batch_size={accum.effective_batch_size} and accum.effective_batch_tokens="
+            f"{accum.effective_batch_tokens} are both given. They set the same size in two units: set one to null."
         )
     if accum.schedule is not None:
         _check_schedule(accum)
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Refuse overrides that use the names of other programs or of version 0.1.
+
+    Hydra would only say that there is no such key.
+
+    Args:
+        words: the words of the command line, such as `gradient_accumulation_steps=4`,
+            `+accum.micro=4` or `--learning-rate=1`.
+
+    Raises:
+        ConfigError: for the first such word, with what to write instead.
+    """
+    for word in words:
+        if (now := RENAMED_VALUES.get(word.lstrip("+"))) is not None:
+            raise ConfigError(f"{word} is now written {now}.")
+        typed, has_value, value = word.partition("=")
+        key = typed.lstrip("+~-").replace("-", "_")
+        if not exists(key) and (here := key_here(key, value if has_value else None)) is not None:
+            raise ConfigError(f"There is no key {typed.lstrip('+~')}. {here}")
+
+
 def _check_schedule(accum: AccumConfig) -> None:
-    for name in ("effective_batch", "effective_tokens", "num_micros"):
+    for name in ("effective_batch_size", "effective_batch_tokens", "gradient_accumulation_steps"):
         if getattr(accum, name) is not None:
             raise ConfigError(
-                f"accum.schedule and accum.{name}={getattr(accum, name)} are both given; the schedule says the "
-                f"effective batch, and the micros per rank follow from it. Set accum.{name}=null."
+                f"accum.schedule and accum.{name}={getattr(accum, name)} are both given. The schedule sets the "
+                f"effective batch size, and the micro-batches per rank follow from it. Set accum.{name}=null."
             )
     if accum.ramp is Ramp.linear and accum.ragged is Ragged.refuse:
         raise ConfigError(
-            "accum.ragged=refuse contradicts accum.ramp=linear: a ramp goes in multiples of the micro size, which "
-            "need not divide among the ranks. Use accum.ragged=allow, or accum.ramp=jump."
+            "accum.ragged=refuse contradicts accum.ramp=linear: the sizes of a ramp are multiples of the micro-batch "
+            "size, which do not always divide evenly among the ranks. Use accum.ragged=allow, or accum.ramp=jump."
         )

@@ -1,4 +1,4 @@
-"""`distaccum export`."""
+"""Implements `distaccum export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distaccum.app.config import typed
-from distaccum.app.task import make_problem
+from distaccum.app.task import build_task
 from distaccum.checkpoint.export import export_pretrained, export_safetensors
 from distaccum.checkpoint.store import Checkpoint
 from distaccum.errors import ConfigError
@@ -16,18 +16,21 @@ from distaccum.parallel.world import World
 
 
 def export(source: Path, target: Path) -> None:
-    """Write a checkpoint's weights for other programs; on one process, whatever ranks saved it.
+    """Write the weights of a checkpoint for other programs.
+
+    It runs on one process, however many ranks saved the checkpoint.
 
     Args:
-        source: a run folder (its newest good checkpoint) or a checkpoint.
-        target: NAME.safetensors, or for a Hugging Face model a folder that `from_pretrained` reads.
+        source: a run folder, whose newest good checkpoint is used, or a checkpoint.
+        target: NAME.safetensors or, for a Hugging Face model, a folder that `from_pretrained` can
+            read.
 
     Raises:
-        ConfigError: for a target that does not fit.
-        CheckpointError: for a checkpoint that cannot be read, and a target that is there already.
+        ConfigError: if the source does not exist, or the model cannot be written as a folder.
+        CheckpointError: if the checkpoint cannot be read, or the target already exists.
     """
     if not source.exists():
-        raise ConfigError(f"{source} is not there. Give a run folder, or a checkpoint in it.")
+        raise ConfigError(f"{source} does not exist. Give a run folder, or a checkpoint in it.")
     checkpoint = Checkpoint.open(source, World.of(torch.device("cpu")))
     if target.suffix == ".safetensors":
         export_safetensors(checkpoint, target)
@@ -35,8 +38,8 @@ def export(source: Path, target: Path) -> None:
         config = typed(checkpoint.facts["config"])
         if not isinstance(config.model, HFConfig):
             raise ConfigError(
-                f"{target} is a folder, which is for Hugging Face models, and this one is model={config.model.name}. "
-                f"Give a file: {target}.safetensors"
+                f"{target} does not end in .safetensors, so it is taken for a folder. Only Hugging Face models can be "
+                f"exported to a folder, and this model is model={config.model.name}. Give a file: {target}.safetensors"
             )
-        export_pretrained(checkpoint, target, make_problem(config).make_model)
-    print(f"{checkpoint.path}, after step {checkpoint.step} -> {target}")
+        export_pretrained(checkpoint, target, build_task(config).make_model)
+    print(f"Exported {checkpoint.path} (saved after step {checkpoint.step}) to {target}")

@@ -1,4 +1,4 @@
-"""`distaccum train`."""
+"""Implements `distaccum train`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from pathlib import Path
 from distaccum.app.build import Training, build, ranks
 from distaccum.app.config import typed
 from distaccum.app.preemption import Preemption
-from distaccum.app.task import told
+from distaccum.app.task import message
 from distaccum.errors import RecordError
 from distaccum.launch import Job
 from distaccum.launch.overrides import to_paste
 from distaccum.launch.result import write_result
 
-# In the run folder of a run that was stopped and can go on; whoever starts it again reads no more than its presence.
+# This file marks a run folder whose run was stopped and can be resumed. Launchers only check
+# whether it exists.
 PREEMPTED = "PREEMPTED"
 
 
 def train(job: Job) -> None:
-    """Train on this rank as the job says. Every rank of the job runs this.
+    """Train on this rank as the job specifies.
+
+    Call it on every rank of the job.
 
     Raises:
-        ConfigError: on all ranks alike, for what only shows with the data and the ranks at hand.
+        ConfigError: on all ranks, for mistakes that only show with the data and the ranks.
+        RecordError: on rank 0, if the result or the mark of a stopped run could not be written.
     """
     config = typed(job.config)
     if config.logger.group is None:
         config.logger.group = job.sweep
-    with Preemption(config.train.max_minutes, tell=job.rank == 0) as preemption, ranks(config, job) as world:
+    with Preemption(config.train.max_minutes, announce=job.rank == 0) as preemption, ranks(config, job) as world:
         training = build(config, job, world, preemption)
         trainer, report = training.trainer, training.report
         if report is not None:
@@ -49,19 +53,19 @@ def train(job: Job) -> None:
 def _end(run_dir: Path, training: Training, goes_on: bool) -> None:
     trainer, report, baseline = training.trainer, training.report, training.baseline
     assert report is not None
-    means = trainer.progress.heldout
-    report.note(told(training.problem, means, baseline, training.evaluated))
-    heldout = {f"heldout_{name}": value for name, value in means.items()}
-    unit = f"nats per {training.problem.unit}"
+    means = trainer.progress.validation
+    report.note(message(training.task, means, baseline, training.evaluated))
+    validation = {f"validation_{name}": value for name, value in means.items()}
+    unit = f"nats per {training.task.unit}"
     not_written = [] if trainer.saver is None else list(trainer.saver.failed)
     trouble = None
     try:
-        write_result(run_dir, {**heldout, **trainer.totals()})
+        write_result(run_dir, {**validation, **trainer.totals()})
     except OSError as error:
         trouble = f"result.json ({error.strerror})"
         not_written.append(trouble)
     code = 0 if trouble is None or goes_on else 1
-    report.end(f"all {trainer.progress} done", heldout, code, baseline, unit, not_written)
+    report.end(f"all {trainer.progress} done", validation, code, baseline, unit, not_written)
     if code:
         raise RecordError(
             f"The training finished ({trainer.progress}), but {run_dir}/{trouble} could not be written. Its numbers "
@@ -74,15 +78,15 @@ def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
     assert report is not None
     step = trainer.progress.step
     if trainer.saver is None:
-        told = f"stopped by {reason} after step {step}; nothing was saved (checkpoint.keep=0)"
+        text = f"Stopped by {reason} after step {step}; no checkpoint saved (checkpoint.keep=0)."
     else:
-        again = to_paste("run_dir", str(run_dir))
-        told = f"stopped by {reason} after step {step} and saved; start it again with {again} to go on"
+        text = f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with "
+        text += to_paste("run_dir", str(run_dir))
         draft = run_dir / f"{PREEMPTED}.draft"
         try:
             draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
             os.replace(draft, run_dir / PREEMPTED)
         except OSError as error:
-            report.end(told, {"step": step}, 1, training.baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
-            raise RecordError(f"{told}; {run_dir / PREEMPTED} could not be written ({error.strerror}).") from None
-    report.end(told, {"step": step}, 0, training.baseline)
+            report.end(text, {"step": step}, 1, training.baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
+            raise RecordError(f"{run_dir / PREEMPTED} could not be written ({error.strerror}). {text}") from None
+    report.end(text, {"step": step}, 0, training.baseline)

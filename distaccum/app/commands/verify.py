@@ -1,14 +1,14 @@
-"""`distaccum verify`: the configuration at hand, proven by one window."""
+"""Implements `distaccum verify`, which proves a configuration by computing one window."""
 
 from __future__ import annotations
 
 import json
 
 from distaccum.app.assembly import batch_arithmetic, make_accumulator
-from distaccum.app.auto.resolve import settled
+from distaccum.app.auto.resolve import resolve_auto
 from distaccum.app.build import make_plan, num_steps, ranks, schedule_of
 from distaccum.app.config import Config, typed
-from distaccum.app.task import make_problem, plain_model
+from distaccum.app.task import build_task, plain_model
 from distaccum.data.loader import Loader
 from distaccum.errors import ProofError
 from distaccum.launch import Job
@@ -20,10 +20,12 @@ from distaccum.verify.result import Proof
 
 
 def verify(job: Job) -> None:
-    """Prove the configuration on this rank. Every rank of the job runs this; rank 0 writes `verify.json` and a table.
+    """Prove the configuration of a job on this rank.
+
+    Call it on every rank of the job. Rank 0 writes `verify.json` and prints a table.
 
     Raises:
-        ProofError: on all ranks alike, when an error exceeds its tolerance or the ledger disagrees.
+        ProofError: on all ranks, if an error exceeds its tolerance or the ledger disagrees.
     """
     config = typed(job.config)
     with ranks(config, job) as world:
@@ -39,28 +41,31 @@ def verify(job: Job) -> None:
 
 
 def prove_configuration(config: Config, world: World) -> Proof:
-    """Build what `train` would build, and prove its first window. Call it on every rank."""
-    problem = make_problem(config)
-    config, told = settled(config, problem, world)
+    """Build what `train` would build, and prove its first window.
+
+    Call it on every rank.
+    """
+    task = build_task(config)
+    config, messages = resolve_auto(config, task, world)
     if world.rank == 0:
-        for text in told:
+        for text in messages:
             Console().line(text)
-    plan = make_plan(config, problem, batch_arithmetic(config, problem, world.size))
-    accumulator = make_accumulator(config, problem, world)
-    schedule_of(config, problem, plan, accumulator.optimizer, num_steps(config, plan)).set(0)
-    _, window = next(Loader(problem.train, plan, world.rank, world.size).windows(0, 0, 1))
-    plain = plain_model(config, problem, world.device)
-    return prove(accumulator, window, plain=plain, objective=problem.objective)
+    plan = make_plan(config, task, batch_arithmetic(config, task, world.size))
+    accumulator = make_accumulator(config, task, world)
+    schedule_of(config, task, plan, accumulator.optimizer, num_steps(config, plan)).set(0)
+    _, window = next(Loader(task.train, plan, world.rank, world.size).windows(0, 0, 1))
+    plain = plain_model(config, task, world.device)
+    return prove(accumulator, window, plain=plain, objective=task.objective)
 
 
 def shown(proof: Proof) -> str:
-    """The proof as a table for a terminal."""
+    """Format a proof as a table for a terminal."""
     rows = [
         [
             f"{line.name} ({line.note})",
             f"{line.error:.1e}",
             "-" if line.tolerance is None else f"{line.tolerance:.1e}",
-            "told" if line.tolerance is None else ("holds" if line.holds else "FAILS"),
+            "info" if line.tolerance is None else ("holds" if line.holds else "FAILS"),
         ]
         for line in proof.lines
     ]

@@ -1,1 +1,4 @@
-"""The last T micro-batches block by block, so that gradients travel behind them. The rest does not need it."""
+"""Computes the last T micro-batches block by block, so that this hides communication.
+
+The rest of `distaccum.step` can be understood without it.
+"""

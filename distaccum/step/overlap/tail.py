@@ -1,9 +1,11 @@
-"""The last micros of a window block by block, so that a block's gradient travels while earlier blocks are computed.
+"""Computes the last micro-batches of a window block by block.
 
-In the plain order gradients are complete in the very last backward, which alone can hide their reduction. Here the
-forwards of the last T micros are kept, and their backwards run block by block: that of the last block for all T micros,
-then that of the block before it. So a block's reduction has up to T backwards to hide behind, for the activations of T
-micros. Each parameter's gradients are added in the plain order, so that the result is the same to the bit.
+So a block's gradient is reduced while earlier blocks are computed. In the plain order, gradients
+become complete only in the very last backward, which alone can hide their reduction. Here the
+graphs of the last T micro-batches are kept, and their backwards run block by block: first the last
+block for all T micro-batches, then the block before it, and so on. Up to T backwards can hide a
+block's reduction, at the cost of the activations of T micro-batches. Each parameter's gradients are
+added in the plain order, so results are bitwise equal.
 """
 
 from __future__ import annotations
@@ -15,42 +17,45 @@ from torch import Tensor, nn
 
 from distaccum.parallel.base import Strategy
 from distaccum.step import plain_order
-from distaccum.step.micro_batches import Forwards
+from distaccum.step.micro_batches import MicroBatchRunner
 from distaccum.step.overlap.segments import Cuts, Segment, refused
 
 
-def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], overlap_micros: int) -> Callable[[], None]:
-    """Compute a window, the last micros' backwards through the blocks excepted.
+def run(
+    strategy: Strategy, runner: MicroBatchRunner, blocks: Sequence[nn.Module], overlap_micro_batches: int
+) -> Callable[[], None]:
+    """Compute a window except for the last T micro-batches' backwards through the blocks.
 
     Args:
-        strategy: says how a part of a backward must be run, and what completes gradients.
-        forwards: of the window.
-        blocks: the model's, in their order.
-        overlap_micros: T, at most the rounds of the window.
+        strategy: sets what each part of a backward sends.
+        runner: runs the forwards of the window.
+        blocks: the model's blocks, in order.
+        overlap_micro_batches: T, at most the rounds of the window.
 
     Returns:
-        What is left: completes the gradients, block by block, and sends each as it is complete.
+        The remaining backwards, to be called once. They complete the gradients block by block and
+        send each when it is complete.
     """
-    rounds = forwards.rounds
-    for index in range(rounds - overlap_micros):
-        plain_order.one(strategy, forwards, first=index == 0)
-    forwards.mark_sending()
+    rounds = runner.rounds
+    for index in range(rounds - overlap_micro_batches):
+        plain_order.one(strategy, runner, first=index == 0)
+    runner.mark_sending()
     cuts = Cuts(blocks)
-    micros: list[_Backward] = []
+    micro_batches: list[_Backward] = []
     with cuts.made():
-        for index in range(rounds - overlap_micros, rounds):
+        for index in range(rounds - overlap_micro_batches, rounds):
             last = index == rounds - 1
-            with strategy.tail_micro(first=index == 0, last=last):
-                root, gradient = forwards.root()
-                backward = _Backward(cuts.segments(root), gradient, by_hand=strategy.sends_at_once and not last)
+            with strategy.tail_micro_batch(first=index == 0, last=last):
+                root, gradient = runner.forward_next()
+                backward = _Backward(cuts.segments(root), gradient, manually=strategy.sends_at_once and not last)
                 if backward.block == len(blocks):
-                    backward.step()  # the head's at once: logits are large
-            micros.append(backward)
-            if backward.blocks != micros[0].blocks:
-                raise refused("a micro-batch leaves out blocks that another one computes")
+                    backward.step()  # the head first, so that its logits, which are large, are freed
+            micro_batches.append(backward)
+            if backward.blocks != micro_batches[0].blocks:
+                raise refused("one micro-batch leaves out blocks that another one computes")
 
     def last_backwards() -> None:
-        *others, final = micros
+        *others, final = micro_batches
         behind = len(blocks)
         while (block := final.block) is not None:
             for backward in others:
@@ -63,39 +68,41 @@ def run(strategy: Strategy, forwards: Forwards, blocks: Sequence[nn.Module], ove
 
 
 class _Backward:
-    """The backward of one micro, a segment at a time."""
+    """Runs the backward of one micro-batch, one segment at a time."""
 
-    def __init__(self, segments: list[Segment], gradient: Tensor, *, by_hand: bool) -> None:
-        """Start at the end.
+    def __init__(self, segments: list[Segment], gradient: Tensor, *, manually: bool) -> None:
+        """Start with the last segment.
 
         Args:
             segments: in the order in which they were computed.
-            gradient: what the backward of the last one begins with.
-            by_hand: whether gradients are added here, past autograd's accumulation, in whose hooks DDP would send them.
+            gradient: what the backward of the last segment starts with.
+            manually: whether gradients are added to `.grad` here instead of by autograd, in whose
+                accumulation hooks DDP would send them.
         """
         self._segments = segments
-        self._by_hand = by_hand
-        self._gradient: Tensor | None = gradient  # of the next segment's end
-        self._held: dict[Tensor, Tensor] = {}  # by parameter: the head's gradient, where an earlier segment uses it too
+        self._manually = manually
+        self._gradient: Tensor | None = gradient  # with respect to the next segment's `ends`
+        # By parameter: the head's gradient, if an earlier segment uses the parameter too.
+        self._held: dict[Tensor, Tensor] = {}
 
     @property
     def blocks(self) -> list[int]:
-        """With which blocks the segments that are left begin."""
+        """Return the first block of each remaining segment."""
         return [segment.block for segment in self._segments]
 
     @property
     def block(self) -> int | None:
-        """With which block the next segment begins; None when all is done."""
+        """Return the first block of the next segment, or None if none is left."""
         return self._segments[-1].block if self._segments else None
 
     def step(self) -> None:
         """Run the backward of one segment."""
         segment = self._segments.pop()
-        # What was held comes first, as autograd would have had it: then it adds this segment's to it.
+        # Autograd would add a shared parameter's gradients in this order: the held one first.
         held = [parameter for parameter in segment.parameters if parameter in self._held]
         ends = [segment.ends, *(parameter.view_as(parameter) for parameter in held)]
         gradients = [self._gradient, *(self._held.pop(parameter).to(parameter.dtype) for parameter in held)]
-        if self._by_hand or segment.shared:
+        if self._manually or segment.shared:
             self._gradient = self._apart(segment, ends, gradients)
         else:
             torch.autograd.backward(ends, gradients)
@@ -104,7 +111,13 @@ class _Backward:
             raise refused(f"the loss of a micro-batch does not depend on what comes before block {segment.block}")
 
     def _apart(self, segment: Segment, ends: list[Tensor], gradients: list[Tensor | None]) -> Tensor | None:
-        """Take the gradients out of autograd: hold those of shared parameters, add the others."""
+        """Run the backward of a segment without autograd's accumulation.
+
+        Gradients of shared parameters are held, and the others are added to `.grad`.
+
+        Returns:
+            The gradient with respect to the segment's `begins`, or None if there is none.
+        """
         starts = [] if segment.begins is None else [segment.begins]
         found = torch.autograd.grad(ends, [*starts, *segment.parameters], gradients, allow_unused=True)
         pairs = zip(segment.parameters, found[len(starts) :], strict=True)
@@ -112,9 +125,9 @@ class _Backward:
         for parameter in segment.shared:
             if parameter in fresh:
                 self._held[parameter] = fresh.pop(parameter)
-        if self._by_hand:
+        if self._manually:
             _add(fresh)
-        else:  # one by one: DDP arranges its buckets in the order of their hooks
+        else:  # one by one, since DDP orders its buckets by the order of these hooks
             for parameter, gradient in fresh.items():
                 torch.autograd.backward(parameter, gradient)
         return found[0] if starts else None
@@ -122,7 +135,7 @@ class _Backward:
 
 @torch.no_grad()
 def _add(fresh: Mapping[Tensor, Tensor]) -> None:
-    """What autograd's accumulation does, without its hooks."""
+    """Add gradients to `.grad` as autograd's accumulation does, but without its hooks."""
     known = [(total, gradient) for parameter, gradient in fresh.items() if (total := parameter.grad) is not None]
     if known:
         torch._foreach_add_([total for total, _ in known], [gradient for _, gradient in known])
@@ -132,9 +145,10 @@ def _add(fresh: Mapping[Tensor, Tensor]) -> None:
 
 
 def _modules(model: nn.Module, blocks: Sequence[nn.Module], block: int, behind: int) -> list[nn.Module]:
-    """The modules whose gradients are complete with this block: those from it to the one before `behind`.
+    """Return the modules whose gradients the backward of a segment completes.
 
-    With the first block, all that are left: also those in no block.
+    They are the modules in the blocks from `block` to the one before `behind`. With block 0 they
+    are all modules that are left, also those in no block.
     """
     if block:
         return [module for part in blocks[block:behind] for module in part.modules()]

@@ -9,9 +9,10 @@ import pytest
 from commands import command_line
 
 SMALL = [
-    "train", "data=path", "data.seq_len=64", "data.heldout_fraction=0.2", "model.num_layers=3", "model.width=96",
-    "model.num_heads=2", "accum.effective_batch=8", "accum.micro=2", "optim.schedule.warmup=1", "train.steps=6",
-    "train.heldout_samples=4", "loader.workers=1", "device=cpu", "checkpoint.keep=0",
+    "train", "data=path", "data.seq_len=64", "data.validation_fraction=0.2", "model.num_layers=3", "model.width=96",
+    "model.num_heads=2", "accum.effective_batch_size=8", "accum.micro_batch_size=2", "optim.schedule.warmup=1",
+    "train.steps=6",
+    "train.validation_samples=4", "loader.workers=1", "device=cpu", "checkpoint.keep=0",
 ]  # fmt: skip
 UNITS = {"KiB": 2**10, "MiB": 2**20}
 
@@ -24,7 +25,7 @@ UNITS = {"KiB": 2**10, "MiB": 2**20}
         ["parallel=single", "accum.on_oom=shrink"],
         ["launch.nproc_per_node=2", "parallel=ddp"],
         ["launch.nproc_per_node=2", "parallel=ddp", "accum.on_oom=shrink"],
-        ["launch.nproc_per_node=2", "parallel=fsdp", "accum.sync=keep", "precision=bf16"],
+        ["launch.nproc_per_node=2", "parallel=fsdp", "accum.sync=gather_once", "precision=bf16"],
     ],
     ids=" ".join,
 )

@@ -20,7 +20,7 @@ from runs import STEPS, TINY, Run, Undisturbed, assert_each_sample_once
 from distaccum.metrics.run_log import read_metrics
 
 EVALUATE_EVERY = 4
-assert f"train.evaluate_every_steps={EVALUATE_EVERY}" in TINY
+assert f"train.validate_every_steps={EVALUATE_EVERY}" in TINY
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepStats:
     """What became of it."""
 
     trouble: str  # empty: the run is the undisturbed one, bit for bit and sample by sample
@@ -91,7 +91,7 @@ def _draw_kill(dice: random.Random, ranks: int, every: int, step: int) -> Fault 
     return Fault(rank, step, at, dice.choice(["kill", "kill_all"]))
 
 
-def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> Outcome:
+def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> StepStats:
     """Let it happen, start the run again until the end, and compare."""
     expected = undisturbed.of(point.ranks, f"parallel={point.parallel}")
     run = Run(
@@ -106,7 +106,7 @@ def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> Outcome:
         if isinstance(kill, Fault):
             attempt = run.start(point.ranks, faults=[kill])
             if not run.acted(kill):
-                return Outcome(f"the fault did not happen: {kill}\n{attempt}", [], hit, while_saving)
+                return StepStats(f"the fault did not happen: {kill}\n{attempt}", [], hit, while_saving)
         else:
             attempt = run.start(point.ranks, meanwhile=_killer(kill, kill.share * expected.attempts[0].seconds))
         killed = -signal.SIGKILL in attempt.codes
@@ -114,7 +114,7 @@ def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> Outcome:
         while_saving += killed and any(run.run_dir.glob("checkpoints/*.part"))
     attempt = run.start(point.ranks)
     if any(attempt.codes):
-        return Outcome(f"it could not go on:\n{attempt}", [], hit, while_saving)
+        return StepStats(f"it could not go on:\n{attempt}", [], hit, while_saving)
     troubles = [
         text
         for text, differs in (
@@ -129,7 +129,7 @@ def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> Outcome:
     # A save behind the training is in place when the next one begins, or before.
     if max(lost, default=0) > point.every_steps * (2 if point.asynchronous else 1):
         troubles.append(f"lost {lost} steps")
-    return Outcome(", ".join(troubles), lost, hit, while_saving)
+    return StepStats(", ".join(troubles), lost, hit, while_saving)
 
 
 def _killer(kill: ByClock, delay_s: float) -> Callable[[list[int]], None]:
@@ -169,7 +169,7 @@ def main(count: int, seed: int) -> int:
             try:
                 outcome = befall(point, Path(place) / f"point-{number}", undisturbed)
             except AssertionError as error:
-                outcome = Outcome(str(error), [], 0, 0)
+                outcome = StepStats(str(error), [], 0, 0)
             print(f"{number:4} {point}: {outcome.trouble or 'equal'}; steps lost {outcome.lost}", flush=True)
             hit, while_saving = hit + outcome.hit, while_saving + outcome.while_saving
             lost += outcome.lost

@@ -28,12 +28,12 @@ import distaccum.checkpoint.folder
 import distaccum.checkpoint.store
 from distaccum.step import micro_batches
 from distaccum.step.accumulator import Accumulator
-from distaccum.step.consensus import Agreement
+from distaccum.step.consensus import Consensus
 
 PLACES = (
     "start",  # all ranks have met, nothing is built
-    "forward",  # of the step's first micro
-    "backward",  # in the backward of the first micro
+    "forward",  # of the step's first micro-batch
+    "backward",  # in the backward of the first micro-batch
     "reduce",  # gradients are summed, the ranks have not concluded
     "update",  # all ranks have agreed to update, and this one has not done so
     "evaluate",  # after the step
@@ -93,7 +93,7 @@ def installed(faults: Sequence[Fault], run_dir: Path, rank: int, world_size: int
 
         wrap(distaccum.app.commands.train, "build", own.before("start", lambda: 0))
         wrap(distaccum.app.trainer, "evaluate", own.before("evaluate", lambda: own.step))
-        wrap(Agreement, "conclude", own.before("reduce", lambda: own.step))
+        wrap(Consensus, "finish", own.before("reduce", lambda: own.step))
         wrap(Accumulator, "step", own.stepping)
         wrap(micro_batches, "sums_of", own.forward)
         wrap(micro_batches, "joined", own.backward)

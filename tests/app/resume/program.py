@@ -10,7 +10,7 @@ from faults import faults_of, train_with_faults
 from distaccum.app.commands.check import check
 from distaccum.app.config import config_dir
 from distaccum.launch import launch
-from distaccum.metrics.sweep import tell_sweep
+from distaccum.metrics.sweep import report_sweep
 
 
 def check_without_faults(config: dict[str, Any]) -> None:
@@ -27,6 +27,6 @@ if __name__ == "__main__":
             config_dir=config_dir(),
             check=check_without_faults,
             task=train_with_faults,
-            summarise=tell_sweep,
+            summarise=report_sweep,
         )
     )

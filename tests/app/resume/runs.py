@@ -34,7 +34,7 @@ import distaccum.app.commands.train
 from distaccum.app.build import make_plan
 from distaccum.app.commands.check import check
 from distaccum.app.config import config_dir, typed
-from distaccum.app.task import make_problem
+from distaccum.app.task import build_task
 from distaccum.checkpoint.store import Checkpoint
 from distaccum.core.batch_size import BatchArithmetic, solve
 from distaccum.core.plan import Plan
@@ -47,14 +47,16 @@ from distaccum.step.accumulator import Accumulator
 LIMIT_S = 60.0  # of one attempt
 GRACE_S = 4.0  # after the first rank has failed, until a launcher would end the others
 ALONE = World(0, 1, torch.device("cpu"), None)
-# 21 samples an epoch and 8 a window: two full windows and one of 5 samples, which is 3 micros, so that with 4 ranks one
-# has none. 8 steps are two epochs and two windows.
+# 21 samples an epoch and 8 a window: two full windows and one of 5 samples, which is 3 micro-batches, so that with 4
+# ranks one has none. 8 steps are two epochs and two windows.
 NUM_SAMPLES, STEPS = 21, 8
 TINY = (
-    "data=path", "data.seq_len=16", "data.heldout_fraction=0.2", "model.num_layers=1", "model.width=16",
-    "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch=8", "accum.micro=2", "optim.lr=0.01",
-    "optim.clip_norm=0.5", "optim.schedule.warmup=2", f"train.steps={STEPS}", "train.evaluate_every_steps=4",
-    "train.heldout_samples=4", "train.log_every_steps=4", "checkpoint.every.steps=2", "checkpoint.every.minutes=null",
+    "data=path", "data.seq_len=16", "data.validation_fraction=0.2", "model.num_layers=1", "model.width=16",
+    "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=8", "accum.micro_batch_size=2",
+    "optim.lr=0.01",
+    "optim.clip_norm=0.5", "optim.schedule.warmup=2", f"train.steps={STEPS}", "train.validate_every_steps=4",
+    "train.validation_samples=4", "train.log_every_steps=4", "checkpoint.every.steps=2",
+    "checkpoint.every.minutes=null",
     "loader.workers=0", "device=cpu",
 )  # fmt: skip
 
@@ -223,7 +225,7 @@ class Run:
 @cache
 def rows_of(*overrides: str) -> list[tuple[int, ...]]:
     """The input of each training sample; all differ."""
-    train = make_problem(typed(compose(*overrides))).train
+    train = build_task(typed(compose(*overrides))).train
     rows = [tuple(row.tolist()) for row in train.batch(range(len(train)), torch.Generator())["input_ids"]]
     assert len(set(rows)) == len(rows) == NUM_SAMPLES
     return rows
@@ -232,8 +234,8 @@ def rows_of(*overrides: str) -> list[tuple[int, ...]]:
 def plan_of(*overrides: str) -> Plan:
     """What the run should do."""
     config = typed(compose(*overrides))
-    arithmetic: BatchArithmetic = solve(1, config.accum.effective_batch, config.accum.micro)
-    return make_plan(config, make_problem(config), arithmetic)
+    arithmetic: BatchArithmetic = solve(1, config.accum.effective_batch_size, config.accum.micro_batch_size)
+    return make_plan(config, build_task(config), arithmetic)
 
 
 def assert_each_sample_once(run: Run, steps: int = STEPS) -> None:
@@ -244,7 +246,7 @@ def assert_each_sample_once(run: Run, steps: int = STEPS) -> None:
     while len(windows) < steps:
         windows.append(plan.window(windows[-1].step + 1, windows[-1].next_start))
     for window in windows:
-        planned = [number for micro in window.micros for number in plan.samples(micro)]
+        planned = [number for micro_batch in window.micro_batches for number in plan.samples(micro_batch)]
         assert used[window.step + 1] == sorted(planned), f"step {window.step + 1}"
     for epoch in range(windows[-1].epoch):  # all but the last, which does not end
         counts = Counter(n for w in windows if w.epoch == epoch for n in used[w.step + 1])
@@ -298,12 +300,14 @@ def _rank(
 def _used(place: Path, rank: int) -> Iterator[None]:
     """Note what this rank computes, a line when a step is done."""
     rows: list[list[int]] = []
-    check_micro, step = micro_batches._check, Accumulator.step
+    check_micro_batch, step = micro_batches._check, Accumulator.step
 
-    def checking(objective: Any, window: Any, index: int, micro: Any) -> None:
-        check_micro(objective, window, index, micro)  # called for each micro that counts, just before its forward
-        if "input_ids" in micro:
-            rows.extend(micro["input_ids"].tolist())
+    def checking(objective: Any, window: Any, index: int, micro_batch: Any) -> None:
+        check_micro_batch(
+            objective, window, index, micro_batch
+        )  # called for each micro-batch that counts, just before its forward
+        if "input_ids" in micro_batch:
+            rows.extend(micro_batch["input_ids"].tolist())
 
     def stepping(self: Any, window: Any, asking: Any = None) -> Any:
         rows.clear()

@@ -23,6 +23,7 @@ from faults import Fault, flip_byte
 from runs import STEPS, Attempt, Run, Undisturbed, assert_each_sample_once, wait_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distaccum.app.names import RENAMED
 from distaccum.step.accumulator import Accumulator
 
 Make = Callable[..., Run]
@@ -51,7 +52,7 @@ def assert_same_numbers(found: Run, expected: Run) -> None:
     assert len(found.trajectory()) == len(expected.trajectory())
     for own, other in zip(found.trajectory(), expected.trajectory(), strict=True):
         assert own == pytest.approx(other, rel=TOLERANCE, abs=0), f"step {other[0]}"
-    (own_end,), (other_end,) = found.records("heldout")[-1:], expected.records("heldout")[-1:]
+    (own_end,), (other_end,) = found.records("validation")[-1:], expected.records("validation")[-1:]
     assert own_end["loss"] == pytest.approx(other_end["loss"], rel=TOLERANCE, abs=0)
 
 
@@ -75,7 +76,7 @@ def go_on(run: Run, stages: list[tuple[int, int, str]], *more: str) -> None:
 
 def reason_of(ranks: int) -> str:
     """Rank 0 writes the marker, and the signal came to the last rank."""
-    return "SIGTERM" if ranks == 1 else "another rank was asked to stop"
+    return "SIGTERM" if ranks == 1 else "a request from another rank"
 
 
 # Another number of ranks, another strategy.
@@ -102,8 +103,8 @@ def test_an_effective_batch_that_changes(
 ) -> None:
     second = 12 if unit == "samples" else 3
     more = (
-        "precision=fp64", "accum.effective_batch=null", f"accum.last_window={last_window}", f"accum.ramp={ramp}",
-        f"accum.schedule=[{{from: 0, effective_batch: 4}}, {{from: {second}, effective_batch: 10}}]",
+        "precision=fp64", "accum.effective_batch_size=null", f"accum.last_window={last_window}", f"accum.ramp={ramp}",
+        f"accum.schedule=[{{from: 0, effective_batch_size: 4}}, {{from: {second}, effective_batch_size: 10}}]",
         f"accum.schedule_unit={unit}",
     )  # fmt: skip
     found, expected = run(*more), undisturbed.of(1, *more)
@@ -116,7 +117,7 @@ def test_an_effective_batch_that_changes(
 def test_batchnorm(run: Make, undisturbed: Undisturbed) -> None:
     more = (
         "precision=fp64", "data=digits", "model=resnet", "model.widths=[4,4]", "nn.batchnorm=pooled", "train.steps=5",
-        "accum.effective_batch=10",
+        "accum.effective_batch_size=10",
     )  # fmt: skip
     more = (*(word for word in undisturbed.overrides if not word.startswith(("model.", "data"))), *more)
     expected, found = run(), run()
@@ -145,12 +146,39 @@ def test_the_loss_scale_goes_on(run: Make, undisturbed: Undisturbed) -> None:
     assert_same_bits(found, expected)
 
 
-def test_micros_times_ranks_stay_the_same_effective_batch(run: Make, undisturbed: Undisturbed) -> None:
-    found = run("precision=fp64", "accum.effective_batch=null", "accum.micro=2", "accum.num_micros=2")
+def test_micro_batches_times_ranks_stay_the_same_effective_batch(run: Make, undisturbed: Undisturbed) -> None:
+    found = run(
+        "precision=fp64",
+        "accum.effective_batch_size=null",
+        "accum.micro_batch_size=2",
+        "accum.gradient_accumulation_steps=2",
+    )
     go_on(found, [(3, 2, "ddp"), (STEPS, 4, "ddp")])
     expected = undisturbed.of(1, "precision=fp64")
     assert_same_numbers(found, expected)
     assert found.computed() == expected.computed()
+
+
+def test_a_checkpoint_of_version_0_1_continues(run: Make, undisturbed: Undisturbed) -> None:
+    """With the names that its configuration had then, bit for bit and without a note of other settings."""
+    then = {now: before for before, now in RENAMED.items()}
+    found = run("parallel=single")
+    assert_stopped(found, found.start(1, faults=stop_after(3)), 3, "SIGTERM")
+    manifest = found.checkpoint().path / "manifest.json"
+    written = json.loads(manifest.read_text())
+    facts = written["facts"]
+    for section, part in facts["config"].items():
+        if isinstance(part, dict):
+            names = {name: then.get(f"{section}.{name}", f"{section}.{name}").partition(".")[2] for name in part}
+            facts["config"][section] = {names[name]: value for name, value in part.items()}
+    assert {"micro", "num_micros", "effective_batch"} <= facts["config"]["accum"].keys()
+    facts["identity"] = {then.get(name, name): value for name, value in facts["identity"].items()}
+    facts["progress"]["heldout"] = facts["progress"].pop("validation")
+    facts["micro_size"] = facts.pop("micro_batch_size")
+    manifest.write_text(json.dumps(written))
+    found.finish(1)
+    assert_same_bits(found, undisturbed.of(1, "parallel=single"))
+    assert "setting changed" not in str(found.attempts[-1])
 
 
 # Signals and clocks.
@@ -161,7 +189,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_boundary(run: Make, undisturbed: 
     plan = {1: ("SIGTERM", 1), 3: ("SIGUSR1", 0), 4: ("SIGUSR2", 1), 7: ("SIGINT", 0)}
     for step, (name, rank) in plan.items():
         faults = stop_after(step, rank, name)
-        reason = name if rank == 0 else "another rank was asked to stop"
+        reason = name if rank == 0 else "a request from another rank"
         assert_stopped(found, found.start(2, faults=faults), step, reason)
         assert found.acted(*faults)
     found.finish(2)
@@ -201,7 +229,7 @@ def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, un
     attempt = found.start(1, faults=faults, meanwhile=signals)
     assert attempt.codes == [-signal.SIGINT], str(attempt)
     assert found.acted(*faults)
-    assert "saving and stopping after this step; again to stop at once" in attempt.texts[0]
+    assert "saving and stopping after this step. Press Ctrl-C again to stop at once." in attempt.texts[0]
     assert not (found.run_dir / "PREEMPTED").exists()
     assert found.step == 2
     found.finish(1)
@@ -230,7 +258,7 @@ def test_a_clock_run_that_is_started_again_and_again_ends(run: Make) -> None:
 def test_a_signal_while_a_save_is_on_its_way(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=ddp", "checkpoint.asynchronous=true")
     faults = [Fault(0, 2, "publish", "slow"), Fault(1, 3, "forward", "SIGTERM")]
-    assert_stopped(found, found.start(2, faults=faults), 3, "another rank was asked to stop")
+    assert_stopped(found, found.start(2, faults=faults), 3, "a request from another rank")
     assert found.acted(*faults)
     assert {path.name for path in found.run_dir.glob("checkpoints/step-*")} == {"step-00000002", "step-00000003"}
     found.finish(2)
@@ -267,16 +295,19 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) 
 
 
 REFUSED = {
-    "model": (["model.width=32"], "weight is (16, 16) float32 there and (32, 32) float32 here"),
-    "layers": (["model.num_layers=2"], "missing there and"),
-    "effective batch": (["accum.effective_batch=6"], "accum.effective_batch is 8 there and 6 here"),
+    "model": (["model.width=32"], "weight is (16, 16) float32 in the checkpoint and (32, 32) float32 here"),
+    "layers": (["model.num_layers=2"], "missing in the checkpoint and"),
+    "effective batch": (
+        ["accum.effective_batch_size=6"],
+        "accum.effective_batch_size is 8 in the checkpoint and 6 here",
+    ),
     "data": (["data.path={other}"], "data digest is"),
-    "samples": (["data.seq_len=8"], "samples per epoch is 21 there and 42 here"),
-    "seed": (["train.seed=1"], "train.seed is 0 there and 1 here"),
-    "optimizer": (["optim=sgd"], "optim.name is adamw there and sgd here"),
-    "precision": (["precision=fp64"], "float32 there and"),
-    "steps": (["train.steps=2", "optim.schedule.warmup=1"], "has 3 steps already, and the training has 2"),
-    "resume=none": (["resume=none"], "resume=none, and"),
+    "samples": (["data.seq_len=8"], "samples per epoch is 21 in the checkpoint and 42 here"),
+    "seed": (["train.seed=1"], "train.seed is 0 in the checkpoint and 1 here"),
+    "optimizer": (["optim=sgd"], "optim.name is adamw in the checkpoint and sgd here"),
+    "precision": (["precision=fp64"], "float32 in the checkpoint and"),
+    "steps": (["train.steps=2", "optim.schedule.warmup=1"], "already has 3 steps, but the training has only 2"),
+    "resume=none": (["resume=none"], "resume=none, but"),
 }
 
 
@@ -400,7 +431,7 @@ def test_a_save_behind_the_training_holds_its_own_step(run: Make, undisturbed: U
 def test_numbers_that_are_not_finite(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=ddp")
     for fault, text in (
-        (Fault(1, 3, "forward", "nan"), "Step 3: loss not finite on rank 1, its micro 0 (global 1)"),
+        (Fault(1, 3, "forward", "nan"), "Step 3: loss not finite on rank 1, its micro-batch 0 (global 1)"),
         (Fault(0, 6, "backward", "nan"), "Step 6: gradient norm nan, though every loss was finite"),
     ):
         attempt = found.start(2, faults=[fault])
@@ -427,7 +458,7 @@ def test_a_full_disk(asynchronous: bool, run: Make, undisturbed: Undisturbed) ->
     attempt = found.start(2, "checkpoint.on_failure=continue", faults=[go_on])
     assert attempt.codes == [0, 0], str(attempt)
     assert found.acted(go_on)
-    assert "checkpoint.on_failure=continue, so the training goes on: The checkpoint of step 6" in found.notes()
+    assert "checkpoint.on_failure=continue, so the training continues: The checkpoint of step 6" in found.notes()
     assert re.search(r"not written: the checkpoint of step 6$", attempt.texts[0], re.MULTILINE), attempt.texts[0]
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
@@ -456,7 +487,8 @@ def test_a_disk_that_is_full_ends_no_run_that_is_to_go_on(
     attempt = start("checkpoint.on_failure=continue")
     assert attempt.codes == [0, 0], str(attempt)
     told = attempt.texts[0]
-    assert told.count("metrics.jsonl cannot be written (No space left on device); the run goes on without") == 1
+    warning = "metrics.jsonl cannot be written (No space left on device); the run continues without these records"
+    assert told.count(warning) == 1
     assert "Traceback" not in told
     lost = [*(f"the checkpoint of step {step}" for step in (4, 6, 8)), r"result.json \(No space left on device\)"]
     assert re.search(rf"not written: {'; '.join(lost)}; [1-9]\d* record\(s\) of metrics.jsonl", told), told
@@ -524,7 +556,7 @@ def counting(place: Path, rank: int) -> Iterator[None]:
 def test_stopping_and_saving_cost_no_collective_of_their_own(parallel: str, run: Make) -> None:
     found = run(
         f"parallel={parallel}", "accum.audit=always", "checkpoint.every.steps=null", "checkpoint.every.minutes=60",
-        "train.max_minutes=60", "train.evaluate_every_steps=100",
+        "train.max_minutes=60", "train.validate_every_steps=100",
     )  # fmt: skip
     attempt = found.start(2, around=counting)
     assert attempt.codes == [0, 0], str(attempt)

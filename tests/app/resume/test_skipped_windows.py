@@ -35,7 +35,7 @@ def test_a_skipped_window_is_no_step(skipped: Run) -> None:
     assert "step 4/7 " in text
     assert "step 7/7 " in text
     assert "end: all 8 windows (7 steps, 1 skipped) done" in text
-    assert [record["step"] for record in skipped.records("heldout")] == [4, 7]
+    assert [record["step"] for record in skipped.records("validation")] == [4, 7]
     assert {path.name for path in skipped.run_dir.glob("checkpoints/step-*")} >= {"step-00000006", "step-00000007"}
     facts = skipped.checkpoint().facts
     assert (facts["progress"]["windows"], facts["progress"]["step"], facts["accumulator"]["steps"]) == (STEPS, 7, 7)
@@ -55,7 +55,7 @@ def test_a_resumed_run_keeps_both_numbers(saved_by: str, skipped: Run, run: Make
         manifest.write_text(json.dumps(told))
     found.finish(1)
     assert "continues after step 5 " in found.notes()
-    for kind in ("step", "heldout"):
+    for kind in ("step", "validation"):
         assert [r["step"] for r in found.records(kind)] == [r["step"] for r in skipped.records(kind)]
     assert str(found.trajectory()) == str(skipped.trajectory())  # nan is not equal to itself
     assert found.sha256() == skipped.sha256()
@@ -64,7 +64,7 @@ def test_a_resumed_run_keeps_both_numbers(saved_by: str, skipped: Run, run: Make
 def test_a_shorter_training_is_refused_by_its_windows(skipped: Run) -> None:
     attempt = skipped.start(1, "train.steps=7")
     assert attempt.codes == [2], str(attempt)
-    assert "has 8 windows (7 steps, 1 skipped) already, and the training has 7" in attempt.texts[0]
+    assert "already has 8 windows (7 steps, 1 skipped), but the training has only 7" in attempt.texts[0]
 
 
 def test_a_skipped_window_that_is_done_again_stands_once(run: Make, undisturbed: Undisturbed) -> None:

@@ -22,13 +22,13 @@ ROOT = Path(__file__).resolve().parents[3]
 # SGD in float64: what ranks add in another order differs by rounding only, and AdamW would divide by it.
 SMALL = [
     "model.num_layers=1", "model.width=16", "data.seq_len=16", "loader.workers=0", "device=cpu", "precision=fp64",
-    "optim=sgd", "optim.schedule.warmup=0", "accum.effective_batch=8", "accum.micro=1", "train.steps=4",
-    "train.heldout_samples=4", "train.log_every_steps=1", "data=path", "data.path=text", "data.cache_dir=cache",
+    "optim=sgd", "optim.schedule.warmup=0", "accum.effective_batch_size=8", "accum.micro_batch_size=1", "train.steps=4",
+    "train.validation_samples=4", "train.log_every_steps=1", "data=path", "data.path=text", "data.cache_dir=cache",
 ]  # fmt: skip
 # 4 steps of sums of some thousand numbers, at 1.1e-16 each.
 ROUNDING = 1e-12
-# Of 64 micros each, so that the signal arrives long before the last.
-LONG = ["train.steps=40", "accum.effective_batch=64"]
+# Of 64 micro-batches each, so that the signal arrives long before the last.
+LONG = ["train.steps=40", "accum.effective_batch_size=64"]
 
 
 class Jobs:
@@ -92,13 +92,15 @@ class Jobs:
 
     def with_faults(self) -> str:
         """An interpreter that starts tests/app/resume/program.py in place of the package (`-m distaccum`)."""
-        program = ROOT / "tests" / "resume" / "program.py"
+        program = ROOT / "tests" / "app" / "resume" / "program.py"
         return self.script("with_faults", f'shift 2\nexec {sys.executable} {program} "$@"')
 
     def shown_arguments(self, sweep: str) -> Job:
         """An array by hand whose program writes its arguments."""
         show = self.script("show", """for word in "$@"; do echo "<$word>"; done""")
-        (self.work / "sweep.txt").write_text("accum.micro=1\naccum.micro=2 'logger.run_name=\"a b\"'\n")
+        (self.work / "sweep.txt").write_text(
+            "accum.micro_batch_size=1\naccum.micro_batch_size=2 'logger.run_name=\"a b\"'\n"
+        )
         (self.work / "slurm").symlink_to(ROOT / "slurm")
         return self.cluster.submit("--array=0-1", sweep, "sweep.txt", "train.steps=4", folder=self.work, PYTHON=show)
 
@@ -122,9 +124,9 @@ def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Of each step, and at last of the held-out samples."""
-    heldout = json.loads((run_dir / "result.json").read_text())["heldout_loss"]
-    return [record["loss"] for record in records(run_dir, "step")] + [heldout]
+    """Of each step, and at last of the validation samples."""
+    validation = json.loads((run_dir / "result.json").read_text())["validation_loss"]
+    return [record["loss"] for record in records(run_dir, "step")] + [validation]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_a_hanging_rank_ends_the_job_and_is_named(jobs: Jobs) -> None:
     run_dir, log = jobs.work / "runs" / "hanging", jobs.hanging.log()
     assert (run_dir / "faults" / "rank-1-step-2.json").exists(), log
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "1:0"), log
-    assert "a collective took longer than train.timeout_s=12: rank 1 has not come" in " ".join(log.split())
+    assert "a collective took longer than train.timeout_s=12: rank 1 did not join it" in " ".join(log.split())
     assert "faults.py" in (run_dir / "stacks" / "rank-1.txt").read_text()
     assert (run_dir / "stacks" / "rank-0.txt").exists()
 
@@ -183,8 +185,15 @@ def test_an_array_by_hand(jobs: Jobs) -> None:
         texts.append(element.log().split("\n"))
     run_dirs = [f"<run_dir='{jobs.work}/runs/slurm-{jobs.by_hand.id}_{number}'>" for number in range(2)]
     same = ["<-m>", "<distaccum>", "<train>", "<train.steps=4>"]
-    assert texts[0] == [*same, "<accum.micro=1>", "<launch=local>", run_dirs[0], ""]
-    assert texts[1] == [*same, "<accum.micro=2>", '<logger.run_name="a b">', "<launch=local>", run_dirs[1], ""]
+    assert texts[0] == [*same, "<accum.micro_batch_size=1>", "<launch=local>", run_dirs[0], ""]
+    assert texts[1] == [
+        *same,
+        "<accum.micro_batch_size=2>",
+        '<logger.run_name="a b">',
+        "<launch=local>",
+        run_dirs[1],
+        "",
+    ]
 
 
 def end_of_second_start(job: Job) -> dict[str, str]:

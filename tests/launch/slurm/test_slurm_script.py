@@ -110,26 +110,26 @@ def test_a_run_folder_reaches_the_program_whatever_its_name(
 @pytest.mark.parametrize("folder", ["a\\b", "a\nb"])
 def test_a_run_folder_that_sbatch_cannot_name_is_refused(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert command("train", *ONE[:3], override("run_dir", folder)) == 2
-    assert "launch=slurm cannot name the run folder" in capfd.readouterr().err
+    assert "launch=slurm cannot pass the run folder" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "letter"),
     [
-        (["launch.time=90"], r"launch\.time \(90\) is no time limit"),
+        (["launch.time=90"], r"launch\.time \(90\) is not a time limit"),
         (["launch.time='90'"], "A bare number is refused"),
         (["launch.time=soon"], r"Write hours:minutes:seconds"),
         (["launch.time=2:30"], r"launch\.signal_s \(120\) leaves nothing of launch\.time \(2:30\)"),
         (["launch.nodes=0"], r"launch\.nodes \(0\) must be 1 or more"),
         (["launch.signal_s=-1"], r"launch\.signal_s \(-1\)"),
         (["launch.gpus_per_node=2", "launch.tasks_per_node=3"], "each rank needs a GPU of its own"),
-        (["launch.extra=[exclusive]"], r"launch\.extra holds 'exclusive'"),
+        (["launch.extra=[exclusive]"], r"launch\.extra contains 'exclusive'"),
         (["launch.launcher=mpi"], r"launch\.launcher"),
         (["+launch.node=2"], r"There is no key launch\.node\. Did you mean launch\.nodes"),
-        (["accum.micro=four"], r"accum\.micro"),
-        (["experiment=cluster", "--config-dir=more"], r"belongs into a file of conf/launch/"),
+        (["accum.micro_batch_size=four"], r"accum\.micro_batch"),
+        (["experiment=cluster", "--config-dir=more"], r"into a file of conf/launch/"),
         (["--multirun", "launch.nodes=1,2"], r"the jobs differ in launch\.nodes"),
-        (["--multirun", "train.log_every_steps=1,0"], r"nothing was submitted, since 1 of 2 jobs"),
+        (["--multirun", "train.log_every_steps=1,0"], r"nothing was submitted, because 1 of 2 jobs"),
         (["--multirun", "launch=slurm,local", "launch.nodes=1"], r"launch"),
         (["--multirun", "hydra/launcher=submitit_slurm", "optim.lr=1,2"], r"Use launch=slurm, or leave it out"),
         (["--multirun", "hydra/sweeper=optuna", "optim.lr=interval(0.1,1)"], r"chooses each by the results of those"),
@@ -160,7 +160,7 @@ def test_where_nothing_can_be_submitted(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command("train", "launch=slurm") == 2
-    assert "launch=slurm needs sbatch, and there is none on PATH" in capfd.readouterr().err
+    assert "launch=slurm needs sbatch, which is not on PATH" in capfd.readouterr().err
     fake_sbatch(tmp_path, monkeypatch, "echo 'sbatch: error: invalid partition specified: big' >&2; exit 1")
     assert command("train", "launch=slurm") == 1
     assert capfd.readouterr().err == "sbatch: error: invalid partition specified: big\n"
@@ -179,7 +179,7 @@ def test_plan_submits_nothing(
         "data.path=text.txt",
         "data.seq_len=16",
         f"data.cache_dir={tmp_path}",
-        "accum.effective_batch=8",
+        "accum.effective_batch_size=8",
     ]
     assert command("plan", "launch=slurm", "launch.nodes=2", "launch.gpus_per_node=2", "device=cpu", *small) == 0
     assert "ranks 4, " in " ".join(capfd.readouterr().out.split())

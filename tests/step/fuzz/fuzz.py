@@ -29,7 +29,7 @@ from worlds import World
 TOLERANCE = 1e-12
 TIMEOUT_S = 20.0  # a case takes less than one second
 GRACE_S = 4.0  # for the others, when a rank has ended its loop
-FIELDS = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micros")
+FIELDS = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micro_batches")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ DDP = ("ddp", "ddp_find_unused", "ddp_static_graph", "ddp_bucket_view", "ddp_of_
 FSDP = ("fsdp", "fsdp_layers")
 ALONE = ("plain", "compiled")
 OPTIMIZERS = ("sgd", "momentum", "adamw", "groups", "part")
-MICROS = ("tensor", "dict", "tuple", "list", "named_tuple", "user_dict", "class_with_to", "dataclass")
+MICRO_BATCHES = ("tensor", "dict", "tuple", "list", "named_tuple", "user_dict", "class_with_to", "dataclass")
 LOADERS = ("list", "reiterable", "generator", "drawn", "dataloader", "shuffled", "augmented", "by_hand")
 ONE_SHOT = ("generator", "drawn")
 SCHEDULERS = ("none", "none", "lambda", "cosine", "one_cycle")
@@ -24,7 +24,7 @@ class Case:
     ranks: int
     wrapper: str
     optimizer: str
-    micro: str  # the class of a micro-batch
+    micro_batch: str  # the class of a micro-batch
     loader: str
     terms: int  # of the objective
     extra: str  # which micro-batches use the layer `extra`: "always", "some", "never"
@@ -49,7 +49,7 @@ class Case:
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        words = [f"{self.wrapper} on {ranks}", self.optimizer, f"{self.micro} from {self.loader} {self.lengths}"]
+        words = [f"{self.wrapper} on {ranks}", self.optimizer, f"{self.micro_batch} from {self.loader} {self.lengths}"]
         words += [f"windows of {self.sizes}", f"{self.terms} term(s)", f"extra {self.extra}", f"mask {self.mask}"]
         words += ["uneven sizes"] * self.uneven_sizes + [f"break after {self.break_after}"] * bool(self.break_after)
         words += [f"scheduler {self.scheduler}"] * (self.scheduler != "none")
@@ -70,7 +70,7 @@ def draw(seed: int) -> Case:
         ranks=ranks,
         wrapper=wrapper,
         optimizer=dice.choice(OPTIMIZERS),
-        micro=dice.choice(MICROS),
+        micro_batch=dice.choice(MICRO_BATCHES),
         loader=loader,
         terms=dice.choice([1, 1, 2]),
         # All ranks of per-layer FSDP2 gather each layer that any of them computes.
@@ -81,7 +81,7 @@ def draw(seed: int) -> Case:
         sizes=sizes,
         break_after=break_after,
         scheduler=dice.choice(SCHEDULERS),
-        sync=dice.choice(["auto", "auto", "every", *(["keep"] if wrapper in FSDP else [])]),
+        sync=dice.choice(["auto", "auto", "every", *(["gather_once"] if wrapper in FSDP else [])]),
         contexts=(),
     )
     case = replace(case, contexts=_draw_contexts(dice, case))
@@ -116,7 +116,7 @@ def _draw_contexts(dice: random.Random, case: Case) -> tuple[str, ...]:
     if case.scheduler == "none":  # torch's schedulers know the groups that were there when they were made
         shares["group_added"] = 0.12
     plain_ddp = case.wrapper in ("ddp", "ddp_bucket_view") and case.sync == "auto"
-    if plain_ddp or (case.wrapper == "fsdp_layers" and case.sync == "keep"):
+    if plain_ddp or (case.wrapper == "fsdp_layers" and case.sync == "gather_once"):
         shares["overlap"] = 0.3
     drawn = [name for name, share in shares.items() if dice.random() < share]
     exclusive = {"group_added": "frozen", "overlap": "agree_on_oom"}

@@ -84,24 +84,24 @@ def pack(case: Case, rows: Tensor) -> Any:
         "class_with_to": lambda: Movable(columns),
         "dataclass": lambda: Bundle(columns),
     }
-    return packers[case.micro]()
+    return packers[case.micro_batch]()
 
 
-def unpack(case: Case, micro: Any) -> tuple[Tensor, ...]:
+def unpack(case: Case, micro_batch: Any) -> tuple[Tensor, ...]:
     """x [n, 4], y [n, 3], mask [n, 1], extra [n, 1] of a micro-batch, which must still be of the case's class."""
     kinds: dict[str, tuple[type, Callable[[], Iterable[Tensor]]]] = {
-        "tensor": (Tensor, lambda: micro.split(WIDTHS, dim=1)),
-        "dict": (dict, lambda: [micro[name] for name in NAMES]),
-        "tuple": (tuple, lambda: micro),
-        "list": (list, lambda: micro),
-        "named_tuple": (Triple, lambda: (micro.x, micro.y, micro.mask, micro.extra)),
-        "user_dict": (UserDict, lambda: [micro.data[name] for name in NAMES]),
-        "class_with_to": (Movable, lambda: micro.columns),
-        "dataclass": (Bundle, lambda: micro.columns),
+        "tensor": (Tensor, lambda: micro_batch.split(WIDTHS, dim=1)),
+        "dict": (dict, lambda: [micro_batch[name] for name in NAMES]),
+        "tuple": (tuple, lambda: micro_batch),
+        "list": (list, lambda: micro_batch),
+        "named_tuple": (Triple, lambda: (micro_batch.x, micro_batch.y, micro_batch.mask, micro_batch.extra)),
+        "user_dict": (UserDict, lambda: [micro_batch.data[name] for name in NAMES]),
+        "class_with_to": (Movable, lambda: micro_batch.columns),
+        "dataclass": (Bundle, lambda: micro_batch.columns),
     }
-    kind, columns = kinds[case.micro]
-    if type(micro) is not kind:
-        raise TypeError(f"a {kind.__name__} went in and a {type(micro).__name__} arrived")
+    kind, columns = kinds[case.micro_batch]
+    if type(micro_batch) is not kind:
+        raise TypeError(f"a {kind.__name__} went in and a {type(micro_batch).__name__} arrived")
     return tuple(columns())
 
 
@@ -129,15 +129,15 @@ def draw_rows(case: Case) -> Tensor:
 class Augmented(Dataset):  # type: ignore[type-arg]
     """Micro-batches with noise from torch's own generator, another one each time that they are read."""
 
-    def __init__(self, case: Case, micros: list[Tensor]) -> None:
+    def __init__(self, case: Case, micro_batches: list[Tensor]) -> None:
         self._case = case
-        self._micros = micros
+        self._micro_batches = micro_batches
 
     def __len__(self) -> int:
-        return len(self._micros)
+        return len(self._micro_batches)
 
     def __getitem__(self, index: int) -> Any:
-        rows = self._micros[index].clone()
+        rows = self._micro_batches[index].clone()
         rows[:, :4] += 0.1 * torch.randn(len(rows), 4, dtype=torch.float64)
         return pack(self._case, rows)
 
@@ -145,36 +145,36 @@ class Augmented(Dataset):  # type: ignore[type-arg]
 class Reiterable:
     """A loader with neither length nor index, which begins anew each time."""
 
-    def __init__(self, micros: list[Any]) -> None:
-        self._micros = micros
+    def __init__(self, micro_batches: list[Any]) -> None:
+        self._micro_batches = micro_batches
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._micros
+        yield from self._micro_batches
 
 
 def make_loader(case: Case, rank: int) -> Iterable[Any]:
     """The loader of one rank; what it draws comes from torch's own generator."""
     rows = [make_rows(case, rank, index) for index in range(case.lengths[rank])]
-    micros = [pack(case, row) for row in rows]
+    micro_batches = [pack(case, row) for row in rows]
 
     def whole(item: Any) -> Any:
         return item
 
     if case.loader == "reiterable":
-        return Reiterable(micros)
+        return Reiterable(micro_batches)
     if case.loader == "generator":
-        return (micro for micro in micros)
+        return (micro_batch for micro_batch in micro_batches)
     if case.loader == "drawn":
         return (pack(case, draw_rows(case)) for _ in iter(int, 1))
-    if case.loader in ("dataloader", "shuffled", "augmented") and micros:
-        data: Any = Augmented(case, rows) if case.loader == "augmented" else micros
+    if case.loader in ("dataloader", "shuffled", "augmented") and micro_batches:
+        data: Any = Augmented(case, rows) if case.loader == "augmented" else micro_batches
         return DataLoader(data, batch_size=None, collate_fn=whole, shuffle=case.loader == "shuffled")
-    return micros
+    return micro_batches
 
 
-def loss_sums(case: Case, model: nn.Module, micro: Any, criterion: Tensor | None) -> Any:
+def loss_sums(case: Case, model: nn.Module, micro_batch: Any, criterion: Tensor | None) -> Any:
     """The sums of a micro-batch, by term where there are two."""
-    x, y, mask, extra = unpack(case, micro)
+    x, y, mask, extra = unpack(case, micro_batch)
     output = model(x, bool(extra.any()))
     error = (mask * (output - y).square()).sum()
     if criterion is not None:
@@ -182,9 +182,9 @@ def loss_sums(case: Case, model: nn.Module, micro: Any, criterion: Tensor | None
     return error if case.terms == 1 else {"fit": error, "size": 0.1 * output.square().sum()}
 
 
-def counts(case: Case, micro: Any) -> Any:
+def counts(case: Case, micro_batch: Any) -> Any:
     """How much is counted in a micro-batch, by term where there are two."""
-    mask = unpack(case, micro)[2]
+    mask = unpack(case, micro_batch)[2]
     return int(mask.sum()) if case.terms == 1 else {"fit": int(mask.sum()), "size": len(mask)}
 
 

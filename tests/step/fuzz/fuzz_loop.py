@@ -107,7 +107,7 @@ class Loop:
             scheduler=self.scheduler,
             seed=7 if case.has("seed") else None,
             audit="always" if case.has("audit") else "never",
-            overlap_micros=2 if case.has("overlap") else 1,
+            overlap_micro_batches=2 if case.has("overlap") else 1,
             agree_on_oom=case.has("agree_on_oom"),
         )
 
@@ -124,7 +124,7 @@ class Loop:
                 for window in stream:
                     self._step(window)
                     if self.windows_done < case.num_windows:
-                        stream.num_micros = case.sizes[self.windows_done]
+                        stream.gradient_accumulation_steps = case.sizes[self.windows_done]
                     if self.windows_done == last:
                         break
                 if self.windows_done != case.break_after:
@@ -137,7 +137,7 @@ class Loop:
 
     def _step(self, window: Iterable[Any]) -> None:
         case = self.case
-        handed: Any = (micro for micro in window) if case.mistake == "generator_as_window" else window
+        handed: Any = (micro_batch for micro_batch in window) if case.mistake == "generator_as_window" else window
         with ExitStack() as stack:
             if case.has("no_sync"):
                 stack.enter_context(self.model.no_sync())
@@ -148,10 +148,10 @@ class Loop:
                 "skipped": record.skipped is not None,
                 "loss": record.loss,
                 "losses": dict(record.losses),
-                "denominators": dict(record.weights),
+                "denominators": dict(record.denominators),
                 "grad_norm": record.grad_norm,
                 "lr": record.lr,
-                "num_micros": record.num_micros,
+                "num_micro_batches": record.num_micro_batches,
             }
         )
         self.told.parameters.append(self.shards())
@@ -172,11 +172,13 @@ class Loop:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             yield
 
-    def _loss_sum(self, model: nn.Module, micro: Any) -> Any:
+    def _loss_sum(self, model: nn.Module, micro_batch: Any) -> Any:
         mistake = self.case.mistake
-        sums = loss_sums(self.case, model.module if mistake == "past_the_wrapper" else model, micro, self.criterion)
+        sums = loss_sums(
+            self.case, model.module if mistake == "past_the_wrapper" else model, micro_batch, self.criterion
+        )
         terms = sums if isinstance(sums, dict) else {"": sums}
-        amounts = counts(self.case, micro)
+        amounts = counts(self.case, micro_batch)
         amounts = amounts if isinstance(amounts, dict) else {"": amounts}
         if mistake == "mean_for_sum":
             terms = {name: value / max(1, amounts[name]) for name, value in terms.items()}
@@ -188,8 +190,8 @@ class Loop:
             return {f"{name} of another name": value for name, value in terms.items()}
         return terms if isinstance(sums, dict) else terms[""]
 
-    def _count(self, micro: Any) -> Any:
-        mistake, right = self.case.mistake, counts(self.case, micro)
+    def _count(self, micro_batch: Any) -> Any:
+        mistake, right = self.case.mistake, counts(self.case, micro_batch)
         if mistake == "denominator_nan_on_one_rank":
             return _spoiled(right, float("nan")) if self.rank == 0 and self.windows_done >= 1 else right
         wrong = {

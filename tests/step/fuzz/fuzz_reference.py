@@ -27,7 +27,7 @@ class WindowResult:
     denominators: dict[str, float]
     grad_norm: float
     lr: float
-    num_micros: int
+    num_micro_batches: int
     parameters: list[Tensor]  # whole, after the window
 
 
@@ -59,12 +59,12 @@ class Reader:
     def begin(self) -> None:
         """Begin a pass over the loader."""
         with self._own_generator():
-            self._micros = iter(self._loader)
+            self._micro_batches = iter(self._loader)
 
     def read(self, size: int) -> list[Any]:
         """Read at most `size` micro-batches."""
         with self._own_generator():
-            return list(islice(self._micros, size))
+            return list(islice(self._micro_batches, size))
 
     def evaluate(self) -> None:
         """Draw what an evaluation draws."""
@@ -104,8 +104,8 @@ def reference(case: Case) -> Reference:
     results: list[WindowResult] = []
     updates = 0
     for window in read(case):
-        micros = [unpack(case, micro) for dealt in window for micro in dealt]
-        batch = [torch.cat(columns) for columns in zip(*micros, strict=True)]
+        micro_batches = [unpack(case, micro_batch) for dealt in window for micro_batch in dealt]
+        batch = [torch.cat(columns) for columns in zip(*micro_batches, strict=True)]
         sums, denominators = _sums(case, net, batch, criterion)
         losses = {name: sums[name] / max(count, 1) for name, count in denominators.items()}
         lr, norm, loss = optimizer.param_groups[0]["lr"], math.nan, sum(losses.values())
@@ -123,7 +123,7 @@ def reference(case: Case) -> Reference:
                 denominators=denominators,
                 grad_norm=norm,
                 lr=lr,
-                num_micros=len(micros),
+                num_micro_batches=len(micro_batches),
                 parameters=_copied(parameters),
             )
         )

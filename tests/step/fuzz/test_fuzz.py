@@ -30,7 +30,7 @@ def test_a_composed_loop_is_exact_or_refused(judge: Judge, seed: int) -> None:
 
 def told_of(right: Reference) -> Told:
     """What a rank tells of a loop that went right."""
-    names = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micros")
+    names = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micro_batches")
     told = Told(
         records=[{name: getattr(window, name) for name in names} for window in right.windows],
         parameters=[[p.flatten().tolist() for p in window.parameters] for window in right.windows],

@@ -18,7 +18,7 @@ import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.blocks import blocks_of
 
-WINDOWS = (3, 1, 8, 4)  # micros of the rank that has most
+WINDOWS = (3, 1, 8, 4)  # micro-batches of the rank that has most
 VOCABULARY = 19
 
 
@@ -89,16 +89,16 @@ class Chain(nn.Module):
         return out + 0.0  # FSDP2 warns of outputs that are views
 
 
-def cross_entropy(model: nn.Module, micro: dict[str, Any]) -> Tensor:
+def cross_entropy(model: nn.Module, micro_batch: dict[str, Any]) -> Tensor:
     """Summed over tokens; 0 is ignored."""
-    more = (micro["left_out"],) if "left_out" in micro else ()
-    logits = model(micro["ids"], *more).float().flatten(0, 1)
-    return F.cross_entropy(logits, micro["labels"].flatten(), ignore_index=0, reduction="sum")
+    more = (micro_batch["left_out"],) if "left_out" in micro_batch else ()
+    logits = model(micro_batch["ids"], *more).float().flatten(0, 1)
+    return F.cross_entropy(logits, micro_batch["labels"].flatten(), ignore_index=0, reduction="sum")
 
 
-def counted(micro: dict[str, Any]) -> int:
+def counted(micro_batch: dict[str, Any]) -> int:
     """Tokens that are not ignored."""
-    return int((micro["labels"] != 0).sum())
+    return int((micro_batch["labels"] != 0).sum())
 
 
 def tokens() -> da.Objective:
@@ -109,32 +109,33 @@ def tokens() -> da.Objective:
 def two_terms() -> da.Objective:
     """Beside the tokens' loss a square of all logits, over samples; and a forward without gradients, as a reference."""
 
-    def sums(model: nn.Module, micro: dict[str, Any]) -> dict[str, Tensor]:
+    def sums(model: nn.Module, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad():
-            reference = model(micro["ids"])
-        logits = model(micro["ids"])
-        loss = F.cross_entropy(logits.flatten(0, 1), micro["labels"].flatten(), ignore_index=0, reduction="sum")
+            reference = model(micro_batch["ids"])
+        logits = model(micro_batch["ids"])
+        loss = F.cross_entropy(logits.flatten(0, 1), micro_batch["labels"].flatten(), ignore_index=0, reduction="sum")
         return {"tokens": loss, "far": (logits - 0.5 * reference).square().mean((1, 2)).sum()}
 
-    return da.Objective(sums, lambda micro: {"tokens": counted(micro), "far": len(micro["ids"])})
+    return da.Objective(sums, lambda micro_batch: {"tokens": counted(micro_batch), "far": len(micro_batch["ids"])})
 
 
 def windows(lengths: Sequence[int] = WINDOWS, more: Callable[[int], dict[str, Any]] | None = None) -> list[list[Any]]:
-    """This rank's micros. Sizes differ, ranks have none, fewer and more of them, and some micros count nothing."""
+    """This rank's micro-batches. Sizes differ, ranks have none, fewer and more of them, and some micro-batches count
+    nothing."""
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
     made = []
     for step, length in enumerate(lengths):
         lacking = 0 if rank == step % size else min(length, (rank + step) % 3)
-        micros = []
+        micro_batches = []
         for index in range(length - lacking):
             shape = (1 + (index + rank) % 2, 4 + index)
             ids, labels = (torch.randint(1, VOCABULARY, shape, generator=generator) for _ in range(2))
             labels[:, : index % 3] = 0
             if index == 1 and rank == step % size:
                 labels.zero_()
-            micros.append({"ids": ids, "labels": labels} | (more(index + step) if more else {}))
-        made.append(micros)
+            micro_batches.append({"ids": ids, "labels": labels} | (more(index + step) if more else {}))
+        made.append(micro_batches)
     return made
 
 
@@ -150,16 +151,16 @@ def wrap(model: nn.Module, kind: str, policy: MixedPrecisionPolicy | None = None
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def accumulator(model: nn.Module, kind: str, overlap_micros: int | str, **options: Any) -> da.Accumulator:
-    """With momentum, clipping and the ledger; `keep` under FSDP2."""
+def accumulator(model: nn.Module, kind: str, overlap_micro_batches: int | str, **options: Any) -> da.Accumulator:
+    """With momentum, clipping and the ledger; `gather_once` under FSDP2."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
     options = {
         "objective": tokens(),
-        "sync": "boundary" if kind == "ddp" else "keep",
+        "sync": "boundary" if kind == "ddp" else "gather_once",
         "seed": 3,
         "audit": "always",
     } | options
-    return da.Accumulator(model, optimizer, clip_norm=0.5, overlap_micros=overlap_micros, **options)
+    return da.Accumulator(model, optimizer, clip_norm=0.5, overlap_micro_batches=overlap_micro_batches, **options)
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -167,10 +168,10 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def trained(model: nn.Module, kind: str, overlap_micros: int, data: Sequence[list[Any]], **options: Any) -> Any:
+def trained(model: nn.Module, kind: str, overlap_micro_batches: int, data: Sequence[list[Any]], **options: Any) -> Any:
     """What each window told, and the model after all."""
-    made = accumulator(model, kind, overlap_micros, **options)
-    records = [made.step(micros) for micros in data]
+    made = accumulator(model, kind, overlap_micro_batches, **options)
+    records = [made.step(micro_batches) for micro_batches in data]
     assert all(record.verdict is not None and record.verdict.agrees for record in records)
     return [(record.losses, record.grad_norm) for record in records], state(model)
 

@@ -1,4 +1,5 @@
-"""With the last T micros block by block everything is as in the plain order, to the bit: losses, norms, parameters."""
+"""With the last T micro-batches block by block everything is as in the plain order, to the bit: losses, norms,
+parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def all_overlaps(kind: str, overlaps: tuple[int, ...], lengths: tuple[int, ...])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_any_number_of_micros_in_the_tail_on_any_number_of_ranks(any_world: World, kind: str) -> None:
+def test_any_number_of_micro_batches_in_the_tail_on_any_number_of_ranks(any_world: World, kind: str) -> None:
     overlaps, lengths = ((2, 4, 8), (3, 1, 8, 4)) if any_world.size <= 2 else ((3,), (4, 1, 3))
     assert any_world.run(all_overlaps, kind, overlaps, lengths) == [{t: [] for t in overlaps}] * any_world.size
 
@@ -65,7 +66,7 @@ def make(what: str) -> nn.Module:
 
 
 def images() -> list[list[Any]]:
-    """Of different numbers on each rank, one of which has a micro less."""
+    """Of different numbers on each rank, one of which has a micro-batch less."""
     rank = torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(rank)
     return [
@@ -78,7 +79,7 @@ def images() -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def one_model(kind: str, what: str, overlap_micros: int, options: dict[str, Any]) -> list[str]:
+def one_model(kind: str, what: str, overlap_micro_batches: int, options: dict[str, Any]) -> list[str]:
     """The differences of one model from the plain order. Options are of the accumulator, and what is named here."""
     options = dict(options)
     dtype, policy = options.pop("dtype", torch.float32), options.pop("policy", None)
@@ -96,7 +97,7 @@ def one_model(kind: str, what: str, overlap_micros: int, options: dict[str, Any]
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if views else wrap(model, kind, policy)
         return trained(wrapped, kind, overlap, data, **options)
 
-    return differences(run(overlap_micros), run(1))
+    return differences(run(overlap_micro_batches), run(1))
 
 
 BOTH: list[tuple[str, dict[str, Any]]] = [
@@ -140,8 +141,8 @@ def checked_in_any_order(kind: str) -> list[str]:
         # DDP's buckets are those of its first window: the ledger of a later accumulator cannot know it.
         made = [accumulator(model, kind, t, audit="never") for t in overlaps]
         records = []
-        for one, micros in zip(made, windows((3, 4, 2)), strict=True):
-            records.append(one.step(micros))
+        for one, micro_batches in zip(made, windows((3, 4, 2)), strict=True):
+            records.append(one.step(micro_batches))
             with one.strategy.evaluating() as evaluated:
                 evaluated(torch.ones(1, 3, dtype=torch.int64))
         return [(record.losses, record.grad_norm) for record in records], state(model)

@@ -1,4 +1,5 @@
-"""How `overlap_micros="auto"` chooses: arithmetic with given times, and a training that ends as the plain one does."""
+"""How `overlap_micro_batches="auto"` chooses: arithmetic with given times, and a training that ends as the plain one
+does."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from distaccum.errors import ConfigError
 from distaccum.step.overlap.schedule import TIMED_WINDOWS, WARM_WINDOWS, _Timing
 
 
-def add(timing: _Timing, exposed: float, micro: float = 1.5, rounds: int = 8) -> None:
-    """One window of micros that all take the same time, two thirds of it their backward."""
-    forwards: Any = SimpleNamespace(rounds=rounds, began=0.0)
-    timing.add(forwards, rounds * micro + exposed, exposed)
+def add(timing: _Timing, exposed: float, micro_batch: float = 1.5, rounds: int = 8) -> None:
+    """One window of micro-batches that all take the same time, two thirds of it their backward."""
+    runner: Any = SimpleNamespace(rounds=rounds, began=0.0)
+    timing.add(runner, rounds * micro_batch + exposed, exposed)
 
 
 def timed(exposed: float, limit: int | None = None, **times: Any) -> _Timing:
@@ -32,9 +33,9 @@ def timed(exposed: float, limit: int | None = None, **times: Any) -> _Timing:
 
 def chosen(timing: _Timing, *others: list[float]) -> tuple[int, bool]:
     """T and whether it is final; the other ranks' medians beside this one's."""
-    micros, why, final = timing.choice([timing.medians(), *others])
+    micro_batches, why, final = timing.choice([timing.medians(), *others])
     assert why
-    return micros, final
+    return micro_batches, final
 
 
 @pytest.mark.parametrize(
@@ -95,14 +96,14 @@ def test_ranks_choose_by_the_least_waiting_and_the_longest_window() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"overlap_micros": value} for value in (0, -1, True, 2.0, "2", None)]
-    + [{"overlap_micros": "auto", "overlap_limit": value} for value in (0, True, "auto")],
+    [{"overlap_micro_batches": value} for value in (0, -1, True, 2.0, "2", None)]
+    + [{"overlap_micro_batches": "auto", "overlap_limit": value} for value in (0, True, "auto")],
     ids=str,
 )
 def test_numbers_that_are_none(options: dict[str, Any]) -> None:
-    overlap_micros = options.pop("overlap_micros")
-    with pytest.raises(ConfigError, match="number of micro-batches from 1 on"):
-        make_accumulator(make_gpt(), "ddp", overlap_micros, **options)
+    overlap_micro_batches = options.pop("overlap_micro_batches")
+    with pytest.raises(ConfigError, match="Give a number of micro-batches, at least 1"):
+        make_accumulator(make_gpt(), "ddp", overlap_micro_batches, **options)
 
 
 def chosen_by_itself(kind: str) -> tuple[list[str | None], list[str]]:
@@ -110,7 +111,7 @@ def chosen_by_itself(kind: str) -> tuple[list[str | None], list[str]]:
     data = windows((3,) * 12)
     model = wrap(make_gpt(), kind)
     made = make_accumulator(model, kind, "auto")
-    records = [made.step(micros) for micros in data]
+    records = [made.step(micro_batches) for micro_batches in data]
     found = [(record.losses, record.grad_norm) for record in records], state(model)
     return [record.chosen for record in records], differences(found, trained(wrap(make_gpt(), kind), kind, 1, data))
 

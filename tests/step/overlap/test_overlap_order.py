@@ -37,57 +37,59 @@ class Reductions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def events(kind: str, overlap_micros: int, num_micros: int) -> list[str]:
-    """The backwards of blocks, as `block of micro`, and reductions of a window after the first one."""
+def events(kind: str, overlap_micro_batches: int, num_micro_batches: int) -> list[str]:
+    """The backwards of blocks, as `block of micro-batch`, and reductions of a window after the first one."""
     written: list[str] = []
     model = Chain()
-    micro = -1
+    micro_batch = -1
 
     def forward(block: int, module: nn.Module, args: Any, out: Tensor) -> None:
-        nonlocal micro
-        micro += block == 0
-        out.register_hook(lambda gradient, at=f"{block} of {micro}": written.append(at))
+        nonlocal micro_batch
+        micro_batch += block == 0
+        out.register_hook(lambda gradient, at=f"{block} of {micro_batch}": written.append(at))
 
     for index, block in enumerate(model.blocks):
         block.linear.register_forward_hook(partial(forward, index))
     # Buckets as small as can be, so that each gradient travels as soon as it is complete.
     wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-5) if kind == "ddp" else wrap(model, kind)
-    made = accumulator(wrapped, kind, overlap_micros)
-    made.step(*windows((num_micros,)))
+    made = accumulator(wrapped, kind, overlap_micro_batches)
+    made.step(*windows((num_micro_batches,)))
     written.clear()
-    micro = -1
+    micro_batch = -1
     with Reductions(written):
-        made.step(*windows((num_micros,)))
+        made.step(*windows((num_micro_batches,)))
     return written
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_block_is_reduced_before_the_first_micro_reaches_the_block_before_it(two_ranks: World, kind: str) -> None:
+def test_a_block_is_reduced_before_the_first_micro_batch_reaches_the_block_before_it(
+    two_ranks: World, kind: str
+) -> None:
     for found in two_ranks.run(events, kind, 3, 4):
-        tail = [f"{block} of {micro}" for block in (3, 2, 1, 0) for micro in (1, 2, 3)]
+        tail = [f"{block} of {micro_batch}" for block in (3, 2, 1, 0) for micro_batch in (1, 2, 3)]
         assert [event for event in found if event != "reduction"] == [f"{b} of 0" for b in (3, 2, 1, 0)] + tail
         before = found[: found.index("2 of 1")]  # the last block is complete then, and so on
         assert "reduction" in before[before.index("3 of 3") :]
         assert "reduction" in found[found.index("1 of 3") : found.index("0 of 1")]
-        assert found.index("reduction") > found.index("0 of 0")  # and none in micros that are not in the tail
+        assert found.index("reduction") > found.index("0 of 0")  # and none in micro-batches that are not in the tail
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_in_the_plain_order_only_the_last_micro_hides_reductions(two_ranks: World, kind: str) -> None:
+def test_in_the_plain_order_only_the_last_micro_batch_hides_reductions(two_ranks: World, kind: str) -> None:
     for plain, tail in zip(two_ranks.run(events, kind, 1, 4), two_ranks.run(events, kind, 3, 4), strict=True):
         assert plain.index("reduction") > plain.index("0 of 2")
         assert plain.count("reduction") == tail.count("reduction")
 
 
 def alive(kind: str) -> list[Any]:
-    """How many micros' logits are alive at each forward of a window, and how many segments' tensors after it."""
+    """How many micro-batches' logits are alive at each forward of a window, and how many segments' tensors after it."""
     logits: list[Any] = []
     inputs: list[Any] = []
     counts: list[int] = []
 
-    def sums(model: nn.Module, micro: dict[str, Any]) -> Tensor:
+    def sums(model: nn.Module, micro_batch: dict[str, Any]) -> Tensor:
         counts.append(sum(ref() is not None for ref in logits))
-        out = model(micro["ids"])
+        out = model(micro_batch["ids"])
         wide = out.double()  # saved for the backward of the square
         logits.append(weakref.ref(wide))
         return wide.square().sum()
@@ -99,8 +101,8 @@ def alive(kind: str) -> list[Any]:
     gc.collect()
     gc.disable()  # nothing may wait for it
     try:
-        for micros in windows((4, 4)):
-            made.step(micros)
+        for micro_batches in windows((4, 4)):
+            made.step(micro_batches)
         left = sum(ref() is not None for ref in [*logits, *inputs])
     finally:
         gc.enable()
@@ -116,9 +118,9 @@ def clean_after(kind: str, spoil: str) -> list[str]:
     """After a window that failed in the tail, the next one is as if nothing had been."""
     failing: dict[str, Any] = {}
 
-    def sums(model: nn.Module, micro: dict[str, Any]) -> Tensor:
+    def sums(model: nn.Module, micro_batch: dict[str, Any]) -> Tensor:
         failing["forwards"] += 1
-        loss = cross_entropy(model, micro)
+        loss = cross_entropy(model, micro_batch)
         if failing["in"] == "forward" and failing["forwards"] == 3:
             raise ValueError("spoilt")
         return loss
@@ -147,7 +149,7 @@ def clean_after(kind: str, spoil: str) -> list[str]:
             assert all(torch.equal(value, before[name]) for name, value in state(wrapped).items())
             assert hooks_left(wrapped) == hooks
         failing["in"] = ""
-        records = [made.step(micros) for micros in (second, full)]
+        records = [made.step(micro_batches) for micro_batches in (second, full)]
         return [(record.losses, record.grad_norm) for record in records], state(wrapped)
 
     return differences(run(True), run(False))
@@ -181,7 +183,7 @@ def told(kind: str, what: str, options: dict[str, Any]) -> str:
             assert hooks_left(wrapped) == hooks
             assert all(parameter.grad is None for parameter in wrapped.parameters())
         made = accumulator(wrapped, kind, 1, audit="never", **options)
-        records = [made.step(micros) for micros in data]
+        records = [made.step(micro_batches) for micro_batches in data]
         return message, ([(record.losses, record.grad_norm) for record in records], state(wrapped))
 
     (message, found), (_, expected) = run(True), run(False)
@@ -192,9 +194,9 @@ def told(kind: str, what: str, options: dict[str, Any]) -> str:
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     *((kind, what, {}, reason) for kind in ("ddp", "fsdp") for what, reason in [
         ("twice", "more than once"),
-        ("skip 0", "around"),
-        ("skip 1", "around|behind"),
-        ("skip 2", "used behind"),
+        ("skip 0", "bypassing"),
+        ("skip 1", "bypassing|used after"),
+        ("skip 2", "used after"),
         ("one block", "1 block"),
     ]),
     ("ddp", "shared", {}, "shares? a parameter"),
@@ -213,4 +215,4 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 def test_refusals_give_the_reason(two_ranks: World, kind: str, what: str, options: dict[str, Any], reason: str) -> None:
     for message in two_ranks.run(told, kind, what, options):
         assert re.search(reason, message), message
-        assert "overlap_micros=1" in message
+        assert "overlap_micro_batches=1" in message

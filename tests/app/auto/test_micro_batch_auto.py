@@ -1,4 +1,5 @@
-"""`accum.micro=auto` on the command line: what is printed, that nothing else changes, and how such a run goes on."""
+"""`accum.micro_batch_size=auto` on the command line: what is printed, that nothing else changes, and how such a run
+goes on."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from commands import command_line
 from safetensors.torch import load_file
 
 SMALL = [
-    "data=path", "data.seq_len=16", "data.heldout_fraction=0.2", "model.num_layers=1", "model.width=16",
-    "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch=12", "optim.schedule.warmup=1", "train.steps=4",
-    "train.heldout_samples=4", "loader.workers=0", "device=cpu", "checkpoint.every.steps=2", "checkpoint.best=false",
+    "data=path", "data.seq_len=16", "data.validation_fraction=0.2", "model.num_layers=1", "model.width=16",
+    "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=12", "optim.schedule.warmup=1",
+    "train.steps=4",
+    "train.validation_samples=4", "loader.workers=0", "device=cpu", "checkpoint.every.steps=2", "checkpoint.best=false",
     "launch.nproc_per_node=2", "parallel=fsdp", "accum.sync=boundary",
 ]  # fmt: skip
 
@@ -51,25 +53,25 @@ def ended(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, text: list[str]) -> tuple[Path, str]:
-    """A run that has found its micro size: of 1 to 6 samples a rank, as the limit lets it."""
+    """A run that has found its micro-batch size: of 1 to 6 samples a rank, as the limit lets it."""
     folder = tmp_path_factory.mktemp("auto")
-    return folder, run(folder, "train", *SMALL, *text, "accum.micro=auto", "limits.memory=420KiB")
+    return folder, run(folder, "train", *SMALL, *text, "accum.micro_batch_size=auto", "limits.memory=420KiB")
 
 
-def micro_of(out: str) -> int:
+def micro_batch_of(out: str) -> int:
     """The number in the line that tells it."""
-    return int(out.split("accum.micro=auto: ")[1].split(maxsplit=1)[0])
+    return int(out.split("accum.micro_batch_size=auto: ")[1].split(maxsplit=1)[0])
 
 
 def test_it_is_told_and_the_rest_is_that_of_a_number(
     trained: tuple[Path, str], text: list[str], tmp_path: Path
 ) -> None:
     folder, out = trained
-    micro = micro_of(out)
-    assert micro == 4, out
-    assert "KiB of 399.0 KiB; 6 did not), 4 rehearsals" in out  # 12 samples have no micros of 5
-    assert "12 samples in uneven micros: up to 4 x 2 micros x 2 rank(s)" in out
-    run(tmp_path, "train", *SMALL, *text, f"accum.micro={micro}")
+    micro_batch = micro_batch_of(out)
+    assert micro_batch == 4, out
+    assert "KiB of 399.0 KiB; 6 did not), found by 4 dry runs" in out  # 12 samples have no micro-batches of 5
+    assert "12 samples in uneven micro-batches: size up to 4 x 2 accumulation step(s) x 2 rank(s)" in out
+    run(tmp_path, "train", *SMALL, *text, f"accum.micro_batch_size={micro_batch}")
     assert ended(tmp_path) == ended(folder)
 
 
@@ -81,25 +83,33 @@ def test_it_goes_on_bit_for_bit_without_looking_again(
     for again in ("same", "other"):
         shutil.copytree(folder / "run", tmp_path / again / "run")
         shutil.rmtree(tmp_path / again / "run" / "checkpoints" / "step-00000004")
-    overrides = ["train", *SMALL, *text, "accum.micro=auto", "limits.memory=420KiB"]
+    overrides = ["train", *SMALL, *text, "accum.micro_batch_size=auto", "limits.memory=420KiB"]
     same = run(tmp_path / "same", *overrides)
     assert "continues after step 2" in same
-    assert f"accum.micro=auto: {micro_of(out)} samples, as found before; nothing was rehearsed" in same
+    kept = f"accum.micro_batch_size=auto: {micro_batch_of(out)} samples, as found before; no dry run was needed"
+    assert kept in same
     assert ended(tmp_path / "same") == ended(folder)
     other = run(tmp_path / "other", *overrides, "launch.nproc_per_node=1", "limits.memory=600KiB")
     assert "continues after step 2" in other
-    assert "found anew, as ranks or settings are others than before" in other
-    assert "the effective batch is the same" in other
+    assert "found again, because the ranks or settings changed" in other
+    assert "the effective batch is unchanged" in other
 
 
 def test_it_is_proven(text: list[str], tmp_path: Path) -> None:
-    out = run(tmp_path, "verify", *SMALL, *text, "accum.micro=auto", "limits.memory=420KiB")
-    assert "did not), " in out
+    out = run(tmp_path, "verify", *SMALL, *text, "accum.micro_batch_size=auto", "limits.memory=420KiB")
+    assert "did not), found by " in out
     assert json.loads((tmp_path / "run" / "verify.json").read_text())["holds"]
 
 
 def test_too_little_memory_is_a_letter_of_the_user(text: list[str], tmp_path: Path) -> None:
-    overrides = ["train", *SMALL, *text, "accum.micro=auto", "limits.memory=100KiB", f"run_dir={tmp_path / 'run'}"]
+    overrides = [
+        "train",
+        *SMALL,
+        *text,
+        "accum.micro_batch_size=auto",
+        "limits.memory=100KiB",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     done = command_line(overrides, tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "not even 1 sample fits" in " ".join(done.stderr.split())

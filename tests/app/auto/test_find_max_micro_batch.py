@@ -1,4 +1,5 @@
-"""`accum.micro=auto`: agreed on by all ranks, as large as the memory really allows, and nothing else changes."""
+"""`accum.micro_batch_size=auto`: agreed on by all ranks, as large as the memory really allows, and nothing else
+changes."""
 
 from __future__ import annotations
 
@@ -18,13 +19,13 @@ from torch.distributed.tensor import DTensor
 from worlds import World
 
 from distaccum.app.assembly import batch_arithmetic, make_accumulator
-from distaccum.app.auto.dry_run import rehearse
-from distaccum.app.auto.finder import Found, find_micro, largest
-from distaccum.app.auto.resolve import settled
+from distaccum.app.auto.dry_run import dry_run
+from distaccum.app.auto.finder import Found, find_max_micro_batch, largest
+from distaccum.app.auto.resolve import resolve_auto
 from distaccum.app.build import make_plan
 from distaccum.app.commands.check import check
 from distaccum.app.config import Config, config_dir, typed
-from distaccum.app.task import make_problem
+from distaccum.app.task import build_task
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
 from distaccum.parallel.world import World as Ranks
@@ -33,16 +34,18 @@ from distaccum.planner.meter import Meter
 CPU = torch.device("cpu")
 # 24 samples a window: 24, 12 or 6 for each rank of 1, 2 and 4. Samples differ in length, so that the longest matter.
 TINY = [
-    "data=path", "data.seq_len=32", "data.layout=ragged", "data.heldout_fraction=0.2", "model.num_layers=1",
-    "model.width=32", "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch=24", "accum.micro=auto",
+    "data=path", "data.seq_len=32", "data.layout=ragged", "data.validation_fraction=0.2", "model.num_layers=1",
+    "model.width=32", "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=24",
+    "accum.micro_batch_size=auto",
     "limits.memory=1GiB", "limits.margin=0", "optim.schedule.warmup=2", "train.steps=4", "loader.workers=0",
-    "device=cpu", "train.heldout_samples=4", "precision=fp64",
+    "device=cpu", "train.validation_samples=4", "precision=fp64",
 ]  # fmt: skip
 SPREAD = [
-    (1, ["parallel=single"]), (2, ["parallel=ddp"]), (2, ["parallel=fsdp"]), (2, ["parallel=fsdp", "accum.sync=keep"]),
+    (1, ["parallel=single"]), (2, ["parallel=ddp"]), (2, ["parallel=fsdp"]),
+    (2, ["parallel=fsdp", "accum.sync=gather_once"]),
     (4, ["parallel=ddp"]), (4, ["parallel=hsdp"]),
 ]  # fmt: skip
-NEIGHBOURS = {1: (8, 12), 2: (6, 8), 4: (3, 4)}  # by ranks, two sizes that micros of 24 samples can have
+NEIGHBOURS = {1: (8, 12), 2: (6, 8), 4: (3, 4)}  # by ranks, two sizes that micro-batches of 24 samples can have
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +70,9 @@ def limited(config: Config, memory: int | str | None) -> Config:
     return replace(config, limits=replace(config.limits, memory=memory))
 
 
-def with_micro(config: Config, micro: int) -> Config:
-    """The same with a micro size that is given."""
-    return replace(config, accum=replace(config.accum, micro=micro))
+def with_micro_batch(config: Config, micro_batch: int) -> Config:
+    """The same with a micro-batch size that is given."""
+    return replace(config, accum=replace(config.accum, micro_batch_size=micro_batch))
 
 
 def quiet() -> Ranks:
@@ -80,11 +83,11 @@ def quiet() -> Ranks:
 
 def peaks(config: Config, sizes: list[int]) -> list[int]:
     """On each rank: what is rehearsed."""
-    world, problem = quiet(), make_problem(config)
-    micros = [-(-24 // (size * world.size)) for size in sizes]
+    world, task = quiet(), build_task(config)
+    micro_batches = [-(-24 // (size * world.size)) for size in sizes]
     return [
-        rehearse(config, problem, world, size, number, None).peak_bytes
-        for size, number in zip(sizes, micros, strict=True)
+        dry_run(config, task, world, size, number, None).peak_bytes
+        for size, number in zip(sizes, micro_batches, strict=True)
     ]
 
 
@@ -92,23 +95,23 @@ def found(config: Config, memory: list[int]) -> Found:
     """On each rank, with a limit of its own."""
     world = quiet()
     config = limited(config, memory[world.rank])
-    return find_micro(config, make_problem(config), world)
+    return find_max_micro_batch(config, build_task(config), world)
 
 
 def trained(config: Config) -> tuple[int, Tensor, Tensor]:
     """On each rank, two windows on the real group: the peak, and the parameters [n] before and afterwards."""
-    world, problem = quiet(), make_problem(config)
-    arithmetic = batch_arithmetic(config, problem, world.size)
-    plan = make_plan(config, problem, arithmetic)
-    assert arithmetic.effective_batch == plan.effective_batch == 24
+    world, task = quiet(), build_task(config)
+    arithmetic = batch_arithmetic(config, task, world.size)
+    plan = make_plan(config, task, arithmetic)
+    assert arithmetic.effective_batch_size == plan.effective_batch_size == 24
     with Meter(world.device) as meter:
-        accumulator = make_accumulator(config, problem, world)
+        accumulator = make_accumulator(config, task, world)
         model = accumulator.strategy.evaluation_model
-        for _, micros in Loader(problem.train, plan, world.rank, world.size).windows(0, 0, 2):
-            accumulator.step(micros)
+        for _, micro_batches in Loader(task.train, plan, world.rank, world.size).windows(0, 0, 2):
+            accumulator.step(micro_batches)
         peak = meter.peak_bytes
     after = flat(model)
-    return peak, flat(make_accumulator(config, problem, world).strategy.evaluation_model), after
+    return peak, flat(make_accumulator(config, task, world).strategy.evaluation_model), after
 
 
 def flat(model: nn.Module) -> Tensor:
@@ -130,18 +133,18 @@ def one_rank_fails(config: Config) -> str:
     from distaccum.app.auto import finder
 
     world = quiet()
-    rehearse, failing = finder.rehearse, world.rank == 1
+    dry_run, failing = finder.dry_run, world.rank == 1
 
     def broken(*args: Any) -> Any:
         raise ZeroDivisionError("a sample of this rank")
 
-    finder.rehearse = broken if failing else rehearse
+    finder.dry_run = broken if failing else dry_run
     try:
-        find_micro(config, make_problem(config), world)
+        find_max_micro_batch(config, build_task(config), world)
     except (RuntimeError, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        finder.rehearse = rehearse
+        finder.dry_run = dry_run
     return "nothing"
 
 
@@ -159,11 +162,11 @@ def left_behind(config: Config) -> list[tuple[str, Any, Any]]:
             "threads": torch.get_num_threads(),
         }
 
-    world, problem = quiet(), make_problem(config)
+    world, task = quiet(), build_task(config)
     torch.manual_seed(7)
     before = state()
-    assert rehearse(config, problem, world, 2, 3, None).fits
-    assert not rehearse(config, problem, world, 2, 3, 1_000_000).fits
+    assert dry_run(config, task, world, 2, 3, None).fits
+    assert not dry_run(config, task, world, 2, 3, 1_000_000).fits
     after = state()
     return [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 
@@ -204,10 +207,10 @@ def two_ranks(worlds: dict[int, World]) -> World:
 def test_one_rank_short_of_memory_decides_for_all(
     worlds: dict[int, World], ranks: int, spread: list[str], text: list[str]
 ) -> None:
-    """The last rank has room for a window of micros of one size and not of the next one; the others have plenty.
+    """The last rank has room for a window of micro-batches of one size and not of the next one; the others have plenty.
 
-    Updates in float64, with SGD and without dropout: other micros round otherwise, 1e-16 for each of some thousand
-    additions whose errors do not add up.
+    Updates in float64, with SGD and without dropout: other micro-batches round otherwise, 1e-16 for each of some
+    thousand additions whose errors do not add up.
     """
     fitting, beyond = NEIGHBOURS[ranks]
     world = worlds[ranks]
@@ -216,13 +219,13 @@ def test_one_rank_short_of_memory_decides_for_all(
     memory = int(enough * 1.005 / 0.95)
     assert enough < memory * 0.95 < more, "the model is too small to tell two sizes apart"
     told = world.run(found, config, [2**30] * (ranks - 1) + [memory])
-    assert {each.micro_size for each in told} == {fitting}
+    assert {each.micro_batch_size for each in told} == {fitting}
     assert len({each.text for each in told}) == 1  # the same words on all ranks
     assert f"{fitting} samples fit" in told[0].text
     assert f"{beyond} did not" in told[0].text
-    # It is true of the training itself, on the real group, and the update is that of the micros of 2 as planned.
+    # It is true of the training itself, on the real group, and the update is that of the micro-batches of 2 as planned.
     on_found, on_next, planned = (
-        world.run(trained, with_micro(config, size)) for size in (told[0].micro_size, beyond, 2)
+        world.run(trained, with_micro_batch(config, size)) for size in (told[0].micro_batch_size, beyond, 2)
     )
     assert on_found[-1][0] <= memory
     assert on_next[-1][0] > memory * 0.95
@@ -232,28 +235,28 @@ def test_one_rank_short_of_memory_decides_for_all(
 
 
 def test_all_have_enough(two_ranks: World, text: list[str]) -> None:
-    """Then no rank is idle: a larger micro would leave one without work."""
+    """Then no rank is idle: a larger micro-batch would leave one without work."""
     told = two_ranks.run(found, configured(*text, "parallel=ddp"), [2**30] * 2)
-    assert [each.micro_size for each in told] == [12, 12]
-    assert "no more are needed" in told[0].text
+    assert [each.micro_batch_size for each in told] == [12, 12]
+    assert "a larger size would leave a rank without work" in told[0].text
 
 
 @pytest.mark.parametrize("overrides", [
     ["parallel=ddp", "precision=bf16-pure"],
-    ["parallel=ddp", "accum.overlap_micros=2", "model.num_layers=2"],
+    ["parallel=ddp", "accum.overlap_micro_batches=2", "model.num_layers=2"],
     ["parallel=ddp", "accum.on_oom=shrink"],
     ["parallel=fsdp", "accum.sync=every", "precision=bf16"],
-    ["parallel=fsdp", "accum.sync=keep", "accum.overlap_micros=4", "model.num_layers=2"],
+    ["parallel=fsdp", "accum.sync=gather_once", "accum.overlap_micro_batches=4", "model.num_layers=2"],
     ["parallel=fsdp", "nn.checkpoint=true"],
     ["parallel=ddp", "data.layout=packed", "precision=fp16"],
-    ["parallel=hsdp", "accum.sync=shard"],
+    ["parallel=hsdp", "accum.sync=reduce_scatter"],
 ])  # fmt: skip
 def test_what_is_rehearsed_is_what_is_trained(two_ranks: World, text: list[str], overrides: list[str]) -> None:
     """To a percent: the longest samples are rehearsed, and windows of a training are of others too."""
     config = configured(*text, *overrides)
-    rehearsed = two_ranks.run(peaks, config, [4])
-    real = two_ranks.run(trained, with_micro(config, 4))
-    for (expected,), (measured, _, _) in zip(rehearsed, real, strict=True):
+    dry_runs = two_ranks.run(peaks, config, [4])
+    real = two_ranks.run(trained, with_micro_batch(config, 4))
+    for (expected,), (measured, _, _) in zip(dry_runs, real, strict=True):
         assert expected * 0.99 <= measured <= expected * 1.01, (expected, measured)
 
 
@@ -264,9 +267,9 @@ def test_images_with_batchnorm(two_ranks: World, batchnorm: str) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         made = compose("config", [*whole, *images, "parallel=ddp", f"nn.batchnorm={batchnorm}"])
         config = typed(OmegaConf.to_container(made, resolve=True, enum_to_str=True))  # type: ignore[arg-type]
-    rehearsed = two_ranks.run(peaks, config, [4])
-    real = two_ranks.run(trained, with_micro(config, 4))
-    for (expected,), (measured, _, _) in zip(rehearsed, real, strict=True):
+    dry_runs = two_ranks.run(peaks, config, [4])
+    real = two_ranks.run(trained, with_micro_batch(config, 4))
+    for (expected,), (measured, _, _) in zip(dry_runs, real, strict=True):
         assert expected * 0.99 <= measured <= expected * 1.01, (expected, measured)
 
 
@@ -283,22 +286,22 @@ def test_not_even_one_sample_fits(two_ranks: World, text: list[str]) -> None:
 def test_an_error_of_one_rank_ends_all(two_ranks: World, text: list[str]) -> None:
     told = two_ranks.run(one_rank_fails, configured(*text, "parallel=ddp"), timeout_s=30.0)
     assert told[1] == "ZeroDivisionError: a sample of this rank"
-    assert "could not be rehearsed on rank 1: ZeroDivisionError: a sample of this rank" in told[0]
+    assert "failed on rank 1: ZeroDivisionError: a sample of this rank" in told[0]
 
 
 def test_only_sizes_that_divide_where_ragged_is_refused(two_ranks: World, text: list[str]) -> None:
     config = configured(*text, "parallel=ddp", "accum.ragged=refuse")
     *_, (enough,) = two_ranks.run(peaks, config, [5])  # of 1, 2, 3, 4, 6 and 12, which divide 12, there is room for 4
     told = two_ranks.run(found, config, [2**30, enough])
-    assert told[0].micro_size == told[1].micro_size == 4
+    assert told[0].micro_batch_size == told[1].micro_batch_size == 4
     assert set(told[0].trials) <= {1, 2, 3, 4, 6, 12}
     assert "6 did not" in told[0].text
 
 
 def test_a_schedule_keeps_all_ranks_busy_in_its_smallest_batch(two_ranks: World, text: list[str]) -> None:
-    schedule = "accum.schedule=[{from: 0, effective_batch: 6}, {from: 2, effective_batch: 24}]"
-    config = configured(*text, "parallel=ddp", "accum.effective_batch=null", schedule)
-    assert {each.micro_size for each in two_ranks.run(found, config, [2**30] * 2)} == {3}
+    schedule = "accum.schedule=[{from: 0, effective_batch_size: 6}, {from: 2, effective_batch_size: 24}]"
+    config = configured(*text, "parallel=ddp", "accum.effective_batch_size=null", schedule)
+    assert {each.micro_batch_size for each in two_ranks.run(found, config, [2**30] * 2)} == {3}
     ramp = replace(config, accum=replace(config.accum, ramp=type(config.accum.ramp)("linear")))
     assert "accum.ramp=linear" in two_ranks.run(said, ramp, [2**30] * 2)[0]
 
@@ -312,37 +315,40 @@ ALONE = Ranks(0, 1, CPU, None)
 
 
 @pytest.mark.parametrize(("overrides", "words"), [
-    (["accum.effective_batch=null"], "no effective batch"),
-    (["accum.num_micros=2"], "leave accum.num_micros null"),
-    (["accum.effective_batch=null", "accum.num_micros=2"], "accum.num_micros=2 and no effective batch"),
-    (["limits.memory=null"], "Give limits.memory, such as limits.memory=2GiB"),
-    (["accum.effective_batch=0"], "must be at least 1"),
+    (["accum.effective_batch_size=null"], "no effective batch"),
+    (["accum.gradient_accumulation_steps=2"], "leave accum.gradient_accumulation_steps null"),
+    (
+        ["accum.effective_batch_size=null", "accum.gradient_accumulation_steps=2"],
+        "accum.gradient_accumulation_steps=2 and no effective batch",
+    ),
+    (["limits.memory=null"], "Set limits.memory, such as limits.memory=2GiB"),
+    (["accum.effective_batch_size=0"], "must be at least 1"),
 ])  # fmt: skip
 def test_letters(text: list[str], overrides: list[str], words: str) -> None:
     config = configured(*text, *overrides)
     with pytest.raises(ConfigError, match=words):
-        find_micro(config, make_problem(config), ALONE)
+        find_max_micro_batch(config, build_task(config), ALONE)
 
 
 def test_a_number_is_left_alone(text: list[str]) -> None:
-    config = configured(*text, "accum.micro=3")
-    assert settled(config, make_problem(config), ALONE) == (config, [])
+    config = configured(*text, "accum.micro_batch_size=3")
+    assert resolve_auto(config, build_task(config), ALONE) == (config, [])
 
 
 def test_the_longest_samples(text: list[str]) -> None:
-    train = make_problem(configured(*text)).train
-    lengths = [train.counted([sample]) for sample in range(len(train))]
-    assert [train.counted([sample]) for sample in train.longest(7)] == sorted(lengths, reverse=True)[:7]
-    assert sorted(train.longest(len(train))) == list(range(len(train)))
+    train = build_task(configured(*text)).train
+    lengths = [train.num_targets([sample]) for sample in range(len(train))]
+    assert [train.num_targets([sample]) for sample in train.longest_samples(7)] == sorted(lengths, reverse=True)[:7]
+    assert sorted(train.longest_samples(len(train))) == list(range(len(train)))
 
 
 def short_at_every_limit(config: Config) -> list[bool]:
     """On each rank: wherever memory runs out, also while samples are read and before FSDP2 has begun."""
-    world, problem = quiet(), make_problem(config)
-    enough = rehearse(config, problem, world, 4, 3, None).peak_bytes
-    fits = [rehearse(config, problem, world, 4, 3, enough * tenths // 10).fits for tenths in (0, 2, 4, 8, 9, 11)]
-    with mock.patch.object(type(problem.train), "batch", side_effect=torch.OutOfMemoryError("while samples are read")):
-        return [*fits, rehearse(config, problem, world, 4, 3, None).fits]
+    world, task = quiet(), build_task(config)
+    enough = dry_run(config, task, world, 4, 3, None).peak_bytes
+    fits = [dry_run(config, task, world, 4, 3, enough * tenths // 10).fits for tenths in (0, 2, 4, 8, 9, 11)]
+    with mock.patch.object(type(task.train), "batch", side_effect=torch.OutOfMemoryError("while samples are read")):
+        return [*fits, dry_run(config, task, world, 4, 3, None).fits]
 
 
 def test_memory_may_run_out_anywhere(two_ranks: World) -> None:
