@@ -1,4 +1,7 @@
-"""docs/migrating.md: every block of ours runs on two ranks and makes the update of one big batch on one process.
+"""README and docs: every block of ours runs on two ranks and makes the update of one big batch on one process.
+
+Blocks are marked `<!-- run: NAME -->`; all begin with what docs/migrating.md names `setup`. Commands are composed and
+checked.
 
 The reference is plain torch over all samples of both ranks, with a mean loss, clipping and optimizers of torch.
 Tolerances: sums of 4e3 numbers in float64 (eps 1e-16) in another order differ by 1e-12 at most. Gradients have elements
@@ -10,6 +13,7 @@ leave at most eps x sqrt(1e4) = 6e-6; no Adam there, which would enlarge them. A
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,8 +28,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from worlds import World
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "migrating.md"
-MICRO, RANKS = 2, 2  # as on the page, and in the world
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "migrating.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
+MICRO_BATCH_SIZE, RANKS = 2, 2  # as on the page, and in the world
 STATISTICS_TOLERANCE, UPDATE_TOLERANCE, HEAD_TOLERANCE = 1e-12, 1e-6, 1e-5
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
@@ -33,14 +39,17 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-3)
 Check = Callable[[dict[str, Any]], None]
 
 
-def all_blocks() -> list[tuple[str | None, str]]:
-    """All python blocks of the page; the name of those that are run, None for what users have today."""
-    found = re.findall(r"(?:<!-- run: (\w+) -->\n)?```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+def all_blocks(page: Path) -> list[tuple[str | None, str]]:
+    """All python blocks of a page; the name of those that are run, None for what users have today."""
+    found = re.findall(r"(?:<!-- run: (\w+) -->\n)?```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     return [(name or None, code) for name, code in found]
 
 
 def our_blocks() -> dict[str, str]:
-    return {name: code for name, code in all_blocks() if name is not None}
+    """The blocks that are run, by their names; a name is used once in all pages."""
+    named = [(name, code) for page in PAGES for name, code in all_blocks(page) if name is not None]
+    assert len(named) == len(dict(named))
+    return dict(named)
 
 
 def relative(found: Tensor | float, expected: Tensor | float) -> float:
@@ -54,14 +63,14 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
-def micros_of(page: dict[str, Any], rank: int) -> list[Any]:
+def micro_batches_of(page: dict[str, Any], rank: int) -> list[Any]:
     own = page["lines"][rank::RANKS]
-    return [page["collate"](own[i : i + MICRO]) for i in range(0, len(own), MICRO)]
+    return [page["collate"](own[i : i + MICRO_BATCH_SIZE]) for i in range(0, len(own), MICRO_BATCH_SIZE)]
 
 
-def big_batches(page: dict[str, Any], num_micros: int) -> list[list[str]]:
+def big_batches(page: dict[str, Any], num_micro_batches: int) -> list[list[str]]:
     """The lines of each window of one epoch: what both ranks hold of it."""
-    size = num_micros * MICRO
+    size = num_micro_batches * MICRO_BATCH_SIZE
     own = [page["lines"][rank::RANKS] for rank in range(RANKS)]
     return [[line for mine in own for line in mine[i : i + size]] for i in range(0, max(map(len, own)), size)]
 
@@ -79,7 +88,7 @@ def head_mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def one_big_batch(
     page: dict[str, Any],
     *,
-    num_micros: tuple[int, ...] = (4,),  # in each epoch
+    num_micro_batches: tuple[int, ...] = (4,),  # in each epoch
     make: str = "make_model",
     mean: Callable[[nn.Module, dict[str, Tensor]], Tensor] = token_mean,
     optimizer_of: Callable[[Any], torch.optim.Optimizer] = ADAMW,
@@ -91,10 +100,10 @@ def one_big_batch(
     start = flat(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained)
-    batches = [page["collate"](lines) for epoch in num_micros for lines in big_batches(page, epoch)]
+    batches = [page["collate"](lines) for epoch in num_micro_batches for lines in big_batches(page, epoch)]
     for i, batch in enumerate(batches):
         if decays:
-            optimizer.param_groups[0]["lr"] = 1e-3 * (1 - 0.3 * i)  # linear from 1 to 0.1 in three updates
+            optimizer.param_groups[0]["lr"] = 1e-3 * max(0.1, 1 - 0.3 * i)  # linear from 1 to 0.1 in three updates
         optimizer.zero_grad()
         loss = mean(model, batch)
         loss.backward()
@@ -111,7 +120,7 @@ def one_big_batch(
 def check_batchnorm(page: dict[str, Any]) -> None:
     """The first layer sees the images themselves, and its running statistics those of all 60 at once."""
     images, layer = page["images"], page["cnn"][0]
-    assert page["record"].weight == 60
+    assert page["record"].denominator == 60
     assert relative(layer.running_mean, 0.1 * images.mean().reshape(1)) <= STATISTICS_TOLERANCE
     assert relative(layer.running_var, (0.9 + 0.1 * images.var()).reshape(1)) <= STATISTICS_TOLERANCE
 
@@ -126,13 +135,15 @@ def check_precision(page: dict[str, Any]) -> None:
         model = page["make_model"]()
         start = flat(model)
         for first in range(0, 12, 4):
-            micros = [micro for rank in range(RANKS) for micro in micros_of(page, rank)[first : first + 4]]
-            count = sum(int((micro["labels"][:, 1:] != -100).sum()) for micro in micros)
+            micro_batches = [
+                micro_batch for rank in range(RANKS) for micro_batch in micro_batches_of(page, rank)[first : first + 4]
+            ]
+            count = sum(int((micro_batch["labels"][:, 1:] != -100).sum()) for micro_batch in micro_batches)
             gradient = torch.zeros_like(start)
-            for micro in micros:
+            for micro_batch in micro_batches:
                 with torch.autocast("cpu", dtype):
-                    logits = model(micro["input_ids"]).logits[:, :-1]
-                    labels = micro["labels"][:, 1:].flatten()
+                    logits = model(micro_batch["input_ids"]).logits[:, :-1]
+                    labels = micro_batch["labels"][:, 1:].flatten()
                     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum") / count
                 gradients = torch.autograd.grad(loss * 2.0**16, list(model.parameters()))
                 gradient += torch.cat([g.flatten() for g in gradients]) / 2.0**16
@@ -144,7 +155,7 @@ def check_precision(page: dict[str, Any]) -> None:
 
 def check_trainer(page: dict[str, Any]) -> None:
     """The page's short command and the overrides of its arguments say the same, in words that conf/ knows."""
-    carried = page["carried"]
+    carried = page["converted"]
     assert list(carried.not_carried) == ["warmup_steps"]
     written = re.findall(
         r"^torchrun .*-m distaccum train (.*)$", PAGE.read_text().replace("\\\n", ""), flags=re.MULTILINE
@@ -175,10 +186,14 @@ def compose(overrides: list[str]) -> None:
 
 
 def check_verify(page: dict[str, Any]) -> None:
-    """Proven, and the training that goes on is as if nothing had been proven."""
+    """Proven, and the training that continues is as if nothing had been proven."""
     assert {"gradient", "loss", "update"} <= {line.name for line in page["proof"].lines}
     assert page["proof"].holds
     one_big_batch(page)
+
+
+def check_dtypes(page: dict[str, Any]) -> None:
+    assert (page["record"].step, page["record"].skipped) == (3, None)
 
 
 head_against_big_batch = partial(
@@ -189,14 +204,20 @@ CHECKS: dict[str, Check] = {
     "fsdp": one_big_batch,
     "accelerate": head_against_big_batch,
     "fabric": partial(one_big_batch, mean=partial(token_mean, smoothing=0.1)),
-    "lightning": partial(one_big_batch, num_micros=(4, 2)),
+    "lightning": partial(one_big_batch, num_micro_batches=(4, 2)),
     "trainer": check_trainer,
     "lora": partial(head_against_big_batch, make="make_lora"),
     "batchnorm": check_batchnorm,
     "precision": check_precision,
     "verify": check_verify,
+    "readme": partial(one_big_batch, num_micro_batches=(8,), decays=True),
+    "loop": partial(one_big_batch, num_micro_batches=(4, 4), decays=True),
+    "objective": partial(one_big_batch, mean=partial(token_mean, smoothing=0.1)),
+    "prove": check_verify,
+    "dtypes": check_dtypes,
 }
-IN_FLOAT32 = ("precision",)  # autocast leaves float64 alone
+BEFORE = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=3); objective = da.CausalLM()"
+IN_FLOAT32 = ("precision", "dtypes")  # autocast leaves float64 alone
 
 
 @contextmanager
@@ -218,8 +239,8 @@ def run_block(name: str) -> None:
     blocks = our_blocks()
     page: dict[str, Any] = {"__name__": "migrating", "print": lambda *words: None}
     with default_dtype(torch.float32 if name in IN_FLOAT32 else torch.float64):
-        for part in ("setup", name):
-            exec(compile(blocks[part], f"{PAGE.name}: {part}", "exec"), page)
+        for part in (blocks["setup"], BEFORE, blocks[name]):
+            exec(compile(part, name, "exec"), page)
         CHECKS[name](page)
 
 
@@ -230,12 +251,17 @@ def test_our_block(two_ranks: World, name: str) -> None:
 
 def test_every_block_of_ours_is_run() -> None:
     assert our_blocks().keys() - {"setup"} == CHECKS.keys()
-    for name, code in all_blocks():
+    for page in PAGES:
+        for name, code in all_blocks(page):
+            assert (
+                name is not None or "import distaccum" not in code or page.name == "why.md"
+            )  # tests/benchmarks has it
+    for name, code in all_blocks(PAGE):
         assert code.startswith("# distaccum") == (name is not None)
 
 
 def test_what_users_have_today_is_python() -> None:
-    theirs = [code for name, code in all_blocks() if name is None]
+    theirs = [code for name, code in all_blocks(PAGE) if name is None]
     assert len(theirs) == 5
     for code in theirs:
         compile(code, PAGE.name, "exec")
@@ -244,6 +270,56 @@ def test_what_users_have_today_is_python() -> None:
 def test_every_name_of_ours_exists() -> None:
     import distaccum
 
-    names = set(re.findall(r"\bda\.(\w+)", PAGE.read_text()))
+    names = {name for page in PAGES for name in re.findall(r"\bda\.(\w+)", page.read_text())}
     assert len(names) > 8
     assert all(hasattr(distaccum, name) for name in names), names
+
+
+COMMANDS = [
+    (page.name, line.partition(" # ")[0].strip())
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.search(r"(-m distaccum|^distaccum|train\.sbatch) ", line)
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_of_the_pages_is_composed_and_checked(page: str, command: str) -> None:
+    """Hydra refuses keys that do not exist; types and contradictions are checked without data and ranks."""
+    from distaccum.app.commands.check import check_words
+
+    after = re.split(r"-m distaccum|^distaccum|train\.sbatch", command)[1]
+    words = [word for word in shlex.split(after) if word != "..."]
+    words = words[1:] if words and words[0] in ("train", "verify", "plan", "profile", "export") else words
+    if "export" in after:
+        return
+    assert all("=" in word or word in ("--multirun", "--cfg", "job") for word in words), words
+    check_words(words)
+    swept = "--multirun" in words
+    overrides = [word for word in words if "=" in word and not word.startswith("hydra/")]
+    compose(
+        [re.sub(r"=(?:choice\(|range\()?([^,\[]+?)(?:,.*)$", r"=\1", word) if swept else word for word in overrides]
+    )
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    broken = [
+        f"{page.name}: {target}"
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "claims.md"]
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text())
+        if not target.startswith("https://") and not (page.parent / target).exists()
+    ]
+    assert broken == []
+
+
+def test_every_file_that_the_pages_name_exists() -> None:
+    named = {
+        f"{page.name}: {path}"
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "claims.md"]
+        for path in re.findall(
+            r"\b((?:tests|docs|benchmarks(?!/results)|examples|scripts)/[\w/.-]+\.\w+)", page.read_text()
+        )
+        if not (ROOT / path).exists()
+    }
+    assert named == set()
