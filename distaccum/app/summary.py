@@ -127,11 +127,11 @@ def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> s
     )
     # The largest micro-batch. Over all ranks, sizes differ by at most one sample, see Window.
     largest = -(-batch // -(-batch // arithmetic.micro_batch_size))
-    factors = f"{largest} x {steps} accumulation step(s) x {ranks} rank(s)"
+    counts = f"{steps} accumulation step(s) x {ranks} rank(s)"
     if largest * steps * ranks == batch:
-        text = f"micro-batch size {factors} = {batch} samples"
+        text = f"micro-batch size {largest} x {counts} = {batch} samples"
     else:
-        text = f"{batch} samples in uneven micro-batches: size up to {factors}"
+        text = f"{batch} samples in uneven micro-batches: at most {largest} sample(s) x {counts}"
     tokens = f" ({arithmetic.effective_batch_size * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
     return f"{text}{tokens} per optimizer step"
 

@@ -67,7 +67,7 @@ def test_plan_runs_nothing(tmp_path: Path) -> None:
     done = command_line([*command, schedule, "accum.micro_batch_size=1", "optim.scale.lr=sqrt"], tmp_path)
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
-    assert "100 samples in uneven micro-batches: size up to 1 x 2 accumulation step(s) x 64 rank(s)" in out
+    assert "100 samples in uneven micro-batches: at most 1 sample(s) x 2 accumulation step(s) x 64 rank(s)" in out
     assert "does not divide evenly; the nearest batch sizes that do: 64 or 128" in out
     assert "effective batch size 100 from 0, 300 from 50 steps (ramp: jump)" in out
     assert "124,439,808 parameters" in out

@@ -58,7 +58,7 @@ def test_torchrun_tells_what_it_does(torchrun_fsdp: tuple[Path, subprocess.Compl
     assert "\r" not in out  # no bar in a log
     out = " ".join(out.split())  # lines are wrapped
     assert (
-        "10 samples in uneven micro-batches: size up to 2 x 3 accumulation step(s) x 2 rank(s) (320 tokens)"
+        "10 samples in uneven micro-batches: at most 2 sample(s) x 3 accumulation step(s) x 2 rank(s) (320 tokens)"
         " per optimizer step" in out
     )
     assert "fsdp, 2 rank(s) on cpu, gloo" in out

@@ -70,7 +70,7 @@ def test_it_is_told_and_the_rest_is_that_of_a_number(
     micro_batch = micro_batch_of(out)
     assert micro_batch == 4, out
     assert "KiB of 399.0 KiB; 6 did not), found by 4 dry runs" in out  # 12 samples have no micro-batches of 5
-    assert "12 samples in uneven micro-batches: size up to 4 x 2 accumulation step(s) x 2 rank(s)" in out
+    assert "12 samples in uneven micro-batches: at most 4 sample(s) x 2 accumulation step(s) x 2 rank(s)" in out
     run(tmp_path, "train", *SMALL, *text, f"accum.micro_batch_size={micro_batch}")
     assert ended(tmp_path) == ended(folder)
 
