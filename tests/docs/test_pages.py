@@ -16,10 +16,11 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from worlds import World
+
+import distaccum as da
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "migrating.md"
@@ -192,6 +195,31 @@ def check_verify(page: dict[str, Any]) -> None:
     one_big_batch(page)
 
 
+def check_resume(page: dict[str, Any]) -> None:
+    """Killed at the third step and started again, the loop ends with the bits of the undisturbed one."""
+    undisturbed, steps = flat(page["model"]), page["accumulator"].steps
+    assert steps == 6
+    blocks, path = our_blocks(), Path(page["path"])
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        path.unlink()
+    torch.distributed.barrier()
+    step = da.Accumulator.step
+
+    def killed(self: da.Accumulator, window: Any) -> da.StepRecord:
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        return step(self, window)
+
+    for kills in (True, False):
+        again: dict[str, Any] = {"__name__": "again", "path": str(path)}
+        with mock.patch.object(da.Accumulator, "step", killed if kills else step), suppress(KeyboardInterrupt):
+            for part in (blocks["setup"], BEFORE, blocks["resume"]):
+                exec(compile(part, "resume", "exec"), again)
+    assert again["accumulator"].steps == 6
+    assert torch.equal(flat(again["model"]), undisturbed)
+
+
 def check_dtypes(page: dict[str, Any]) -> None:
     assert (page["record"].step, page["record"].skipped) == (3, None)
 
@@ -215,6 +243,7 @@ CHECKS: dict[str, Check] = {
     "objective": partial(one_big_batch, mean=partial(token_mean, smoothing=0.1)),
     "prove": check_verify,
     "dtypes": check_dtypes,
+    "resume": check_resume,
 }
 BEFORE = "scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=3); objective = da.CausalLM()"
 IN_FLOAT32 = ("precision", "dtypes")  # autocast leaves float64 alone
@@ -231,13 +260,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def run_block(name: str) -> None:
+def run_block(name: str, path: str) -> None:
     """On each rank: the page's beginning, the block in its names, and what it has left behind, judged."""
     # What peft, transformers and FSDP2 say of each other; nothing that the page could write otherwise.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     blocks = our_blocks()
-    page: dict[str, Any] = {"__name__": "migrating", "print": lambda *words: None}
+    page: dict[str, Any] = {"__name__": "migrating", "print": lambda *words: None, "path": path}
     with default_dtype(torch.float32 if name in IN_FLOAT32 else torch.float64):
         for part in (blocks["setup"], BEFORE, blocks[name]):
             exec(compile(part, name, "exec"), page)
@@ -245,8 +274,8 @@ def run_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_our_block(two_ranks: World, name: str) -> None:
-    two_ranks.run(run_block, name)
+def test_our_block(two_ranks: World, name: str, tmp_path: Path) -> None:
+    two_ranks.run(run_block, name, str(tmp_path / "checkpoint.pt"))
 
 
 def test_every_block_of_ours_is_run() -> None:
