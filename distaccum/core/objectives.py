@@ -43,7 +43,7 @@ class CausalLM:
 
     def denominator(self, micro_batch: Any) -> int:
         """Return the number of labels that count."""
-        labels = _inputs_and_labels(micro_batch, "input_ids")[1]
+        labels = _class_numbers(_inputs_and_labels(micro_batch, "input_ids")[1])
         return int(((labels[:, 1:] if self.shift else labels) != self.ignore_index).sum())
 
 
@@ -65,7 +65,7 @@ class Classification:
 
     def denominator(self, micro_batch: Any) -> int:
         """Return the number of labels that count."""
-        return int((_inputs_and_labels(micro_batch, "inputs")[1] != self.ignore_index).sum())
+        return int((_class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index).sum())
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ClassificationAccuracy:
 
     def denominator(self, micro_batch: Any) -> dict[str, int]:
         """Return the number of labels that count, for each of the two terms."""
-        count = int((_inputs_and_labels(micro_batch, "inputs")[1] != self.ignore_index).sum())
+        count = int((_class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index).sum())
         return {"loss": count, "accuracy": count}
 
 
@@ -163,6 +163,20 @@ def _inputs_and_labels(micro_batch: Any, inputs: str) -> tuple[Tensor, Tensor]:
         f"This objective needs a micro-batch with '{inputs}' and 'labels', or a pair of them; got {got}. "
         "Rename the columns, or write an Objective(loss_sum, denominator) of your own."
     )
+
+
+def _class_numbers(labels: Tensor) -> Tensor:
+    """Return the labels, which must be integers.
+
+    Raises:
+        ConfigError: for floating-point labels, which cross entropy would take for probabilities.
+    """
+    if labels.is_floating_point():
+        raise ConfigError(
+            f"Labels have dtype {labels.dtype}, but this objective needs the numbers of classes or tokens (int64). "
+            "Convert them with labels.long(), or use da.Regression() for numbers."
+        )
+    return labels
 
 
 def _logits(output: Any) -> Tensor:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,13 +38,6 @@ from distaccum.step.timing import mark
 NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
 
 
-class Scheduler(Protocol):
-    """Changes the learning rate once per optimizer step, as torch's LR schedulers do."""
-
-    def step(self) -> Any:
-        """Change the learning rate after an update; not called for a window that is skipped."""
-
-
 class Accumulator:
     """Runs one optimizer step per window of micro-batches, in your own training loop."""
 
@@ -56,7 +49,7 @@ class Accumulator:
         *,
         sync: Sync | str = Sync.auto,
         clip_norm: float | None = None,
-        scheduler: Scheduler | None = None,
+        scheduler: checks.Scheduler | None = None,
         seed: int | None = None,
         nonfinite: NonFinite | str = "raise",
         audit: Audit | str = Audit.never,
@@ -108,9 +101,9 @@ class Accumulator:
         self.strategy = strategy_for(
             model, sync, dtypes, apart=agree_on_oom, others=outside(in_shards(model), self.optimizer)
         )
-        self.objective = objective
+        self.objective = checks.own_objective(objective)
         self.clip_norm = clip_norm
-        self.scheduler = checks.own_scheduler(scheduler)
+        self.scheduler = checks.own_scheduler(scheduler, self.optimizer)
         self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
@@ -161,7 +154,7 @@ class Accumulator:
                     return self._skip(window, totals, chosen)
                 if any(parameter.grad is not None for parameter in parameters):
                     self._parameters.clear()  # gradients from before the window
-                runner = self._runner(window, totals, self.seed)
+                runner = self._runner(window, totals, parameters, self.seed)
                 if self.agree_on_oom:  # this runs the last backward too
                     last_backward = oom.run(strategy, consensus, runner, self.overlap.run)
                 else:
@@ -252,12 +245,14 @@ class Accumulator:
             return
         nothing = WindowTotals(Denominator(dict.fromkeys(consensus.terms or [], 1.0)), rounds=1, num_micro_batches=0)
         empty = MicroBatches([], 0)  # so one padding micro-batch is computed, and adds nothing
-        plain_order.run(strategy, self._runner(empty, nothing, None))()
+        plain_order.run(strategy, self._runner(empty, nothing, [], None))()
         self._settled = True
 
-    def _runner(self, window: MicroBatches, totals: WindowTotals, seed: int | None) -> MicroBatchRunner:
+    def _runner(
+        self, window: MicroBatches, totals: WindowTotals, parameters: Sequence[nn.Parameter], seed: int | None
+    ) -> MicroBatchRunner:
         return MicroBatchRunner(
-            self.strategy, self.objective, window, totals, self._consensus.padding, seed=seed,
+            self.strategy, self.objective, window, totals, self._consensus.padding, parameters, seed=seed,
             num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
         )  # fmt: skip
 

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
+from distaccum.core.loss import SupportsObjective
 from distaccum.errors import ConfigError
 
 # Packages that wrap optimizers and schedulers in objects whose step() may make no step, or several.
 _WRAPPING = ("accelerate.", "lightning.", "lightning_fabric.")
+
+
+class Scheduler(Protocol):
+    """Changes the learning rate once per optimizer step, as torch's LR schedulers do."""
+
+    def step(self) -> Any:
+        """Change the learning rate after an update; not called for a window that is skipped."""
 
 
 def own_optimizer(optimizer: Any) -> Optimizer:
@@ -40,14 +48,36 @@ def own_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def own_scheduler(scheduler: Any) -> Any:
+def own_objective(objective: Any) -> SupportsObjective:
+    """Return the objective if it has the two methods of one.
+
+    Raises:
+        ConfigError: for anything else, such as a loss function.
+    """
+    if not all(callable(getattr(objective, name, None)) for name in ("loss_sum", "denominator")):
+        raise ConfigError(
+            f"objective is a {type(objective).__name__} without the methods loss_sum and denominator. Write "
+            "da.Objective(loss_sum, denominator) with two functions: loss_sum(model, micro_batch) returns the sum of "
+            "the losses, denominator(micro_batch) returns how many were summed."
+        )
+    found: SupportsObjective = objective
+    return found
+
+
+def own_scheduler(scheduler: Any, optimizer: Optimizer) -> Any:
     """Return the scheduler without Accelerate's wrapper, which steps once per rank.
 
     Raises:
         ConfigError: for anything without a `step()` that needs no arguments, except
-            ReduceLROnPlateau.
+            ReduceLROnPlateau, and for a scheduler of another optimizer.
     """
     scheduler = _inside(scheduler, "scheduler")
+    moved = _inside(getattr(scheduler, "optimizer", optimizer), "optimizer")
+    if isinstance(moved, Optimizer) and moved is not optimizer:
+        raise ConfigError(
+            f"The {type(scheduler).__name__} changes the learning rate of another optimizer, so that of this one would "
+            "stay constant. Make the scheduler over the optimizer that you pass."
+        )
     if scheduler is None or isinstance(scheduler, ReduceLROnPlateau):
         return scheduler
     if not callable(getattr(scheduler, "step", None)):

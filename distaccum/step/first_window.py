@@ -67,9 +67,9 @@ class FirstLook:
         if others and strategy.world.rank == 0:
             rank, text = others[0]
             warnings.warn(
-                f"On rank {rank} {text}: samples interact in the loss, so it depends on how they are cut into "
-                "micro-batches, and each micro-batch is treated as a batch of its own. If this is intended "
-                "(contrastive losses), pass check_cut=False.",
+                f"On rank {rank} {text}. So the result depends on how samples are cut into micro-batches, and each "
+                "micro-batch is treated as a batch of its own. If this is intended (contrastive losses, a constant "
+                "denominator), pass check_cut=False.",
                 StateWarning,
                 stacklevel=3,
             )
@@ -122,6 +122,12 @@ def _dependence(strategy: Strategy, objective: SupportsObjective, micro_batch: A
         return "", False
     if parts is None or whole != again:
         return "", False
+    counted = [next(iter(denominator.values())) for denominator in denominators]
+    if len(terms) == 1 and counted[0] != counted[1] + counted[2]:
+        return (
+            f"the denominator of one micro-batch is {counted[0]:g}, and those of its halves are {counted[1]:g} and "
+            f"{counted[2]:g} (len() of a pair is 2, not the number of samples)"
+        ), False
     for i, name in enumerate(terms):
         counts = [denominator[name] for denominator in denominators]
         allowed = CUT_TOLERANCE * (abs(a[i]) + abs(b[i]))
@@ -129,7 +135,8 @@ def _dependence(strategy: Strategy, objective: SupportsObjective, micro_batch: A
             factor = whole[i] / (a[i] + b[i]) if a[i] + b[i] else float("inf")
             mean = (a[i] * counts[1] + b[i] * counts[2]) / counts[0] if counts[0] else float("inf")
             text = f"'{name}' of one micro-batch is {factor:.4g} times the sum of its two halves'"
-            return text, min(abs(whole[i] - mean), abs(whole[i] - (a[i] + b[i]) / 2)) <= allowed
+            is_mean = min(abs(whole[i] - mean), abs(whole[i] - (a[i] + b[i]) / 2)) <= allowed
+            return text if is_mean else f"{text}, so samples interact in the loss", is_mean
     return "", False
 
 

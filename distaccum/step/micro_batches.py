@@ -5,10 +5,11 @@ The order of forwards and backwards is decided elsewhere: in plain_order or in o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distaccum._torch import issued
 from distaccum.core.loss import SupportsObjective, checked_denominators, denominators_of, joined, sums_of
@@ -36,6 +37,7 @@ class MicroBatchRunner:
         window: MicroBatches,
         totals: WindowTotals,
         padding: Any,
+        parameters: Sequence[nn.Parameter],
         *,
         seed: int | None,
         num_windows: int,
@@ -51,6 +53,7 @@ class MicroBatchRunner:
                 same on every rank.
             padding: any micro-batch, computed with gradient 0 in the rounds for which this rank has
                 no micro-batch.
+            parameters: the optimizer's, without gradients.
             seed: the training's seed of the randomness inside micro-batches; None: nothing is
                 seeded.
             num_windows: the window's number if there is no plan that numbers it.
@@ -65,6 +68,7 @@ class MicroBatchRunner:
         self._denominator = totals.denominator
         self._terms = list(totals.denominator.by_term)
         self._padding = padding
+        self._parameters = parameters
         self._seed = seed
         self._step = num_windows if window.step is None else window.step
         self._factor = strategy.grad_scale * loss_scale
@@ -137,6 +141,11 @@ class MicroBatchRunner:
                 own = sums_of(self._objective, self._strategy.called, micro_batch, self._terms)
         except ValueError as error:
             raise explained(error, index) from error.__cause__
+        if index == 0 and any(parameter.grad is not None for parameter in self._parameters):
+            raise ConfigError(
+                "The objective called backward, so gradients would be added twice. Return the sum of the losses; the "
+                "accumulator runs the backward."
+            )
         self._sums += [value.detach() for value in own]
         if self._gradient is None:
             self._gradient = self._denominator.gradient(own, self._factor)

@@ -533,3 +533,55 @@ def test_a_micro_batch_that_one_rank_cannot_count(two_ranks: World, when: str, s
     assert "ConfigError The micro-batches of rank 1 cannot be counted" in first
     assert second == f"KeyError 'x' after {steps}"
     assert first.endswith(f"after {steps}")
+
+
+# What newcomers try first.
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_objective_that_calls_backward_is_refused(two_ranks: World, retain: bool) -> None:
+    for text in two_ranks.run(calls_backward, retain):
+        assert ("The objective called backward" if retain else "backward") in text
+
+
+def calls_backward(retain: bool) -> str:
+    def loss_sum(model: Any, micro_batch: Any) -> Any:
+        loss = masked_objective().loss_sum(model, micro_batch)
+        loss.backward(retain_graph=retain)
+        return loss
+
+    model = wrap(make_model(), "ddp", ())
+    accumulator = da.Accumulator(
+        model, sgd(model), da.Objective(loss_sum, masked_objective().denominator), check_cut=False
+    )
+    with pytest.raises((da.ConfigError, RuntimeError)) as refused:
+        accumulator.step([make_micro_batch(i) for i in range(2)])
+    return str(refused.value)
+
+
+def test_a_scheduler_of_another_optimizer_is_refused() -> None:
+    model = make_model()
+    scheduler = torch.optim.lr_scheduler.StepLR(sgd(model), 1)
+    with pytest.raises(da.ConfigError, match="StepLR changes the learning rate of another optimizer"):
+        da.Accumulator(model, sgd(model), masked_objective(), scheduler=scheduler)
+
+
+@pytest.mark.parametrize("objective", [torch.nn.MSELoss(), len, None], ids=["module", "function", "none"])
+def test_a_loss_function_is_no_objective(objective: Any) -> None:
+    model = make_model()
+    with pytest.raises(da.ConfigError, match=r"without the methods loss_sum and denominator. Write da.Objective"):
+        da.Accumulator(model, sgd(model), objective)
+
+
+def test_the_length_of_a_pair_is_no_number_of_samples() -> None:
+    model = torch.nn.Linear(2, 1).double()
+    objective = da.Objective(lambda called, pair: (called(pair[0]) - pair[1]).square().sum(), len)
+    pair = (torch.ones(4, 2, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
+    with pytest.warns(da.StateWarning, match=r"the denominator of one micro-batch is 2, and those of its halves are 2"):
+        da.Accumulator(model, sgd(model), objective).step([pair])
+
+
+@pytest.mark.parametrize("objective", [da.CausalLM(), da.Classification()], ids=lambda o: type(o).__name__)
+def test_labels_that_are_no_class_numbers_are_refused(objective: Any) -> None:
+    with pytest.raises(da.ConfigError, match=r"Labels have dtype torch.float32, but this objective needs the numbers"):
+        objective.denominator((torch.ones(2, 3), torch.ones(2, 3)))
