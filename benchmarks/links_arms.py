@@ -224,7 +224,7 @@ _WAYS: dict[str, Callable[[Settings, nn.Module], Arm]] = {
     "FSDP2 each micro-batch": fsdp_each,
     "FSDP2 last micro-batch": fsdp_last,
     "ours FSDP2 boundary": lambda settings, inner: ours(settings, inner, "boundary", sharded=True),
-    "ours FSDP2 keep": lambda settings, inner: ours(settings, inner, "gather_once", sharded=True),
+    "ours FSDP2 gather_once": lambda settings, inner: ours(settings, inner, "gather_once", sharded=True),
 }
 
 

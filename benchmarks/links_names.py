@@ -13,7 +13,7 @@ SLOW = ("DDP naive", "FSDP2 each micro-batch", "FSDP2 last micro-batch", "ours F
 SAME_ORDER = (REFERENCE, SMALL, "Accelerate", "Fabric", "ours DDP")
 _PLAIN = (
     COMPUTE, REFERENCE, SMALL, "DDP naive", "Accelerate", "Fabric", "ours DDP", "FSDP2 each micro-batch",
-    "FSDP2 last micro-batch", "ours FSDP2 boundary", "ours FSDP2 keep",
+    "FSDP2 last micro-batch", "ours FSDP2 boundary", "ours FSDP2 gather_once",
 )  # fmt: skip
 
 

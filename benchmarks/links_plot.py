@@ -19,7 +19,7 @@ from links_names import COMPUTE
 COLORS = {
     "DDP naive": "#cc3311", "DDP no_sync": "#222222", "Accelerate": "#888888", "Fabric": "#aaaaaa",
     "ours DDP": "#1f5fa8", "FSDP2 each micro-batch": "#e08a5a", "FSDP2 last micro-batch": "#b3541e",
-    "ours FSDP2 boundary": "#88bb66", "ours FSDP2 keep": "#228833",
+    "ours FSDP2 boundary": "#88bb66", "ours FSDP2 gather_once": "#228833",
 }  # fmt: skip
 OVERLAP_COLOR = "#4477aa"
 SPACE = 0.047  # between two labels, as a share of the panel's height

@@ -53,7 +53,7 @@ WAYS = (
     Way("ddp", "ddp", "boundary"),
     Way("ddp, T = 4", "ddp", "boundary", 4),
     Way("fsdp boundary", "fsdp", "boundary"),
-    Way("fsdp keep", "fsdp", "gather_once"),
+    Way("fsdp gather_once", "fsdp", "gather_once"),
     Way("fsdp every", "fsdp", "every"),
 )
 

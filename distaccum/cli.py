@@ -39,10 +39,10 @@ def main() -> None:
 
     The exit code is 0 for success, 1 for a failure and 2 for a mistake of the user.
     """
-    word, *overrides = sys.argv[1:] or [""]
+    word, *overrides = sys.argv[1:] or ["help"]
     if word in ("-h", "--help", "help"):
         print(USAGE)
-        sys.exit(0)
+        sys.exit(0 if sys.argv[1:] else 2)
     if word not in WORDS:
         print(f"distaccum: there is no command {word!r}.\n\n{USAGE}", file=sys.stderr)
         sys.exit(2)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distaccum.app.names import key_here
+from distaccum.app.names import no_key
 from distaccum.app.oom import OnOutOfMemory
 from distaccum.checkpoint.saver import CheckpointConfig
 from distaccum.core.batch_schedule import Ramp, ScheduleUnit
@@ -250,30 +250,34 @@ def _refuse_unknown(kind: Any, node: Any, prefix: str) -> None:
     """Raise ConfigError for an unknown key; OmegaConf's own error would not list the known ones."""
     if not isinstance(node, dict) or not hasattr(kind, "__dataclass_fields__"):
         return
-    known = {field.name: field for field in fields(kind)}
+    known = [field.name for field in fields(kind)]
     for key, value in node.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
-            raise ConfigError(f"There is no key {prefix}{key}. {key_here(f'{prefix}{key}') or meant}")
+            raise ConfigError(no_key(f"{prefix}{key}", known))
         inner = _dataclass_of(kind, key)
         if inner is not None:
             _refuse_unknown(inner, value, f"{prefix}{key}.")
 
 
-def exists(key: str, kind: Any = Config) -> bool:
-    """Return whether a dotted key exists for any choice of model, data and launch."""
+def missing(key: str, kinds: Sequence[Any] = (Config,)) -> list[str] | None:
+    """Return the names that exist where a dotted key stops to exist, or None if it exists.
+
+    A key exists if some choice of model, data and launch has it.
+
+    Args:
+        key: the dotted key, from the section of `kinds` on.
+        kinds: the dataclasses that the section may have.
+    """
     name, _, rest = key.partition(".")
-    if name not in {field.name for field in fields(kind)}:
-        return False
-    chosen = {"model": MODELS, "data": DATA, "launch": LAUNCH}.get(name, {}) if kind is Config else {}
-    inner = [*chosen.values()] or [_dataclass_of(kind, name)]
-    return not rest or any(one is None or exists(rest, one) for one in inner)
+    known = {field.name: kind for kind in kinds for field in fields(kind)}
+    if name not in known:
+        return list(known)
+    choices = {"model": MODELS, "data": DATA, "launch": LAUNCH}
+    inner = [*choices[name].values()] if kinds == (Config,) and name in choices else [_dataclass_of(known[name], name)]
+    return None if not rest or None in inner else missing(rest, inner)
 
 
 def _dataclass_of(kind: Any, name: str) -> Any:
-    from typing import get_type_hints
-
     hint = get_type_hints(kind)[name]
     return hint if hasattr(hint, "__dataclass_fields__") else None
 

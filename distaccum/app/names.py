@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Keys of version 0.1, and their current names.
@@ -29,23 +30,25 @@ RENAMED_VALUES = {
 ELSEWHERE = {
     "accelerator": ("device", "Lightning"),
     "accumulate_grad_batches": ("accum.gradient_accumulation_steps", "Lightning"),
-    "adam_beta1": ("optim.beta1", "the Hugging Face Trainer, Megatron"),
-    "adam_beta2": ("optim.beta2", "the Hugging Face Trainer, Megatron"),
+    "adam_beta1": ("optim.beta1", "the Hugging Face Trainer and Megatron"),
+    "adam_beta2": ("optim.beta2", "the Hugging Face Trainer and Megatron"),
     "adam_epsilon": ("optim.eps", "the Hugging Face Trainer"),
-    "bf16": ("precision=bf16", "the Hugging Face Trainer, DeepSpeed, Megatron"),
+    "batch_size": ("accum.micro_batch_size", "torch's DataLoader"),
+    "bf16": ("precision=bf16", "the Hugging Face Trainer, DeepSpeed and Megatron"),
     "clip_grad": ("optim.clip_norm", "Megatron"),
     "data_parallel_replicate_degree": ("parallel.replicas", "torchtitan"),
     "data_parallel_shard_degree": ("parallel=fsdp", "torchtitan"),
     "dataloader_num_workers": ("loader.workers", "the Hugging Face Trainer"),
     "default_root_dir": ("run_dir", "Lightning"),
     "devices": ("launch.nproc_per_node", "Lightning"),
+    "epochs": ("train.epochs", "many training scripts"),
     "eval_interval": ("train.validate_every_steps", "Megatron"),
     "eval_steps": ("train.validate_every_steps", "the Hugging Face Trainer"),
-    "fp16": ("precision=fp16", "the Hugging Face Trainer, DeepSpeed, Megatron"),
+    "fp16": ("precision=fp16", "the Hugging Face Trainer, DeepSpeed and Megatron"),
     "fsdp": ("parallel=fsdp", "the Hugging Face Trainer"),
-    "global_batch_size": ("accum.effective_batch_size", "Megatron, torchtitan"),
+    "global_batch_size": ("accum.effective_batch_size", "Megatron and torchtitan"),
     "gradient_accumulation_steps": (
-        "accum.gradient_accumulation_steps", "Accelerate, the Hugging Face Trainer, DeepSpeed",
+        "accum.gradient_accumulation_steps", "Accelerate, the Hugging Face Trainer and DeepSpeed",
     ),
     "gradient_checkpointing": ("nn.checkpoint", "the Hugging Face Trainer"),
     "gradient_clip_val": ("optim.clip_norm", "Lightning"),
@@ -57,13 +60,13 @@ ELSEWHERE = {
     "log_freq": ("train.log_every_steps", "torchtitan"),
     "log_interval": ("train.log_every_steps", "Megatron"),
     "logging_steps": ("train.log_every_steps", "the Hugging Face Trainer"),
-    "lr": ("optim.lr", "Megatron, torchtitan"),
+    "lr": ("optim.lr", "Megatron and torchtitan"),
     "lr_scheduler_type": ("optim.schedule.name", "the Hugging Face Trainer"),
     "lr_warmup_iters": ("optim.schedule.warmup", "Megatron"),
     "max_epochs": ("train.epochs", "Lightning"),
     "max_grad_norm": ("optim.clip_norm", "the Hugging Face Trainer"),
     "max_norm": ("optim.clip_norm", "torchtitan"),
-    "max_steps": ("train.steps", "the Hugging Face Trainer, Lightning"),
+    "max_steps": ("train.steps", "the Hugging Face Trainer and Lightning"),
     "max_time": ("train.max_minutes", "Lightning"),
     "micro_batch_size": ("accum.micro_batch_size", "Megatron"),
     "mixed_precision": ("precision", "Accelerate"),
@@ -78,7 +81,7 @@ ELSEWHERE = {
     "save_interval": ("checkpoint.every.steps", "Megatron"),
     "save_steps": ("checkpoint.every.steps", "the Hugging Face Trainer"),
     "save_total_limit": ("checkpoint.keep", "the Hugging Face Trainer"),
-    "seed": ("train.seed", "the Hugging Face Trainer, Megatron"),
+    "seed": ("train.seed", "the Hugging Face Trainer and Megatron"),
     "seq_len": ("data.seq_len", "torchtitan"),
     "seq_length": ("data.seq_len", "Megatron"),
     "steps": ("train.steps", "torchtitan"),
@@ -89,8 +92,8 @@ ELSEWHERE = {
     "train_iters": ("train.steps", "Megatron"),
     "train_micro_batch_size_per_gpu": ("accum.micro_batch_size", "DeepSpeed"),
     "val_check_interval": ("train.validate_every_steps", "Lightning"),
-    "warmup_steps": ("optim.schedule.warmup", "the Hugging Face Trainer, torchtitan"),
-    "weight_decay": ("optim.weight_decay", "the Hugging Face Trainer, Megatron"),
+    "warmup_steps": ("optim.schedule.warmup", "the Hugging Face Trainer and torchtitan"),
+    "weight_decay": ("optim.weight_decay", "the Hugging Face Trainer and Megatron"),
     "zero_optimization": ("parallel=fsdp", "DeepSpeed"),
 }  # fmt: skip
 
@@ -110,6 +113,20 @@ def key_here(key: str, value: str | None = None) -> str | None:
         return f"It is now called {_written(RENAMED[key], value)}."
     here, whose = ELSEWHERE.get(key.rpartition(".")[2], ("", ""))
     return f"Write {_written(here, value)}; that name is from {whose}." if here else None
+
+
+def no_key(key: str, known: Sequence[str], value: str | None = None) -> str:
+    """Return what to say of a key that does not exist, with what to write instead.
+
+    Args:
+        key: the dotted key.
+        known: the names that exist in its section.
+        value: the value that was given; None if it is not to be repeated.
+    """
+    prefix = key[: key.rfind(".") + 1]
+    near = difflib.get_close_matches(key.removeprefix(prefix), known, n=1)
+    meant = f"Did you mean {prefix}{near[0]}?" if near else f"Known: {', '.join(known)}."
+    return f"There is no key {key}. {key_here(key, value) or meant}"
 
 
 def renamed(facts: Mapping[str, Any]) -> dict[str, Any]:

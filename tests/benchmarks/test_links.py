@@ -60,8 +60,8 @@ def test_every_way_sends_what_it_should(tmp_path: Path) -> None:
     for peer in {"Accelerate", "Fabric"} - set(world["missing"]):
         assert sent[peer] == pytest.approx(sent["DDP no_sync"], rel=0.01)
     # An all-gather sends the half of the parameters that this host has; gloo's reduce-scatter as much as an all-reduce.
-    assert sent["ours FSDP2 keep"] < 1.55 * gradients
-    assert sent["ours FSDP2 keep"] < sent["ours FSDP2 boundary"] / 4
+    assert sent["ours FSDP2 gather_once"] < 1.55 * gradients
+    assert sent["ours FSDP2 gather_once"] < sent["ours FSDP2 boundary"] / 4
     assert sent["ours FSDP2 boundary"] <= 1.01 * sent["FSDP2 last micro-batch"]
     assert sent["FSDP2 last micro-batch"] < sent["FSDP2 each micro-batch"] - (micro_batches - 1) * gradients / 2
 

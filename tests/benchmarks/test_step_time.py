@@ -21,7 +21,7 @@ def test_every_way_is_predicted_and_measured(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(found_file.read_text())
     (rate,) = found["rates"].values()
-    ways = ["ddp", "ddp, T = 4", "fsdp boundary", "fsdp keep", "fsdp every"]
+    ways = ["ddp", "ddp, T = 4", "fsdp boundary", "fsdp gather_once", "fsdp every"]
     assert [(row["way"], row["num_micro_batches"]) for row in rate["rows"]] == list(itertools.product(ways, [2, 8]))
     assert rate["profile"]["ranks"] == 2
     assert len(rate["micro_batch"]["seconds"]) == 2  # before the windows of each K

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from distaccum.app.build import build
 from distaccum.app.commands.check import check, check_words
-from distaccum.app.config import config_dir, exists, typed
+from distaccum.app.config import config_dir, missing, typed
 from distaccum.app.names import ELSEWHERE, RENAMED, RENAMED_VALUES
 from distaccum.app.preemption import Preemption
 from distaccum.errors import ConfigError
@@ -77,16 +77,23 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
     [
         (
             "gradient_accumulation_steps=4",
-            "Write accum.gradient_accumulation_steps=4; that name is from Accelerate, the Hugging Face Trainer,",
+            "that name is from Accelerate, the Hugging Face Trainer and DeepSpeed.",
         ),
         ("trainer.accumulate_grad_batches=4", "accum.gradient_accumulation_steps=4; that name is from Lightning."),
         ("+training.local_batch_size=4", "accum.micro_batch_size=4; that name is from torchtitan."),
         (
             "--micro-batch-size",
-            "There is no key --micro-batch-size. Write accum.micro_batch_size; that name is from Megatron",
+            "There is no key micro_batch_size. Write accum.micro_batch_size; that name is from Megatron",
         ),
         ("bf16=true", "There is no key bf16. Write precision=bf16;"),
         ("accum.num_micros=2", "It is now called accum.gradient_accumulation_steps=2."),
+        (
+            "--batch-size",
+            "There is no key batch_size. Write accum.micro_batch_size; that name is from torch's DataLoader",
+        ),
+        ("accum.micro_batchsize=4", "There is no key accum.micro_batchsize. Did you mean accum.micro_batch_size?"),
+        ("optimizer=sgd", "There is no key optimizer. Did you mean optim?"),
+        ("train.colour=red", "There is no key train.colour. Known: steps, epochs, seed,"),
         ("accum.sync=keep", "accum.sync=keep is now written accum.sync=gather_once."),
     ],
 )
@@ -95,10 +102,17 @@ def test_names_from_elsewhere_are_refused_with_ours(word: str, message: str) -> 
         check_words(["accum.micro_batch_size=4", "model=gpt", "hydra.run.dir=x", "model.num_layers=1", word])
 
 
+def test_words_that_may_exist_are_left_to_hydra() -> None:
+    words = ["--cfg", "job", "-m", "+mine=one", "mine@model=gpt", "hydra/sweeper=optuna", "~experiment"]
+    words += ["model.options.a=1", "accum.micro_batch_size=1,2", "data.size_px=8", "launch.time=1:00:00"]
+    check_words(words)
+    check_words(["--config-dir=conf", "mine=one"])
+
+
 def test_every_name_from_elsewhere_has_one_here() -> None:
-    assert [here for here in RENAMED.values() if not exists(here)] == []
-    assert [here for here, _ in ELSEWHERE.values() if not exists(here.partition("=")[0])] == []
-    assert [name for name in [*RENAMED, *ELSEWHERE] if exists(name)] == []
+    assert [here for here in RENAMED.values() if missing(here) is not None] == []
+    assert [here for here, _ in ELSEWHERE.values() if missing(here.partition("=")[0]) is not None] == []
+    assert [name for name in [*RENAMED, *ELSEWHERE] if missing(name) is None] == []
     for word in RENAMED_VALUES.values():
         check(composed(word, "launch.nproc_per_node=2", "parallel=hsdp"))
 

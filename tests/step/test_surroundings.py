@@ -541,7 +541,7 @@ def test_a_micro_batch_that_one_rank_cannot_count(two_ranks: World, when: str, s
 @pytest.mark.parametrize("retain", [False, True])
 def test_an_objective_that_calls_backward_is_refused(two_ranks: World, retain: bool) -> None:
     for text in two_ranks.run(calls_backward, retain):
-        assert ("The objective called backward" if retain else "backward") in text
+        assert text.startswith("The objective called backward")
 
 
 def calls_backward(retain: bool) -> str:
@@ -554,7 +554,7 @@ def calls_backward(retain: bool) -> str:
     accumulator = da.Accumulator(
         model, sgd(model), da.Objective(loss_sum, masked_objective().denominator), check_cut=False
     )
-    with pytest.raises((da.ConfigError, RuntimeError)) as refused:
+    with pytest.raises(da.ConfigError) as refused:
         accumulator.step([make_micro_batch(i) for i in range(2)])
     return str(refused.value)
 

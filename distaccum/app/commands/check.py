@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from distaccum.app.config import AccumConfig, exists, typed
-from distaccum.app.names import RENAMED_VALUES, key_here
+from distaccum.app.config import AccumConfig, missing, typed
+from distaccum.app.names import RENAMED_VALUES, key_here, no_key
 from distaccum.core.batch_schedule import Ramp
 from distaccum.core.batch_size import Ragged
 from distaccum.errors import ConfigError
@@ -31,9 +31,9 @@ def check(composed: dict[str, Any]) -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse overrides that use the names of other programs or of version 0.1.
+    """Refuse overrides of keys that do not exist, under names from elsewhere or misspelled.
 
-    Hydra would only say that there is no such key.
+    Hydra would only say that there is no such key, not which one is meant.
 
     Args:
         words: the words of the command line, such as `gradient_accumulation_steps=4`,
@@ -42,13 +42,20 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         ConfigError: for the first such word, with what to write instead.
     """
+    own_files = any(word.startswith(("--config", "-c")) for word in words)
     for word in words:
         if (now := RENAMED_VALUES.get(word.lstrip("+"))) is not None:
             raise ConfigError(f"{word} is now written {now}.")
         typed, has_value, value = word.partition("=")
         key = typed.lstrip("+~-").replace("-", "_")
-        if not exists(key) and (here := key_here(key, value if has_value else None)) is not None:
-            raise ConfigError(f"There is no key {typed.lstrip('+~')}. {here}")
+        known = None if key.startswith("hydra") or {"@", "/"} & {*key} else missing(key)
+        if known is None:
+            continue
+        # A flag of Hydra's, or a group of the user's own configuration files.
+        own_group = "." not in key and (own_files or typed.startswith("+"))
+        may_exist = not has_value or typed.startswith("--") or own_group
+        if not may_exist or key_here(key) is not None:
+            raise ConfigError(no_key(key, known, value if has_value else None))
 
 
 def _check_schedule(accum: AccumConfig) -> None:
