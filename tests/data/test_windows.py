@@ -93,7 +93,8 @@ class WithState(Reiterable):
 
 
 def in_workers(numbers: Iterable[int]) -> DataLoader[Any]:
-    context = "fork" if dist.is_initialized() else None
+    # Not forked from a rank: a thread of gloo may hold a lock of CPython 3.11 that the child then waits for, for ever.
+    context = "forkserver" if dist.is_initialized() else None
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # ranks may have workers
     return DataLoader([column(x)[0] for x in numbers], batch_size=1, num_workers=1, multiprocessing_context=context)
 
