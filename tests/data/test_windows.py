@@ -93,9 +93,14 @@ class WithState(Reiterable):
 
 
 def in_workers(numbers: Iterable[int]) -> DataLoader[Any]:
-    # Not forked from a rank: a thread of gloo may hold a lock of CPython 3.11 that the child then waits for, for ever.
-    context = "forkserver" if dist.is_initialized() else None
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # ranks may have workers
+    context = None
+    if dist.is_initialized():
+        # Not forked from the rank itself, which has gloo's threads: in CPython before 3.11.10 the child may wait
+        # for ever for a lock that one of them held (python/cpython#112275).
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.utils.data"])
+        # A rank of the tests is a daemon, which may have no children.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     return DataLoader([column(x)[0] for x in numbers], batch_size=1, num_workers=1, multiprocessing_context=context)
 
 

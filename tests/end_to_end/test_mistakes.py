@@ -77,7 +77,8 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
     [
         (
             "gradient_accumulation_steps=4",
-            "that name is from Accelerate, the Hugging Face Trainer and DeepSpeed.",
+            "Write accum.gradient_accumulation_steps=4; that name is from Accelerate, the Hugging Face Trainer "
+            "and DeepSpeed.",
         ),
         ("trainer.accumulate_grad_batches=4", "accum.gradient_accumulation_steps=4; that name is from Lightning."),
         ("+training.local_batch_size=4", "accum.micro_batch_size=4; that name is from torchtitan."),
