@@ -1,5 +1,6 @@
 """program.py as a real program, and what its ranks have left behind."""
 
+import fnmatch
 import json
 import os
 import signal
@@ -106,26 +107,32 @@ def by_hand(start, num_ranks, *args, ranks=None, **kwargs):
     return [start(*args, environment=place | {"RANK": str(rank)}, **kwargs) for rank in ranks or range(num_ranks)]
 
 
+def found(folder, pattern):
+    """The files below a folder whose name matches, sorted; a job may make and remove folders meanwhile."""
+    walk = os.walk(folder)  # unlike Path.rglob it passes over a folder that is gone before it is read
+    return sorted(Path(top, name) for top, _, names in walk for name in fnmatch.filter(names, pattern))
+
+
 def seen(folder):
     """What the ranks of all jobs wrote."""
-    return [json.loads(file.read_text()) for file in sorted(folder.rglob("rank*.json"))]
+    return [json.loads(file.read_text()) for file in found(folder, "rank*.json")]
 
 
 def starts(folder):
     """What the ranks of all starts wrote, first to last."""
-    return [json.loads(line) for file in sorted(folder.rglob("starts.jsonl")) for line in file.read_text().splitlines()]
+    return [json.loads(line) for file in found(folder, "starts.jsonl") for line in file.read_text().splitlines()]
 
 
 def wait_until(done, timeout_s=30, what=""):
     end = time.monotonic() + timeout_s
-    while not (found := done()):
+    while not (value := done()):
         assert time.monotonic() < end, f"not within {timeout_s} s: {what}"
         time.sleep(0.02)
-    return found
+    return value
 
 
 def wait_for_ranks(folder, count, timeout_s=30):
-    return wait_until(lambda: len(found := seen(folder)) >= count and found, timeout_s, f"{count} ranks at work")
+    return wait_until(lambda: len(ranks := seen(folder)) >= count and ranks, timeout_s, f"{count} ranks at work")
 
 
 def alive(pid):
@@ -141,8 +148,9 @@ def wait_until_gone(pids, timeout_s=10):
 
 def stacks(folder):
     """The stack files of one job, by rank."""
-    (found,) = folder.rglob("stacks")
-    return {int(file.stem.removeprefix("rank-")): file.read_text() for file in found.iterdir()}
+    files = found(folder, "rank-*.txt")
+    assert len({file.parent for file in files}) == 1, files
+    return {int(file.stem.removeprefix("rank-")): file.read_text() for file in files}
 
 
 def assert_one_job(ranks, world_size):

@@ -6,14 +6,14 @@ import time
 
 import pytest
 
-from .programs import alive, seen, wait_for_ranks, wait_until_gone
+from .programs import alive, found, seen, wait_for_ranks, wait_until_gone
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def saved(program):
     """The signals that each rank got before it saved."""
-    files = sorted(program.folder.rglob("saved*"))
+    files = found(program.folder, "saved*")
     return [set(json.loads(file.read_text())) for file in files]
 
 
