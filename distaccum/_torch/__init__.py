@@ -3,9 +3,7 @@
 Each function says why no public name serves.
 """
 
-from distaccum._torch.groups import Withheld as Withheld
 from distaccum._torch.groups import fake_process_group as fake_process_group
-from distaccum._torch.groups import issued as issued
 from distaccum._torch.groups import no_communication as no_communication
 from distaccum._torch.modules import composed as composed
 from distaccum._torch.modules import seen_through as seen_through
@@ -19,14 +17,11 @@ from distaccum._torch.replicated import reset_ddp as reset_ddp
 from distaccum._torch.sharded import ShardedGroup as ShardedGroup
 from distaccum._torch.sharded import changed_while_gathered as changed_while_gathered
 from distaccum._torch.sharded import clear_sharded_gradients as clear_sharded_gradients
-from distaccum._torch.sharded import custom_divide_factor as custom_divide_factor
 from distaccum._torch.sharded import forget_forwards as forget_forwards
 from distaccum._torch.sharded import offloads as offloads
 from distaccum._torch.sharded import reduce_unused_parameters as reduce_unused_parameters
 from distaccum._torch.sharded import sharded_groups as sharded_groups
-from distaccum._torch.sharded import sharding_groups as sharding_groups
 from distaccum._torch.sharded import shared_group as shared_group
-from distaccum._torch.tensors import backward as backward
 from distaccum._torch.tensors import fake_tensors as fake_tensors
 from distaccum._torch.tensors import has_hooks as has_hooks
 from distaccum._torch.tensors import storage_resizes as storage_resizes

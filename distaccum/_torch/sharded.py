@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 
@@ -140,28 +139,9 @@ def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return any(len(numbers) > 1 for numbers in groups)
 
 
-def sharding_groups(model: nn.Module) -> list[dist.ProcessGroup]:
-    """List the process groups that FSDP2 uses, each once.
-
-    The mesh of a parameter does not serve: it may be an equal mesh with other process groups.
-    """
-    kinds = ("shard_process_group", "replicate_process_group")
-    found = (getattr(group.mesh_info, kind, None) for group, _ in _fsdp_groups(model) for kind in kinds)
-    return list(dict.fromkeys(group for group in found if group is not None))
-
-
 def offloads(model: nn.Module) -> bool:
     """Return whether FSDP2 keeps parameters on the CPU, which only its private parameters know."""
     return any(param.offload_to_cpu for group, _ in _fsdp_groups(model) for param in group.fsdp_params)
-
-
-def custom_divide_factor(model: nn.Module) -> float | None:
-    """Return the gradient divide factor that the user set on an FSDP2 model, or None.
-
-    FSDP2 has a public setter for it, but no getter.
-    """
-    factors = {group.gradient_divide_factor for group, _ in _fsdp_groups(model)} - {None}
-    return next(iter(factors), None)
 
 
 def _state(model: Any) -> Any:

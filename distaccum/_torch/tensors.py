@@ -7,27 +7,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def has_hooks(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether a trained parameter has hooks, which tensors keep in private attributes."""
     return any(p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters)
-
-
-def backward(root: Tensor, gradient: Tensor) -> None:
-    """Run `torch.autograd.backward(root, gradient)` without its checks.
-
-    The public function checks in Python what is correct here by construction. On a small
-    micro-batch that takes as long as a fifth of all its work.
-
-    Args:
-        root: the tensor to differentiate.
-        gradient: its gradient, of the root's shape.
-    """
-    torch.autograd.Variable._execution_engine.run_backward(
-        (root,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
 
 
 def fake_tensors() -> AbstractContextManager[Any]:

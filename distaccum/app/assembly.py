@@ -14,9 +14,11 @@ from distaccum.core.batch_schedule import BatchSchedule, entries_of
 from distaccum.core.batch_size import BatchArithmetic, samples_of_tokens, solve
 from distaccum.grads.accumulate import SumDtype
 from distaccum.grads.scale import LossScale
+from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 from distaccum.optim import make_optimizer
-from distaccum.parallel.apply import wrap
+from distaccum.parallel.apply import StrategyName, chosen, wrap
+from distaccum.parallel.base import Sync
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
 from distaccum.step.accumulator import Accumulator
@@ -63,8 +65,15 @@ def make_accumulator(
         overlap_micro_batches=accum.overlap_micro_batches,
         overlap_limit=overlap_limit,
         blocks=blocks,
-        agree_on_oom=accum.on_oom is OnOutOfMemory.shrink,
+        agree_on_oom=accum.on_oom is OnOutOfMemory.shrink and _sends_after_windows(config, world),
     )
+
+
+def _sends_after_windows(config: Config, world: World) -> bool:
+    """Return whether micro-batches of this configuration send nothing, so a rank may leave one."""
+    strategy = chosen(config.parallel.name, world.size)
+    whole = strategy in (StrategyName.single, StrategyName.ddp) and config.accum.sync is not Sync.every
+    return world.group is None or (whole and config.nn.batchnorm is not BatchNormMode.sync)
 
 
 def batch_schedule(config: Config, task: Task) -> BatchSchedule | None:

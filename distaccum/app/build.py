@@ -75,9 +75,14 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
     steps = num_steps(config, plan)
     weights = config.init_weights if found is None else None
     limit = overlap_limit(config, task, arithmetic.micro_batch_size) if world.size > 1 else None
-    budget = Budget(Meter(world.device, config.limits.memory_bytes), config.accum.on_oom)
+    budget = Budget(Meter(world.device, config.limits.memory_bytes), config.accum.on_oom, job.run_dir)
+    plan = replace(plan, halvings=budget.halvings(plan.micro_batch_size, world))
+    if plan.halvings:
+        size = plan.largest_micro_batch
+        auto_messages = [*auto_messages, f"micro-batches of {size} sample(s), as an earlier start ran out of memory"]
     with budget.building():
         accumulator = make_accumulator(config, task, world, weights, limit)
+    budget.retries = accumulator.agree_on_oom
     schedule = schedule_of(config, task, plan, accumulator.optimizer, steps)
     pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
     loader = Loader(task.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)

@@ -33,7 +33,7 @@ from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit
 from distaccum.parallel.precision import Precision
 from distaccum.planner.meter import parse_bytes
-from distaccum.step.accumulator import NonFinite
+from distaccum.step.record import NonFinite
 
 
 class Device(Enum):

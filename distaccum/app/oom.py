@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from distaccum._torch import is_out_of_memory
 from distaccum.core.batch_size import solve
 from distaccum.core.plan import Plan, Window
 from distaccum.errors import OutOfMemoryError
 from distaccum.metrics import size
+from distaccum.parallel.world import World
 from distaccum.planner.meter import Meter
 
 MEASURED_STEPS = 2  # from the second step on, the optimizer's state takes memory
 TIMED_STEPS = 3  # the steps after the measured ones
+
+SHRUNK = "out_of_memory.json"  # in the run folder: the micro-batch size that did not fit
 
 REMEDIES = "use nn.checkpoint=true, parallel=fsdp on several ranks, or more memory"
 
@@ -26,7 +32,9 @@ class OnOutOfMemory(Enum):
     """Selects what happens when any rank runs out of memory inside a window."""
 
     error = "error"  # end the run on all ranks, and suggest a smaller micro-batch size
-    shrink = "shrink"  # retry the window, and continue, with micro-batches of half the size
+    # Continue with micro-batches of half the size. If micro-batches send nothing (single, ddp), all
+    # ranks retry the window; otherwise the run ends, and its next start continues so.
+    shrink = "shrink"
 
 
 @dataclass(frozen=True)
@@ -41,17 +49,20 @@ class Predicted:
 class Budget:
     """Measures the memory and time of steps and compares them with their prediction."""
 
-    def __init__(self, meter: Meter, on_oom: OnOutOfMemory, predicted: Predicted | None = None) -> None:
+    def __init__(self, meter: Meter, on_oom: OnOutOfMemory, run_dir: Path, predicted: Predicted | None = None) -> None:
         """Store the meter and the policy; nothing is measured yet.
 
         Args:
             meter: measures this rank's device. On the CPU, where measuring takes time, it measures
                 only the first steps, unless it has a limit to enforce.
             on_oom: what to do when memory runs out.
+            run_dir: the run folder, for what the next start must know.
             predicted: the prediction to compare with; None compares nothing.
         """
         self.on_oom = on_oom
         self.predicted = predicted
+        self.retries = False  # whether all ranks agree on running out of memory, and retry the window
+        self._run_dir = run_dir
         self._meter = meter
         self._steps = 0
         self._seconds: list[float] = []
@@ -73,6 +84,23 @@ class Budget:
                     f"The model and its optimizer do not fit into memory: {_first_line(error)} Use parallel=fsdp on "
                     "more ranks, a smaller model, or more memory (limits.memory)."
                 ) from None
+
+    def halvings(self, micro_batch_size: int, world: World) -> int:
+        """Return how often to halve micro-batches so that they fit where an earlier start's did not.
+
+        Args:
+            micro_batch_size: of this start, in samples.
+            world: all ranks; every rank must call it.
+        """
+        path = self._run_dir / SHRUNK
+        failed: object = None
+        if self.on_oom is OnOutOfMemory.shrink and world.rank == 0 and path.is_file():
+            failed = int(json.loads(path.read_text())["micro_batch_size"])
+        failed = world.broadcast_object(failed, 0)
+        halvings = 0
+        while isinstance(failed, int) and failed > 1 and -(-micro_batch_size // 2**halvings) >= failed:
+            halvings += 1
+        return halvings
 
     @contextmanager
     def step(self, number: int, plan: Plan, window: Window, world_size: int) -> Iterator[None]:
@@ -98,7 +126,8 @@ class Budget:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                raise OutOfMemoryError(self._message(_first_line(error), number, plan, window, world_size)) from None
+                message = self._message(_first_line(error), number, plan, window, world_size)
+                raise OutOfMemoryError(message) from None
         self._steps += 1
         if len(self._seconds) < TIMED_STEPS and self._steps > MEASURED_STEPS:
             self._seconds.append(time.perf_counter() - began)
@@ -133,6 +162,16 @@ class Budget:
         if micro_batch == 1:
             return f"{text} A micro-batch of one sample cannot be halved; {REMEDIES}."
         smaller = solve(world_size, plan.largest_batch, -(-micro_batch // 2))
+        if self.on_oom is OnOutOfMemory.shrink and not self.retries:
+            draft = self._run_dir / f"{SHRUNK}.{os.getpid()}"
+            draft.write_text(json.dumps({"micro_batch_size": micro_batch}) + "\n")
+            draft.replace(self._run_dir / SHRUNK)
+            return (
+                f"{text} This strategy communicates inside micro-batches, so the window cannot be retried. The next "
+                f"start of this run folder continues from its last checkpoint with micro-batches of "
+                f"{smaller.micro_batch_size} sample(s) ({smaller.gradient_accumulation_steps} per rank, the same "
+                "effective batch); launch.max_restarts or torchrun --max-restarts start it automatically."
+            )
         return (
             f"{text} Use accum.micro_batch_size={smaller.micro_batch_size} "
             f"({smaller.gradient_accumulation_steps} micro-batches per rank, the same effective batch), "

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from distaccum.app.oom import REMEDIES, Budget, OnOutOfMemory
+from distaccum.app.oom import REMEDIES, Budget
 from distaccum.app.preemption import Preemption
 from distaccum.app.progress import Intervals, Progress
 from distaccum.app.validation import Validation, evaluate
@@ -142,7 +142,7 @@ class Trainer:
 
     def _shrink(self, error: OutOfMemoryError) -> None:
         """Halve the micro-batches on all ranks, from the window that ran out of memory on."""
-        if self.budget.on_oom is not OnOutOfMemory.shrink:
+        if not self.budget.retries:
             raise error
         if self.plan.largest_micro_batch == 1:
             raise OutOfMemoryError(

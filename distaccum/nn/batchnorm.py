@@ -8,7 +8,7 @@ what to do about it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -118,11 +118,10 @@ def unconverted(model: nn.Module) -> nn.Module:
     return model
 
 
-def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> PooledStatistics | None:
-    """Return the object that keeps the running statistics of pooled and sync layers, or None.
+def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) -> PooledStatistics:
+    """Return the object that keeps the running statistics of pooled and sync layers.
 
-    None means that the model has no such layers. From this call on, sync layers communicate in
-    `group`.
+    Without such layers it does nothing. From this call on, sync layers communicate in `group`.
 
     Args:
         model: the model, with converted layers.
@@ -131,7 +130,7 @@ def pooled_statistics(model: nn.Module, group: dist.ProcessGroup | None = None) 
     layers = _layers(model, BatchNormMode.pooled, BatchNormMode.sync)
     for layer in layers:
         layer.group = group
-    return PooledStatistics(layers) if layers else None
+    return PooledStatistics(layers)
 
 
 def collectives(model: nn.Module) -> list[int]:
@@ -157,7 +156,7 @@ class PooledStatistics:
 
     def __init__(self, layers: list[Windowed]) -> None:
         """Store the layers to serve, whose mode is pooled or sync."""
-        self._layers = layers
+        self.layers = layers
         self._pooled = [
             layer for layer in layers if layer.mode is BatchNormMode.pooled and layer.plain.running_mean is not None
         ]
@@ -215,7 +214,7 @@ class PooledStatistics:
                 plain, shift = layer.plain, cast(Tensor, layer.plain.running_mean)
                 layer.pending = update_running_stats(running_of(plain), row.to(shift.device), shift, plain.momentum)
         with torch.no_grad():
-            for layer in self._layers:
+            for layer in self.layers:
                 for buffer, value in zip(buffers_of(layer.plain), layer.pending or (), strict=False):
                     buffer.copy_(value)
         self.forget()
@@ -223,18 +222,21 @@ class PooledStatistics:
     def forget(self) -> None:
         """Discard what was observed since the last `commit`, for a skipped or unfinished window."""
         self._table = self._work = None
-        for layer in self._layers:
+        for layer in self.layers:
             layer.moments = layer.pending = None
             layer.observing, layer.counts, layer.known = False, True, ()
 
+    def _round(self, counts: bool) -> AbstractContextManager[None]:
+        return self._recording(counts) if self.layers else nullcontext()
+
     @contextmanager
-    def _round(self, counts: bool) -> Iterator[None]:
-        for layer in self._layers:
+    def _recording(self, counts: bool) -> Iterator[None]:
+        for layer in self.layers:
             layer.observing, layer.counts, layer.known = True, counts, ()
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer.observing = False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
-from distaccum.nn.batchnorm import PooledStatistics, collectives, pooled_statistics
+from distaccum.nn.batchnorm import collectives, pooled_statistics
 from distaccum.nn.buffers import untouched
 from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
@@ -32,8 +32,8 @@ class Sync(Enum):
 class Strategy(ABC):
     """Turns the gradients of a window into global sums in `.grad`; one object serves one model.
 
-    The loss of each micro-batch must be multiplied by `grad_scale` before its backward, because DDP
-    and FSDP2 deliver means over ranks.
+    The loss of each micro-batch must be multiplied by `grad_scale` before its backward, because
+    DDP's own reduction delivers means over ranks.
     """
 
     # whether each rank holds only a shard of the gradients, so that their norm needs a collective
@@ -62,14 +62,13 @@ class Strategy(ABC):
         self.sync = sync
         self.dtypes = dtypes
         self.reason = reason
-        self.grad_scale = float(world.size)
+        self.grad_scale = 1.0
         # Our own sums, where the module's accumulation does not have the requested dtype.
         self.sums: GradientSums | None = None
-        # The running statistics of BatchNorm layers in the modes pooled and sync.
-        self.statistics: PooledStatistics | None = pooled_statistics(model, world.group)
-        # The process groups in which micro-batches before the last one communicate too.
-        communicates = sync is Sync.every or collectives(model)
-        self.groups = [world.group] if world.group is not None and communicates else []
+        # The running statistics of BatchNorm layers in the modes pooled and sync, if there are any.
+        self.statistics = pooled_statistics(model, world.group)
+        # Whether micro-batches before the last one communicate too, so that all ranks need them all.
+        self.communicates = world.group is not None and (sync is Sync.every or bool(collectives(model)))
 
     @abstractmethod
     def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
@@ -121,41 +120,14 @@ class Strategy(ABC):
         """
         yield
 
-    def observing(self) -> AbstractContextManager[None]:
-        """Return a context for a micro-batch's forward, in which BatchNorm statistics are recorded.
-
-        It is for micro-batches that count, not for padding.
-        """
-        return nullcontext() if self.statistics is None else self.statistics.observing()
-
     @contextmanager
     def padding(self) -> Iterator[None]:
         """Return a context for the forward of a padding round, which leaves all buffers unchanged.
 
         A rank computes padding in a round for which it has no micro-batch but another rank has one.
         """
-        with untouched(self.model), nullcontext() if self.statistics is None else self.statistics.padding():
+        with untouched(self.model), self.statistics.padding():
             yield
-
-    def send_statistics(self) -> None:
-        """Start to send BatchNorm statistics; call it once per window, before the last backward.
-
-        Call it after the last forward. The last backward hides the communication.
-        """
-        if self.statistics is not None:
-            self.statistics.send(self.world.group, self.world.device)
-
-    def keep_statistics(self, keep: bool) -> None:
-        """Write or discard BatchNorm's running statistics of the window; call it at the boundary.
-
-        Args:
-            keep: whether to write them; False for a skipped window.
-        """
-        if self.statistics is not None:
-            if keep:
-                self.statistics.commit()
-            else:
-                self.statistics.forget()
 
     def after_micro_batch(self) -> None:
         """Add the gradients of one backward to the sums; call it after each backward.
@@ -214,7 +186,7 @@ class Strategy(ABC):
         """
         if self.sums is not None:
             self.sums.clear()
-        self.keep_statistics(False)
+        self.statistics.forget()
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -225,7 +197,7 @@ class Strategy(ABC):
             num_rounds: micro-batches per rank, padding included.
         """
         traffic = self.gradient_traffic(num_rounds)
-        if self.statistics is not None and self.world.group is not None:
+        if self.world.group is not None:
             pooled = [self.statistics.num_bytes] if self.statistics.num_bytes else []
             sizes = collectives(self.model) * num_rounds + pooled
             traffic += Traffic.of(("all_reduce", size) for size in sizes)

@@ -52,6 +52,7 @@ class DDP(Strategy):
             )
         apart = apart or not dtypes.are_own(model.parameters())
         self.first_window_differs = not apart  # DDP rebuilds its buckets after that window
+        self.grad_scale = 1.0 if apart else float(world.size)  # DDP's own reduction divides by it
         self._know_reducer()
         if apart:
             if model.static_graph:
@@ -60,7 +61,6 @@ class DDP(Strategy):
                     "are summed in another dtype than the parameters', or agree_on_oom is set. Wrap the model without "
                     "static_graph."
                 )
-            self.grad_scale = 1.0  # our reduction delivers sums, where DDP's delivers means
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
             )  # fmt: skip

@@ -81,10 +81,10 @@ def _strategy(
     if "torch.distributed.fsdp" in sys.modules:
         from torch.distributed.fsdp import FSDPModule
 
-        from distaccum.parallel.fsdp import strategy_for_sharded
+        from distaccum.parallel.fsdp import FSDP
 
         if isinstance(model, FSDPModule):
-            return strategy_for_sharded(model, world, policy, dtypes)
+            return FSDP(model, world, policy, dtypes)
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
     if "replicate" in _torch.composed(model):
         raise ConfigError(

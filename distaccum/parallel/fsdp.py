@@ -9,20 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from distaccum import _torch
-from distaccum.core.loss import wide
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.parallel.base import Strategy, Sync
 from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.sharded_checks import checked_mesh, refuse_other_dtypes
 from distaccum.parallel.world import World
-
-# Names of mesh dimensions along which ranks work on parts of the same samples.
-MODEL_PARALLEL = {"tp", "cp", "pp", "sp", "ep", "tensor", "context", "pipeline", "sequence", "expert"}
 
 
 def shard_again(model: nn.Module) -> None:
@@ -48,39 +44,38 @@ class FSDP(Strategy):
 
     sharded = True
 
-    def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes) -> None:
         """Refuse modules whose gradients would silently be wrong.
 
-        The flags of the sync policy are set later, per micro-batch.
+        The module is set to deliver sums over ranks. The flags of the sync policy are set later,
+        per micro-batch.
 
         Args:
             model: the FSDP2 module.
             world: the ranks over which it is sharded.
             sync: the sync policy; `auto` means `boundary`.
             dtypes: the dtypes in which gradients are summed.
-            mesh: the mesh of all its parameters: 1-D, or 2-D (replicate, shard) for HSDP.
 
         Raises:
-            ConfigError: for an unsupported policy, a gradient divide factor that the user set, and
-                dtypes that differ from the module's own.
+            ConfigError: for an unsupported policy, and for dtypes that differ from the module's.
         """
         reason = "least memory of the policies that reduce once per window" if sync is Sync.auto else ""
         sync = Sync.boundary if sync is Sync.auto else sync
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
         self._module: FSDPModule = model
-        self.groups = _torch.sharding_groups(model)
+        self.communicates = True
+        mesh = checked_mesh(model, world)  # 1-D, or 2-D (replicate, shard) for HSDP
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
         self.replicas = mesh.size(0) if self._replicated else 1
         kept = (Sync.boundary, Sync.gather_once, Sync.every) + ((Sync.reduce_scatter,) if self._replicated else ())
         self.refuse(kept, "a 1-D mesh has no replicas, so there is no all-reduce to postpone")
-        if _torch.custom_divide_factor(model) is not None:
-            raise ConfigError(
-                "set_gradient_divide_factor() was called on this model, so its gradients would be divided twice. "
-                "Remove that call: distaccum divides by the global denominator, once."
-            )
-        self._refuse_other_dtypes(dtypes)
+        refuse_other_dtypes(model, sync, dtypes)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # sums over ranks in place of means: the loss is divided
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         # Ranks may use different parameters in a window, but all must reduce the same ones. With a
         # postponed all-reduce, a partial sum must not be added to that of another parameter.
         _torch.reduce_unused_parameters(model)
@@ -203,81 +198,3 @@ class FSDP(Strategy):
         with super().evaluating() as model:
             yield model
         shard_again(self.model)
-
-    def _refuse_other_dtypes(self, dtypes: GradientDtypes) -> None:
-        """Raise ConfigError if the module sums gradients in another dtype than requested.
-
-        The module's own mixed precision policy decides in which dtype it reduces, and in which it
-        sums over micro-batches that it does not reduce.
-        """
-        for group in _torch.sharded_groups(self.model):
-            found, asked = group.reduce_dtype, dtypes.reduce or wide(group.reduce_dtype)
-            if group.scatter_bytes and found is not asked:
-                raise ConfigError(
-                    f"This FSDP2 module reduces gradients in {found}, but {asked} is needed"
-                    f"{'' if dtypes.reduce else ', because long sums in narrow dtypes lose small terms'}. Use "
-                    f"fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=..., reduce_dtype={asked})), or "
-                    f"pass reduce_dtype={found} if that is intended."
-                )
-            accumulated = dtypes.accumulate or wide(found)
-            if group.scatter_bytes and self.sync is not Sync.every and found is not accumulated:
-                raise ConfigError(
-                    f"FSDP2 sums the gradients that it has not reduced yet in the dtype in which it reduces ({found}), "
-                    f"but a sum in {accumulated} is needed. Use one dtype for both (accum.dtype and "
-                    "parallel.reduce_dtype on the command line), or sync='every'."
-                )
-
-
-def strategy_for_sharded(model: FSDPModule, world: World, sync: Sync, dtypes: GradientDtypes) -> FSDP:
-    """Return the strategy for an FSDP2 module, after checks of its parameters and mesh.
-
-    Raises:
-        ConfigError: for trained parameters that are not sharded, for offloading to the CPU, and for
-            any mesh but a 1-D or a (replicate, shard) one over all ranks.
-    """
-    assert isinstance(model, nn.Module)
-    named = list(model.named_parameters())
-    sharded = [(name, parameter) for name, parameter in named if isinstance(parameter, DTensor)]
-    outside = [name for name, parameter in named if parameter.requires_grad and not isinstance(parameter, DTensor)]
-    if outside:
-        raise ConfigError(
-            f"{len(outside)} trained parameter(s) are not sharded, such as {outside[0]}, so their gradients would "
-            "differ between ranks. Shard them too, or freeze them."
-        )
-    if not sharded:
-        raise ConfigError(
-            "fully_shard() was applied to this model, but none of its parameters is sharded. Apply it to the modules "
-            "that have parameters, or to the whole model."
-        )
-    (_, first), *_ = sharded
-    for name, parameter in sharded:
-        _refuse_other_meshes(name, parameter, first, world)
-    if _torch.offloads(model):
-        raise ConfigError(
-            "This FSDP2 model uses CPUOffloadPolicy, which is not supported: its parameters are on the CPU, while "
-            "micro-batches are on the GPU. Call fully_shard() without offload_policy. To save memory use "
-            "nn.checkpoint, smaller micro-batches or more ranks."
-        )
-    return FSDP(model, world, sync, dtypes, first.device_mesh)
-
-
-def _refuse_other_meshes(name: str, parameter: DTensor, first: DTensor, world: World) -> None:
-    """Refuse parameters that are not sharded over all ranks on one mesh, 1-D or with replicas."""
-    mesh, placements = parameter.device_mesh, parameter.placements
-    wanted = (Replicate,) * (mesh.ndim - 1) + (Shard,)
-    shared = sorted(MODEL_PARALLEL.intersection(mesh.mesh_dim_names or ()))
-    reasons = {
-        f"it is on another mesh than the first parameter, which is on {first.device_mesh}": mesh != first.device_mesh,
-        "the ranks of a dimension that neither replicates nor shards whole parameters share samples": (
-            mesh.ndim > 2 or tuple(map(type, placements)) != wanted
-        ),
-        f"ranks along {', '.join(shared)} share samples, as the mesh's names say": bool(shared),
-        f"the model is sharded over {mesh.size()} of {world.size} ranks": mesh.size() != world.size,
-    }
-    reason = next((text for text, holds in reasons.items() if holds), None)
-    if reason is not None:
-        raise ConfigError(
-            f"The parameter {name} is on the mesh {mesh} with the placements {placements}: {reason}. Every rank "
-            "must have its own samples in the effective batch; otherwise losses, counts and norms would be wrong. Use "
-            "one 1-D mesh over all ranks, or one 2-D mesh (replicate, shard)."
-        )

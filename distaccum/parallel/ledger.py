@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -109,10 +110,35 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._entries: list[tuple[str, int]] = []
 
+    @staticmethod
+    def of_window(audit: Audit, verdict: Verdict | None) -> AbstractContextManager[Ledger | None]:
+        """Return a ledger to enter for a window, or an empty context if it is not to be counted.
+
+        Args:
+            audit: which windows are counted.
+            verdict: that of the latest counted window; None if none was counted yet.
+        """
+        pauses = audit is Audit.never or (audit is Audit.first and verdict is not None)
+        return nullcontext() if pauses else Ledger()
+
     @property
     def traffic(self) -> Traffic:
         """Return the traffic that was counted so far."""
         return Traffic.of(self._entries)
+
+    def judge(self, forecast: Traffic, step: int) -> Verdict:
+        """Compare what was counted with its forecast.
+
+        Args:
+            forecast: the forecast of the window.
+            step: the number of the step, for the message.
+
+        Raises:
+            LedgerError: if they differ.
+        """
+        verdict = Verdict(forecast, self.traffic)
+        verdict.require(step)
+        return verdict
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

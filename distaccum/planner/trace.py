@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import backward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from distaccum._torch import backward, fake_tensors
+from distaccum._torch import fake_tensors
 from distaccum.core.loss import joined
 from distaccum.planner.meter import Tracker
 from distaccum.planner.shapes import ROOT

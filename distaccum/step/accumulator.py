@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from enum import Enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distaccum.core.loss import Denominator, SupportsObjective
@@ -23,19 +22,16 @@ from distaccum.nn.blocks import blocks_of
 from distaccum.parallel.base import Sync
 from distaccum.parallel.detect import in_shards, strategy_for
 from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
-from distaccum.step import checks, oom, plain_order
+from distaccum.step import oom, plain_order
 from distaccum.step.consensus import Consensus, RequestSource, StepStats, WindowTotals
-from distaccum.step.first_window import FirstLook
+from distaccum.step.guards import surroundings
+from distaccum.step.guards.first_window import FirstLook
+from distaccum.step.guards.parameters import Parameters, outside
 from distaccum.step.micro_batches import MicroBatchRunner
 from distaccum.step.overlap.schedule import Overlap
-from distaccum.step.ownership import Parameters, outside
 from distaccum.step.randomness import kept
-from distaccum.step.record import StepRecord
+from distaccum.step.record import NonFinite, StepRecord
 from distaccum.step.timing import mark
-
-# What all ranks do if a window's loss or gradient norm is not finite: raise DivergenceError before
-# anything is updated, or skip the update. (A class body cannot contain the name `raise`.)
-NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
 
 
 class Accumulator:
@@ -49,7 +45,7 @@ class Accumulator:
         *,
         sync: Sync | str = Sync.auto,
         clip_norm: float | None = None,
-        scheduler: checks.Scheduler | None = None,
+        scheduler: surroundings.Scheduler | None = None,
         seed: int | None = None,
         nonfinite: NonFinite | str = "raise",
         audit: Audit | str = Audit.never,
@@ -96,14 +92,16 @@ class Accumulator:
         """
         if clip_norm is not None and not clip_norm > 0:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None for no clipping.")
-        self.optimizer = checks.own_optimizer(optimizer)
+        self.optimizer = surroundings.own_optimizer(optimizer)
         dtypes = GradientDtypes(accum_dtype, reduce_dtype)
         self.strategy = strategy_for(
             model, sync, dtypes, apart=agree_on_oom, others=outside(in_shards(model), self.optimizer)
         )
-        self.objective = checks.own_objective(objective)
+        if agree_on_oom:
+            oom.refuse(self.strategy)
+        self.objective = surroundings.own_objective(objective)
         self.clip_norm = clip_norm
-        self.scheduler = checks.own_scheduler(scheduler, self.optimizer)
+        self.scheduler = surroundings.own_scheduler(scheduler, self.optimizer)
         self.loss_scale = loss_scale
         self.seed = seed
         self.nonfinite = choice(NonFinite, nonfinite, "nonfinite")
@@ -137,56 +135,35 @@ class Accumulator:
             LedgerError: if the traffic of an audited window differs from its forecast.
         """
         consensus, strategy = self._consensus, self.strategy
-        checks.check_surroundings(strategy.world.device)
-        checks.check_schedule_left(self.scheduler)
-        window = window if isinstance(window, MicroBatches) else MicroBatches(checks.check_window(window), len(window))
+        window = surroundings.checked(window, self.scheduler, strategy.world.device)
         parameters = self._parameters.updated()
         consensus.requests = requests
-        with self._nothing_left_behind(), nullcontext() if self.seed is None else kept(strategy.world.device):
-            consensus.handshake(window)
-            self._first_look.at_the_loss(self.objective, consensus.padding)
-            self._settle()
-            chosen = self.overlap.choose()
-            rows_before = consensus.rows_sent
-            with self._ledger() as ledger:
+        with self._nothing_left_behind():
+            chosen = self._prepare(window, parameters)
+            with Ledger.of_window(self.audit, self.verdict) as ledger:
+                rows_before = consensus.rows_sent
                 totals = consensus.totals_of(window)
                 if not totals.denominator.counts:
                     return self._skip(window, totals, chosen)
-                if any(parameter.grad is not None for parameter in parameters):
-                    self._parameters.clear()  # gradients from before the window
-                runner = self._runner(window, totals, parameters, self.seed)
-                if self.agree_on_oom:  # this runs the last backward too
-                    last_backward = oom.run(strategy, consensus, runner, self.overlap.run)
-                else:
-                    last_backward = self.overlap.run(runner)
-                consensus.padding, sums = runner.last_micro_batch, runner.sums
-                strategy.send_statistics()
+                runner = self._runner(window, totals, parameters)
+                last_backward = self._all_but_the_last_backward(runner)
                 # The one small collective of the window. The last backward hides it. With sharded
                 # gradients it comes after that backward, since it also carries the shards' norms.
-                pending = None if strategy.sharded else consensus.start(window.upcoming, sums)
+                pending = None if strategy.sharded else consensus.start(window.upcoming, runner.sums)
                 last_backward()
-                self._first_look.at_the_buffers()
-                strategy.deliver()
-                gradients = strategy.gradients(parameters)
-                if self.loss_scale is not None:
-                    self.loss_scale.unscale(gradients)
+                gradients = self._complete_gradients(parameters)
                 norm = squared_norm(gradients, strategy.world.device)
-                pending = pending or consensus.start(window.upcoming, sums, norm / strategy.replicas)
+                pending = pending or consensus.start(window.upcoming, runner.sums, norm / strategy.replicas)
                 end = mark(strategy.world.device)
                 stats = consensus.finish(pending, norm)
-            self._judge(ledger, totals.rounds, consensus.rows_sent - rows_before)
-            if stats.trouble is not None and not self._may_skip(stats):
-                raise DivergenceError(f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated.")
-            losses = totals.denominator.means(stats.sums)
+            if ledger is not None:  # after the window, in which DDP may rebuild its buckets
+                forecast = strategy.forecast(totals.rounds) + consensus.traffic(consensus.rows_sent - rows_before)
+                self.verdict = ledger.judge(forecast, self.steps + 1)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            if stats.trouble is None:
-                if self.clip_norm is not None:
-                    clip(gradients, stats.grad_norm, self.clip_norm)
-                self.optimizer.step()
-            strategy.keep_statistics(stats.trouble is None)
+            self._update(gradients, stats)
 
-        window.stepped = True
-        self._end_window(stats, sum(losses.values()))
+        losses = totals.denominator.means(stats.sums)
+        self._end_window(window, stats, sum(losses.values()))
         return StepRecord(
             step=self.steps,
             loss=sum(losses.values()),
@@ -238,6 +215,48 @@ class Accumulator:
             totals.num_micro_batches, skipped="denominator 0", requested=self._consensus.requested, chosen=chosen,
         )  # fmt: skip
 
+    def _prepare(self, window: MicroBatches, parameters: Sequence[nn.Parameter]) -> str | None:
+        """Do what precedes a window; return how overlap was chosen, if it was chosen now."""
+        self._consensus.handshake(window)
+        self._first_look.at_the_loss(self.objective, self._consensus.padding)
+        self._settle()
+        if any(parameter.grad is not None for parameter in parameters):
+            self._parameters.clear()  # gradients from before the window
+        return self.overlap.choose()
+
+    def _all_but_the_last_backward(self, runner: MicroBatchRunner) -> Callable[[], None]:
+        """Run a window except for its last backward, and return that backward."""
+        if self.agree_on_oom:  # the last backward included
+            last_backward = oom.run(self.strategy, self._consensus, runner, self.overlap.run)
+        else:
+            last_backward = self.overlap.run(runner)
+        self._consensus.padding = runner.last_micro_batch
+        self.strategy.statistics.send(self.strategy.world.group, self.strategy.world.device)
+        return last_backward
+
+    def _complete_gradients(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the global sums of the window's gradients, or this rank's shards of them."""
+        self._first_look.at_the_buffers()
+        self.strategy.deliver()
+        gradients = self.strategy.gradients(parameters)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(gradients)
+        return gradients
+
+    def _update(self, gradients: list[Tensor], stats: StepStats) -> None:
+        """Clip and step the optimizer, unless a loss or norm is not finite."""
+        if stats.trouble is not None:
+            # A smaller loss scale may cure gradients that overflow, but not a loss that does.
+            cured = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
+            if self.nonfinite is not NonFinite.skip and not cured:
+                raise DivergenceError(f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated.")
+            self.strategy.statistics.forget()
+        else:
+            if self.clip_norm is not None:
+                clip(gradients, stats.grad_norm, self.clip_norm)
+            self.optimizer.step()
+            self.strategy.statistics.commit()
+
     def _settle(self) -> None:
         """Make a resumed DDP sum in the order of later windows instead of that of its first one."""
         consensus, strategy = self._consensus, self.strategy
@@ -245,51 +264,37 @@ class Accumulator:
             return
         nothing = WindowTotals(Denominator(dict.fromkeys(consensus.terms or [], 1.0)), rounds=1, num_micro_batches=0)
         empty = MicroBatches([], 0)  # so one padding micro-batch is computed, and adds nothing
-        plain_order.run(strategy, self._runner(empty, nothing, [], None))()
+        plain_order.run(strategy, self._runner(empty, nothing, []))()
         self._settled = True
 
     def _runner(
-        self, window: MicroBatches, totals: WindowTotals, parameters: Sequence[nn.Parameter], seed: int | None
+        self, window: MicroBatches, totals: WindowTotals, parameters: Sequence[nn.Parameter]
     ) -> MicroBatchRunner:
         return MicroBatchRunner(
-            self.strategy, self.objective, window, totals, self._consensus.padding, parameters, seed=seed,
+            self.strategy, self.objective, window, totals, self._consensus.padding, parameters, seed=self.seed,
             num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
         )  # fmt: skip
 
-    def _end_window(self, stats: StepStats, loss: float) -> None:
+    def _end_window(self, window: MicroBatches, stats: StepStats, loss: float) -> None:
         """Clear gradients and count the window, then step the scheduler, which may fail."""
-        updated = stats.trouble is None
+        window.stepped, updated = True, stats.trouble is None
         self._parameters.clear()
         self.num_windows += 1
         self.steps += updated
         if self.loss_scale is not None and (updated or stats.loss_finite):
             self.loss_scale.update(updated)
         if updated:
-            checks.move(self.scheduler, loss)
-
-    def _may_skip(self, stats: StepStats) -> bool:
-        """Return whether to skip a non-finite window, by option or to halve the loss scale."""
-        may_cure = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
-        return self.nonfinite is NonFinite.skip or may_cure
+            surroundings.step_scheduler(self.scheduler, loss)
 
     @contextmanager
     def _nothing_left_behind(self) -> Iterator[None]:
+        """Restore the generators after a window, and clear everything else after an error."""
         try:
-            yield
+            with nullcontext() if self.seed is None else kept(self.strategy.world.device):
+                yield
         except BaseException as error:
             try:
                 self.abort()
             except Exception as another:  # the first error is the one to raise
                 error.add_note(f"Clearing the window failed too: {type(another).__name__}: {another}")
             raise
-
-    def _ledger(self) -> AbstractContextManager[Ledger | None]:
-        pauses = self.audit is Audit.never or (self.audit is Audit.first and self.verdict is not None)
-        return nullcontext() if pauses else Ledger()
-
-    def _judge(self, ledger: Ledger | None, rounds: int, rows: int) -> None:
-        """Compare the window's traffic with its forecast."""
-        if ledger is not None:  # after the window, in which DDP may rebuild its buckets
-            forecast = self.strategy.forecast(rounds) + self._consensus.traffic(rows)
-            self.verdict = Verdict(forecast, ledger.traffic)
-            self.verdict.require(self.steps + 1)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distaccum._torch import issued
 from distaccum.core.loss import SupportsObjective, checked_denominators, denominators_of, joined, sums_of
 from distaccum.core.rng import random_key
 from distaccum.core.window import MicroBatches
-from distaccum.data.device import halved, one_ahead, to_device
+from distaccum.data.device import one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.nn.one_sample import explained
 from distaccum.parallel.base import Strategy
@@ -76,7 +75,6 @@ class MicroBatchRunner:
         self._micro_batches = one_ahead(window, self._device)
         self._sums: list[Tensor] = []
         self.num_started = 0  # rounds whose forward has started
-        self.sent_before: list[int] = []  # collectives issued before the latest round, by process group
         self._unsent = 0  # rounds that send no gradients
         self._sending = self.began  # start of the rounds that send gradients
         self._gradient: Tensor | None = None  # gradient of the window's loss with respect to a micro-batch's sums
@@ -89,13 +87,7 @@ class MicroBatchRunner:
             with, already scaled.
         """
         self.num_started += 1
-        self.sent_before = issued(self._strategy.groups)
         return self._micro_batch(self.num_started - 1) if self.num_started <= len(self._window) else self._nothing()
-
-    def switch_to_padding(self) -> None:
-        """Make all further rounds padding, of half a micro-batch."""
-        self._window, self._micro_batches, self._sums = MicroBatches([], 0), iter(()), []
-        self._padding = self.last_micro_batch = halved(self.last_micro_batch)
 
     def mark_sending(self) -> None:
         """Note the time before the last micro-batches of the window, which send gradients."""
@@ -137,7 +129,7 @@ class MicroBatchRunner:
         if self._seed is not None:
             seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
         try:
-            with self._strategy.observing():
+            with self._strategy.statistics.observing():
                 own = sums_of(self._objective, self._strategy.called, micro_batch, self._terms)
         except ValueError as error:
             raise explained(error, index) from error.__cause__

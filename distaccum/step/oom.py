@@ -6,12 +6,23 @@ from collections.abc import Callable
 
 import torch
 
-from distaccum import _torch
-from distaccum.errors import OutOfMemoryError
-from distaccum.parallel.base import Strategy, Sync
-from distaccum.step import plain_order
+from distaccum._torch import is_out_of_memory
+from distaccum.data.device import halved
+from distaccum.errors import ConfigError, OutOfMemoryError
+from distaccum.parallel.base import Strategy
 from distaccum.step.consensus import Consensus
 from distaccum.step.micro_batches import MicroBatchRunner
+
+
+def refuse(strategy: Strategy) -> None:
+    """Raise ConfigError if a rank cannot leave a window of this strategy without the others."""
+    if strategy.communicates:
+        raise ConfigError(
+            "agree_on_oom=True needs micro-batches that send nothing, but here they communicate (FSDP2, sync='every', "
+            "or BatchNorm layers in mode 'sync'), so a rank that runs out of memory cannot leave the window without "
+            "the others waiting for it. Let the error end the run, and continue from a checkpoint with smaller "
+            "micro-batches."
+        )
 
 
 def run(
@@ -23,7 +34,7 @@ def run(
     """Compute a window with all its backwards, and raise on all ranks if one ran out of memory.
 
     Args:
-        strategy: one that sends gradients within micro-batches (FSDP2) or after the window.
+        strategy: one whose micro-batches send nothing.
         consensus: exchanges which ranks ran out of memory.
         runner: runs the forwards of the window.
         compute: the order of forwards and backwards, such as `plain_order.run`.
@@ -38,38 +49,17 @@ def run(
     try:
         compute(runner)()
     except Exception as error:
-        if not _torch.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         message = str(error).strip().split("\n")[0].rstrip(".") + "."
     # Not in the except block, where the error keeps all tensors of the forward alive.
+    consensus.padding = runner.last_micro_batch if message is None else halved(runner.last_micro_batch)
     if message is not None:
         strategy.abort()
         if strategy.world.device.type == "cuda":
             torch.cuda.empty_cache()
-        runner.switch_to_padding()
-        _make_up(strategy, runner)
     out_of_memory = consensus.out_of_memory_ranks(message is not None)
     if out_of_memory:
-        consensus.padding = runner.last_micro_batch
         ranks = f"rank{'s' if len(out_of_memory) > 1 else ''} {', '.join(map(str, out_of_memory))}"
         raise OutOfMemoryError(f"Out of memory on {ranks}{f': {message}' if message else '.'}")
     return lambda: None
-
-
-def _make_up(strategy: Strategy, runner: MicroBatchRunner) -> None:
-    """Issue the collectives that other ranks wait for in the rest of this window.
-
-    Their contents do not matter. The round that ran out of memory is computed from its beginning,
-    and the collectives that this rank has already issued in it are not sent again. Under
-    `gather_once` all ranks gather parameters in the first round only, so the all-gathers that
-    repeating a later round causes are not sent.
-    """
-    groups, index, rounds = strategy.groups, runner.num_started - 1, runner.rounds
-    if not groups:
-        return
-    pairs = zip(groups, _torch.issued(groups), runner.sent_before, strict=True)
-    first = {str(group.group_name): now - before for group, now, before in pairs}
-    with _torch.Withheld(first, gathers=strategy.sync is Sync.gather_once and index > 0):
-        plain_order.one(strategy, runner, first=index == 0, last=index == rounds - 1)
-    for later in range(index + 1, rounds):
-        plain_order.one(strategy, runner, first=False, last=later == rounds - 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from distaccum._torch import backward
+from torch.autograd import backward
+
 from distaccum.parallel.base import Strategy
 from distaccum.step.micro_batches import MicroBatchRunner
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from distaccum.parallel.ledger import Verdict
 from distaccum.step.consensus import Request
+
+# What all ranks do if a window's loss or gradient norm is not finite: raise DivergenceError before
+# anything is updated, or skip the update. (A class body cannot contain the name `raise`.)
+NonFinite = Enum("NonFinite", {"raise": "raise", "skip": "skip"})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from distaccum.core.window import MicroBatches
 from distaccum.errors import ConfigError, LedgerError, StateWarning
 from distaccum.parallel.ledger import Audit
 from distaccum.step.accumulator import Accumulator
-from distaccum.step.first_window import FirstLook
+from distaccum.step.guards.first_window import FirstLook
 from distaccum.step.record import StepRecord
 from distaccum.verify.state import Kept
 

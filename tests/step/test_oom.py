@@ -12,16 +12,14 @@ from typing import Any
 import pytest
 import torch
 from setting import make_micro_batch, make_model, masked_objective, relative, whole, wrap
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import World
 
 import distaccum as da
 
-POLICIES = [
-    ("ddp", (), "boundary"), ("ddp", (), "every"), ("fsdp", (2,), "boundary"), ("fsdp", (2,), "gather_once"),
-    ("fsdp", (2,), "every"),
-]  # fmt: skip
-ON_FOUR = [("hsdp", (2, 2), policy) for policy in ("boundary", "gather_once", "reduce_scatter", "every")]
+DDP = ("ddp", (), "boundary")
+REFUSED = [("ddp", (), "every"), *(("fsdp", (2,), policy) for policy in ("boundary", "gather_once", "every"))]
 NUM_WINDOWS, NUM_MICRO_BATCHES, SIZE = 3, 3, 4
 MOMENTS = 8  # at which it happens, evenly over the operators of the window
 
@@ -110,7 +108,6 @@ def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, 
 def with_batchnorm(mode: str, at: int | None) -> dict[str, Any]:
     """Three windows of a small convolution; in the second one rank 1 runs out of memory, and it is repeated."""
     import torch.distributed as dist
-    from torch import nn
 
     torch.manual_seed(5)
     layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)]
@@ -159,19 +156,38 @@ def shortages(world: World, case: Any) -> None:
                 assert relative(here["parameters"][name], there["parameters"][name]) < 1e-12, (at, name)
 
 
-@pytest.mark.parametrize("case", POLICIES, ids=lambda case: f"{case[0]}-{case[2]}")
-def test_on_one_of_two_ranks(two_ranks: World, case: Any) -> None:
-    shortages(two_ranks, case)
+def test_on_one_of_two_ranks(two_ranks: World) -> None:
+    shortages(two_ranks, DDP)
 
 
-@pytest.mark.parametrize("case", ON_FOUR, ids=lambda case: f"{case[0]}-{case[2]}")
-def test_on_one_of_four_ranks(four_ranks: World, case: Any) -> None:
-    shortages(four_ranks, case)
+def test_on_one_of_four_ranks(four_ranks: World) -> None:
+    shortages(four_ranks, DDP)
 
 
-@pytest.mark.parametrize("mode", ["sync", "pooled"])
-def test_batchnorm_that_communicates(two_ranks: World, mode: str) -> None:
-    """Within micro-batches or at their end. The same micro-batches are repeated, as layers normalise within them."""
+def refusal(case: tuple[str, tuple[int, ...], str] | None) -> str:
+    if case is None:
+        layers = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
+        model, policy = nn.parallel.DistributedDataParallel(da.convert_batchnorm(layers, "sync")), "boundary"
+    else:
+        strategy, mesh, policy = case
+        model = wrap(make_model(), strategy, mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(da.ConfigError) as refused:
+        da.Accumulator(model, optimizer, masked_objective(), sync=policy, agree_on_oom=True)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "case", [*REFUSED, None], ids=lambda case: f"{case[0]}-{case[2]}" if case else "sync BatchNorm"
+)
+def test_micro_batches_that_communicate_cannot_be_left(two_ranks: World, case: Any) -> None:
+    for text in two_ranks.run(refusal, case):
+        assert text.startswith("agree_on_oom=True needs micro-batches that send nothing")
+
+
+def test_batchnorm_that_communicates_at_the_end(two_ranks: World) -> None:
+    """The same micro-batches are repeated, as layers normalise within them."""
+    mode = "pooled"
     undisturbed = two_ranks.run(with_batchnorm, mode, None)
     for moment in range(4):
         at = moment * (undisturbed[1]["operators"] - 1) // 3

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import backward
 
-from distaccum._torch import backward
 from distaccum.app.assembly import batch_arithmetic
 from distaccum.app.build import ranks
 from distaccum.app.config import Config, typed

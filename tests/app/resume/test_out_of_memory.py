@@ -35,9 +35,6 @@ def assert_undisturbed(found: Run, expected: Run) -> None:
     [
         (1, ("parallel=single",)),
         (2, ("parallel=ddp",)),
-        (2, ("parallel=fsdp", "accum.sync=boundary")),
-        (2, ("parallel=fsdp", "accum.sync=gather_once")),
-        (4, ("parallel=hsdp", "accum.sync=reduce_scatter")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )
@@ -52,6 +49,32 @@ def test_the_trajectory_is_the_undisturbed_one(
     said = f"step 3: Out of memory on rank {ranks - 1}"
     assert said in found.notes()
     assert "with micro-batches of 1 sample(s) and the same effective batch" in found.notes()
+    assert_undisturbed(found, undisturbed.of(ranks, *EXACT, *parallel))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, ("parallel=fsdp", "accum.sync=boundary")),
+        (2, ("parallel=fsdp", "accum.sync=gather_once")),
+        (2, ("parallel=ddp", "accum.sync=every")),
+        (4, ("parallel=hsdp", "accum.sync=reduce_scatter")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_where_micro_batches_communicate_the_next_start_halves_them(
+    ranks: int, parallel: tuple[str, ...], run: Make, undisturbed: Undisturbed
+) -> None:
+    """The run ends with the numbers; started again, it continues from its checkpoint, and the sums are the same."""
+    found = run(*EXACT, *parallel, "accum.on_oom=shrink")
+    fault = Fault(ranks - 1, 4, "backward", "oom")
+    attempt = found.start(ranks, faults=[fault])
+    assert attempt.codes[-1] == 1, str(attempt)
+    text = " ".join(attempt.texts[-1].split())
+    assert "error: Step 4 ran out of memory with micro-batches of 2 sample(s)" in text
+    assert "continues from its last checkpoint with micro-batches of 1 sample(s)" in text
+    found.finish(ranks)
+    assert "micro-batches of 1 sample(s), as an earlier start ran out of memory" in found.notes()
     assert_undisturbed(found, undisturbed.of(ranks, *EXACT, *parallel))
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from distaccum.core.loss import SupportsObjective
+from distaccum.core.window import MicroBatches
 from distaccum.errors import ConfigError
 
 # Packages that wrap optimizers and schedulers in objects whose step() may make no step, or several.
@@ -94,7 +95,7 @@ def own_scheduler(scheduler: Any, optimizer: Optimizer) -> Any:
     return scheduler
 
 
-def move(scheduler: Any, loss: float) -> None:
+def step_scheduler(scheduler: Any, loss: float) -> None:
     """Step the scheduler once, after an update.
 
     ReduceLROnPlateau gets the window's loss, which is the same on all ranks.
@@ -105,14 +106,20 @@ def move(scheduler: Any, loss: float) -> None:
         scheduler.step()
 
 
-def check_schedule_left(scheduler: Any) -> None:
-    """Raise ConfigError if the schedule has no step left for the window's update.
-
-    OneCycleLR itself would raise only after the update has been made.
+def checked(window: Any, scheduler: Any, device: torch.device) -> MicroBatches:
+    """Return what is handed to `Accumulator.step` as a window, after checks of what surrounds it.
 
     Raises:
-        ConfigError: for a OneCycleLR that has made all its steps.
+        ConfigError: inside `no_grad`, `inference_mode` or `autocast`, for a OneCycleLR that has
+            made all its steps (it would raise only after the update), and for anything but a
+            window or a sequence of micro-batches.
     """
+    _check_contexts(device)
+    _check_schedule_left(scheduler)
+    return window if isinstance(window, MicroBatches) else MicroBatches(_sequence(window), len(window))
+
+
+def _check_schedule_left(scheduler: Any) -> None:
     if isinstance(scheduler, OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps:
         raise ConfigError(
             f"OneCycleLR has already made all its total_steps={scheduler.total_steps}. Set total_steps to the number "
@@ -120,12 +127,7 @@ def check_schedule_left(scheduler: Any) -> None:
         )
 
 
-def check_surroundings(device: torch.device) -> None:
-    """Raise ConfigError inside contexts that would change what a window computes.
-
-    Raises:
-        ConfigError: inside `no_grad`, `inference_mode` or `autocast`.
-    """
+def _check_contexts(device: torch.device) -> None:
     if not torch.is_grad_enabled():
         name = "torch.inference_mode()" if torch.is_inference_mode_enabled() else "torch.no_grad()"
         raise ConfigError(
@@ -139,12 +141,8 @@ def check_surroundings(device: torch.device) -> None:
         )
 
 
-def check_window(window: Any) -> Sequence[Any]:
-    """Return the window if it is a sequence of micro-batches.
-
-    Raises:
-        ConfigError: for anything else, such as a generator or a single micro-batch.
-    """
+def _sequence(window: Any) -> Sequence[Any]:
+    """Return the window if it is a sequence; a generator or a single micro-batch is refused."""
     if isinstance(window, Tensor | Mapping | str) or not isinstance(window, Sequence):
         what = "one micro-batch" if isinstance(window, Tensor | Mapping) else "not a list"
         raise ConfigError(
