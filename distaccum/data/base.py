@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -50,3 +52,19 @@ class Dataset(Protocol):
             count: how many samples, at most `len`.
         """
         ...
+
+
+def numbered(indices: Sequence[int], size: int) -> npt.NDArray[np.int64]:
+    """Return sample numbers as an array [B].
+
+    Args:
+        indices: the sample numbers of a micro-batch.
+        size: the number of samples of the data set.
+
+    Raises:
+        IndexError: if there are no indices, or one of them is not in [0, size).
+    """
+    samples = np.asarray(indices, dtype=np.int64)
+    if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= size:
+        raise IndexError(f"samples are numbered 0 to {size - 1}, and at least one is needed; got {indices}")
+    return samples

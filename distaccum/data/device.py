@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -77,17 +78,13 @@ def one_ahead(micro_batches: Iterable[Any], device: torch.device) -> Iterator[tu
     When a pair is yielded, the transfer of the next micro-batch has started, but none after that.
     On the CPU both are the same object.
     """
-    if device.type == "cpu":
-        yield from ((micro_batch, micro_batch) for micro_batch in micro_batches)  # nothing to move
-        return
-    ahead: tuple[Any, Any] | None = None
+    on_cpu = device.type == "cpu"  # nothing to move
+    ahead: deque[tuple[Any, Any]] = deque()
     for micro_batch in micro_batches:
-        current = (micro_batch, to_device(micro_batch, device))
-        if ahead is not None:
-            yield ahead
-        ahead = current
-    if ahead is not None:
-        yield ahead
+        ahead.append((micro_batch, micro_batch if on_cpu else to_device(micro_batch, device)))
+        if on_cpu or len(ahead) > 1:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distaccum.data.files import in_validation
-from distaccum.data.pictures import Collection, Pictures, digits, folder
+from distaccum.data.base import numbered
+from distaccum.data.files import check_validation_fraction, in_validation
+from distaccum.data.pictures import Collection, digits, folder
 from distaccum.errors import ConfigError
 
 # Reading a large folder at each start would take minutes; this many images determine mean and
@@ -81,25 +82,24 @@ class ImageDataset:
         scale: tuple[Tensor, Tensor],  # mean and standard deviation of training images, [C, 1, 1]
         augment: bool,
     ):
-        self.num_classes = len(collection.class_names)
         self.class_names = collection.class_names
-        self.shape = collection.pictures.shape
+        self.num_classes = len(self.class_names)
+        self.shape = collection.shape
         self.tokens_per_sample = None
-        self.facts: dict[str, str | int | float] = {
+        self.facts = {
             **collection.facts,
             "split": "by image",
             "classes": self.num_classes,
             "samples": len(numbers),
         }
-        self._pictures = collection.pictures
+        self._collection = collection
         self._numbers = numbers
-        self._labels = collection.labels[numbers]
         self._scale = scale
         self._augment = augment
 
     def __len__(self) -> int:
         """Return the number of images, which is the same on every rank."""
-        return len(self._labels)
+        return len(self._numbers)
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> dict[str, Tensor]:
         """Read the images of one micro-batch and their labels.
@@ -115,14 +115,14 @@ class ImageDataset:
             ConfigError: if a file cannot be read as an image.
             IndexError: if there are no indices, or one of them is out of range.
         """
-        samples = np.asarray(indices, dtype=np.int64)
-        if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= len(self):
-            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is needed; got {indices}")
-        images = self._pictures.read(self._numbers[samples])
+        numbers = self._numbers[numbered(indices, len(self))]
+        images = self._collection.read(numbers)
         if self._augment:
-            images = _varied(images, self._pictures.mirrored, generator)
+            # Only the digits are in memory; they have another meaning when they are mirrored.
+            images = _varied(images, self._collection.pixels is None, generator)
         mean, std = self._scale
-        return {"inputs": (images - mean) / std, "labels": torch.from_numpy(self._labels[samples])}
+        labels = torch.from_numpy(self._collection.labels[numbers])
+        return {"inputs": (images - mean) / std, "labels": labels}
 
     def num_targets(self, indices: Sequence[int]) -> int:
         """Return the number of labels in `batch(indices)`, which is one per image."""
@@ -131,6 +131,10 @@ class ImageDataset:
     def longest_samples(self, count: int) -> list[int]:
         """Return the first `count` sample numbers, because all images have one size."""
         return list(range(count))
+
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Return the labels of all samples, [N]."""
+        return self._collection.labels[self._numbers]
 
 
 def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
@@ -142,22 +146,37 @@ def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
         ConfigError: if a value is out of range, a library is missing, the folder does not hold
             images in classes, or a split is empty.
     """
-    if not 0 < config.validation_fraction < 1:
-        raise ConfigError(
-            f"data.validation_fraction ({config.validation_fraction}) must be more than 0 and less than 1, because "
-            "some images are used for training and some for validation. For a twentieth of them, write 0.05."
-        )
-    collection = _collected(config)
-    held = np.array([in_validation(name, config.validation_fraction) for name in collection.names])
+    check_validation_fraction(config.validation_fraction, "images")
+    given = f"data.path={config.path}, data.size_px={config.size_px}"
+    if config.source is ImageSource.digits:
+        if config.path is not None or config.size_px is not None:
+            raise ConfigError(
+                f"{given}: the digits come with scikit-learn and have their own size. Leave both "
+                f"null, or write data=images to use your own images."
+            )
+        collection = digits()
+    else:
+        if config.path is None or config.size_px is None or config.size_px < 1:
+            raise ConfigError(
+                f"{given}: your own images need a folder with one sub-folder per class, and the "
+                f"size to which they are resized. Write data=images data.path=FOLDER "
+                f"data.size_px=64"
+            )
+        collection = folder(config.path, config.size_px)
+    held = np.array([in_validation(n, config.validation_fraction) for n in collection.names])
     train, validation = np.flatnonzero(~held), np.flatnonzero(held)
     for which, numbers in (("training", train), ("validation", validation)):
         if not len(numbers):
             raise ConfigError(
-                f"None of the {len(held)} images of {collection.facts['source']} is in the {which} split with "
-                f"data.validation_fraction={config.validation_fraction}. Give another fraction, or more images."
+                f"None of the {len(held)} images of {collection.facts['source']} is in the {which} "
+                f"split with data.validation_fraction={config.validation_fraction}. Give another "
+                f"fraction, or more images."
             )
-    scale = _channel_statistics(collection.pictures, train)
-    return ImageDataset(collection, train, scale, config.augment), ImageDataset(collection, validation, scale, False)
+    scale = _channel_statistics(collection, train)
+    return (
+        ImageDataset(collection, train, scale, config.augment),
+        ImageDataset(collection, validation, scale, False),
+    )
 
 
 def frequency_loss(train: ImageDataset, validation: ImageDataset, samples: Sequence[int] | None = None) -> float:
@@ -172,44 +191,25 @@ def frequency_loss(train: ImageDataset, validation: ImageDataset, samples: Seque
         validation: images whose labels are predicted.
         samples: sample numbers of `validation` to which the loss is restricted; None: all.
     """
-    counts = np.bincount(train._labels, minlength=train.num_classes)
+    counts = np.bincount(train.labels(), minlength=train.num_classes)
     logp = np.log(counts + 1) - np.log(counts.sum() + train.num_classes)
-    labels = validation._labels if samples is None else validation._labels[np.asarray(samples)]
+    labels = validation.labels() if samples is None else validation.labels()[np.asarray(samples)]
     return float(-logp[labels].mean())
 
 
-def _collected(config: ImagesConfig) -> Collection:
-    if config.source is ImageSource.digits:
-        if config.path is not None or config.size_px is not None:
-            raise ConfigError(
-                f"data.path={config.path}, data.size_px={config.size_px}: the digits come with scikit-learn and have "
-                "their own size. Leave both null, or write data=images to use your own images."
-            )
-        return digits()
-    if config.path is None or config.size_px is None or config.size_px < 1:
-        raise ConfigError(
-            f"data.path={config.path}, data.size_px={config.size_px}: your own images need a folder with one "
-            "sub-folder per class, and the size to which they are resized. Write data=images data.path=FOLDER "
-            "data.size_px=64"
-        )
-    return folder(config.path, config.size_px)
-
-
-def _channel_statistics(pictures: Pictures, train: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def _channel_statistics(collection: Collection, train: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the training images, [C, 1, 1] each.
 
     They are computed over all images in memory, or over 512 spread evenly over a folder's.
     """
-    if not pictures.in_memory and len(train) > _STATISTICS_IMAGES:
+    if collection.pixels is None and len(train) > _STATISTICS_IMAGES:
         train = train[np.linspace(0, len(train) - 1, _STATISTICS_IMAGES).astype(np.int64)]
-    sums = torch.zeros(2, pictures.shape[0], dtype=torch.float64)
-    for begin in range(0, len(train), 64):
-        images = pictures.read(train[begin : begin + 64]).double()
-        sums += torch.stack([images.mean((2, 3)).sum(0), images.square().mean((2, 3)).sum(0)])
-    mean, square = sums / len(train)
+    images = (collection.read(train[i : i + 1])[0].double() for i in range(len(train)))
+    powers = [torch.stack([image, image.square()]).mean((2, 3)) for image in images]
+    mean, square = torch.stack(powers).mean(0)[..., None, None]
     # At least half a step of 8 bits, so that a channel of one color is not divided by 0.
     std = (square - mean.square()).clamp(min=(0.5 / 255) ** 2).sqrt()
-    return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
+    return mean.float(), std.float()
 
 
 def _varied(images: Tensor, mirrored: bool, generator: torch.Generator) -> Tensor:

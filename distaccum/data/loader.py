@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from distaccum.core.plan import MicroBatch, Plan, Window
@@ -65,15 +65,13 @@ class Loader:
         self.close()
         self._open = stream = self._stream(step, start, last_step - step)
         next(stream)  # started here, not in the first window, whose memory is measured
-        previous: tuple[Window, MicroBatches] | None = None
-        for window in islice(self.plan.windows(step, start), last_step - step):
-            current = (window, self._micro_batches(window, stream))
-            if previous is not None:
-                previous[1].upcoming = current[1]
-                yield previous
-            previous = current
-        if previous is not None:
-            yield previous
+        planned = islice(self.plan.windows(step, start), last_step - step)
+        windows = ((window, self._micro_batches(window, stream)) for window in planned)
+        for current, following in pairwise(chain(windows, [None])):
+            assert current is not None, "only the last one is followed by nothing"
+            if following is not None:
+                current[1].upcoming = following[1]
+            yield current
 
     def close(self) -> None:
         """End the processes that read ahead.
@@ -100,9 +98,13 @@ class Loader:
         # A DataLoader cannot change how far it reads ahead, so this is for the largest window.
         largest = min(self.plan.largest_batch, self.plan.num_samples)
         per_window = -(-largest // (self.plan.largest_micro_batch * self._world_size))
+        order = chain.from_iterable(
+            window.of_rank(self._rank, self._world_size)
+            for window in islice(self.plan.windows(step, start), num_windows)
+        )
         loader: DataLoader[Any] = DataLoader(
             _MicroBatchSource(self._dataset, self.plan),
-            sampler=_Order(self.plan, step, start, num_windows, self._rank, self._world_size),
+            sampler=order,
             batch_size=None,  # an item of the source is a whole micro-batch
             num_workers=self._workers,
             # Fork, however the ranks were started: it is fast and leaves no named semaphores.
@@ -139,22 +141,6 @@ def _wait_for_its_rank(rank: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
         pass
     os._exit(0)
-
-
-@dataclass(frozen=True)
-class _Order(Sampler[MicroBatch]):
-    """Iterates over the micro-batches of one rank in the order in which they are computed."""
-
-    plan: Plan
-    step: int
-    start: int
-    num_windows: int
-    rank: int
-    world_size: int
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        for window in islice(self.plan.windows(self.step, self.start), self.num_windows):
-            yield from window.of_rank(self.rank, self.world_size)
 
 
 @dataclass(frozen=True)

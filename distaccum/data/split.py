@@ -34,15 +34,7 @@ def split(batch: Any, gradient_accumulation_steps: int) -> list[Any]:
         ConfigError: if tensors have different first dimensions or none, the batch has no tensors,
             or something in it cannot be cut.
     """
-    if (
-        isinstance(gradient_accumulation_steps, bool)
-        or not isinstance(gradient_accumulation_steps, int)
-        or gradient_accumulation_steps < 1
-    ):
-        raise ConfigError(
-            f"gradient_accumulation_steps is {gradient_accumulation_steps!r}. It must be an integer, at least 1: the "
-            "number of micro-batches into which the batch is cut."
-        )
+    check_steps(gradient_accumulation_steps, "the number of micro-batches into which the batch is cut")
     sizes: dict[int, str] = {}
     for path, tensor in _tensors(batch, ""):
         if tensor.ndim == 0:
@@ -67,6 +59,18 @@ def split(batch: Any, gradient_accumulation_steps: int) -> list[Any]:
     count = min(gradient_accumulation_steps, num_samples)
     bounds = [-(-i * num_samples // count) for i in range(count + 1)] if count else []
     return [_part(batch, slice(first, end), num_samples) for first, end in pairwise(bounds)]
+
+
+def check_steps(gradient_accumulation_steps: object, meaning: str) -> None:
+    """Refuse a number of micro-batches that is not a positive integer.
+
+    Args:
+        gradient_accumulation_steps: what the user gave.
+        meaning: what the number means, for the message.
+    """
+    steps = gradient_accumulation_steps
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"gradient_accumulation_steps is {steps!r}. It must be an integer, at least 1: {meaning}.")
 
 
 def _tensors(value: Any, path: str, *, strict: bool = True) -> Iterator[tuple[str, Tensor]]:

@@ -13,8 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distaccum.data.corpus import DOCUMENTS_FILE, Corpus, cache_root, open_corpus
-from distaccum.data.sources import Source, find
+from distaccum.data.base import numbered
+from distaccum.data.corpus import (
+    DOCUMENTS_FILE,
+    LENGTHS_FILE,
+    TRAIN,
+    VALIDATION,
+    Corpus,
+    open_corpus,
+)
+from distaccum.data.files import Source, cache_root, check_validation_fraction, find
 from distaccum.data.tokens import BYTES, make_encoder
 from distaccum.errors import ConfigError
 
@@ -92,28 +100,22 @@ class TextDataset:
         self.seq_len = seq_len
         self.tokens_per_sample = seq_len if layout is Layout.packed else None
         self._corpus = corpus
-        self._validation = validation
+        self._folder = Path(corpus.folder, VALIDATION if validation else TRAIN)
         # Each document has at least one token, and its first token is not predicted.
-        predicted = len(self) * seq_len if layout is Layout.packed else len(self._tokens) - (len(self._bounds) - 1)
+        predicted = len(self._tokens) - len(self._bounds) + 1
         self.facts: dict[str, str | int | float] = {
             "source": source,
-            "files": corpus.files,
-            "skipped_files": corpus.skipped_files,
-            "bytes": corpus.bytes,
-            "digest": corpus.digest[:12],
+            **corpus.facts,
+            "digest": str(corpus.facts["digest"])[:12],
             "tokenizer": f"{corpus.vocabulary.name} {corpus.vocabulary.digest[:12]}".rstrip(),
-            "bytes_per_token": corpus.bytes / (corpus.train_tokens + corpus.validation_tokens),
-            "split": corpus.split,
             "layout": layout.value,
             "samples": len(self),
-            "tokens": predicted,
+            "tokens": predicted if layout is Layout.ragged else len(self) * seq_len,
         }
 
     def __len__(self) -> int:
         """Return the number of samples in one epoch, which is the same on every rank."""
-        if self.tokens_per_sample is None:
-            return int(self._first_samples[-1])
-        return (len(self._tokens) - 1) // self.seq_len
+        return int(self._first_samples[-1])
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Read the samples of one micro-batch.
@@ -153,10 +155,9 @@ class TextDataset:
         Args:
             count: how many samples, at most `len`.
         """
-        if self.tokens_per_sample is not None:
-            return list(range(count))
         lengths = self._spans(range(len(self)))[1]
-        return [int(sample) for sample in np.argsort(-lengths, kind="stable")[:count]]
+        longest: list[int] = np.argsort(-lengths, kind="stable")[:count].tolist()
+        return longest
 
     def bytes_of(self, indices: Sequence[int]) -> int:
         """Return how many bytes of text the predicted tokens of these samples represent.
@@ -165,63 +166,44 @@ class TextDataset:
         token * num_targets(indices) / bytes_of(indices) / ln 2.
         """
         starts, lengths = self._spans(indices)
-        stored = self._lengths
-        spans = [slice(start + 1, start + length + 1) for start, length in zip(starts, lengths, strict=True)]
-        if stored is None:
+        spans = [slice(start + 1, start + 1 + n) for start, n in zip(starts, lengths, strict=True)]
+        if self._lengths is None:
             return sum(int((self._tokens[span] != BYTES.end).sum()) for span in spans)
-        return sum(int(stored[span].sum()) for span in spans)
+        return sum(int(self._lengths[span].sum()) for span in spans)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("_tokens", "_lengths", "_bounds", "_first_samples")
-        }
+        maps = ("_tokens", "_lengths", "_bounds", "_first_samples")
+        return {name: value for name, value in self.__dict__.items() if name not in maps}
 
     @cached_property
-    def _tokens(self) -> npt.NDArray[np.unsignedinteger[Any]]:  # [tokens of this split], read-only map
-        return self._map(self._corpus.tokens_file, self._corpus.vocabulary.dtype)
+    def _tokens(self) -> npt.NDArray[np.unsignedinteger[Any]]:  # read-only map
+        vocabulary = self._corpus.vocabulary
+        return self._map(vocabulary.tokens_file, vocabulary.dtype)
 
     @cached_property
-    def _lengths(self) -> npt.NDArray[np.unsignedinteger[Any]] | None:  # bytes of text per token; None: one
-        file = self._corpus.lengths_file
-        return None if file is None else self._map(file, np.dtype("<u4"))
+    def _lengths(self) -> npt.NDArray[np.unsignedinteger[Any]] | None:
+        """Bytes of text per token; None: one."""
+        return None if self._corpus.vocabulary == BYTES else self._map(LENGTHS_FILE, "<u4")
 
-    def _map(self, file: Path, dtype: np.dtype[Any]) -> npt.NDArray[np.unsignedinteger[Any]]:
-        corpus = self._corpus
-        begin, length = (
-            (corpus.train_tokens, corpus.validation_tokens) if self._validation else (0, corpus.train_tokens)
-        )
+    def _map(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         # asarray drops the memmap class, whose slices and sums are slower, and copies nothing.
-        return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=dtype.itemsize * begin, shape=(length,)))
+        return np.asarray(np.memmap(self._folder / name, dtype, mode="r"))
 
     @cached_property
-    def _bounds(self) -> npt.NDArray[np.int64]:  # [documents + 1], in tokens of this split
-        corpus = self._corpus
-        begin, length = (
-            (corpus.train_documents, corpus.validation_documents) if self._validation else (0, corpus.train_documents)
-        )
-        bounds: npt.NDArray[np.int64] = np.fromfile(
-            Path(corpus.folder, DOCUMENTS_FILE), dtype="<i8", count=length + 1, offset=8 * begin
-        )
-        bounds -= bounds[0]
-        return bounds
+    def _bounds(self) -> npt.NDArray[np.int64]:  # [documents + 1]; packed: the stream is one
+        bounds: npt.NDArray[np.int64] = np.fromfile(self._folder / DOCUMENTS_FILE, "<i8")
+        return bounds if self.tokens_per_sample is None else bounds[[0, -1]]
 
     @cached_property
-    def _first_samples(self) -> npt.NDArray[np.int64]:  # [documents + 1], first sample of each document
-        first_samples = np.zeros(len(self._bounds), dtype=np.int64)
-        first_samples[1:] = np.cumsum(
-            -((1 - np.diff(self._bounds)) // self.seq_len)
-        )  # predicted tokens / T, rounded up
-        return first_samples
+    def _first_samples(self) -> npt.NDArray[np.int64]:  # [documents + 1]
+        predicted = np.diff(self._bounds) - 1
+        if self.tokens_per_sample is None:  # the last sample of a document may be shorter
+            predicted += self.seq_len - 1
+        return np.concatenate(([0], np.cumsum(predicted // self.seq_len)))
 
     def _spans(self, indices: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the first token and the number of predicted tokens of each sample, [B] each."""
-        samples = np.asarray(indices, dtype=np.int64)
-        if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= len(self):
-            raise IndexError(f"samples are numbered 0 to {len(self) - 1}, and at least one is needed; got {indices}")
-        if self.tokens_per_sample is not None:
-            return samples * self.seq_len, np.full_like(samples, self.seq_len)
+        samples = numbered(indices, len(self))
         document = np.searchsorted(self._first_samples, samples, side="right") - 1
         starts = self._bounds[document] + (samples - self._first_samples[document]) * self.seq_len
         return starts, np.minimum(self.seq_len, self._bounds[document + 1] - 1 - starts)
@@ -240,24 +222,20 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
         raise ConfigError(
             f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample; it must be 1 or more."
         )
-    if not 0 < config.validation_fraction < 1:
-        raise ConfigError(
-            f"data.validation_fraction ({config.validation_fraction}) must be more than 0 and less than 1, because "
-            f"part of the text is used for training and part for validation. For a twentieth of it, write 0.05."
-        )
+    check_validation_fraction(config.validation_fraction, "text")
     label, root, files = find(config.source, config.path, config.cache_dir)
     encoder = make_encoder(config.tokenizer)
-    corpus = open_corpus(root, files, config.validation_fraction, cache_root(config.cache_dir), encoder)
-    train, validation = (TextDataset(corpus, label, held, config.seq_len, config.layout) for held in (False, True))
-    for dataset, which, tokens in (
-        (train, "training", corpus.train_tokens),
-        (validation, "validation", corpus.validation_tokens),
-    ):
+    cache = cache_root(config.cache_dir)
+    corpus = open_corpus(root, files, config.validation_fraction, cache, encoder)
+    train = TextDataset(corpus, label, False, config.seq_len, config.layout)
+    validation = TextDataset(corpus, label, True, config.seq_len, config.layout)
+    for dataset, which in ((train, "training"), (validation, "validation")):
         if not len(dataset):
             raise ConfigError(
-                f"The {which} text of {root} has {tokens} tokens, but one sample of data.seq_len={config.seq_len} "
-                f"takes {config.seq_len + 1}. Give a shorter data.seq_len, more text, or a data.validation_fraction "
-                f"other than {config.validation_fraction} (split: {corpus.split})."
+                f"The {which} text of {root} has {len(dataset._tokens)} tokens, but one sample of "
+                f"data.seq_len={config.seq_len} takes {config.seq_len + 1}. Give a shorter "
+                f"data.seq_len, more text, or a data.validation_fraction other than "
+                f"{config.validation_fraction} (split: {corpus.facts['split']})."
             )
     return train, validation
 
@@ -266,7 +244,7 @@ def unigram_loss(train: TextDataset, validation: TextDataset, samples: Sequence[
     """Compute the validation loss of a prediction from token frequencies alone, in nats per token.
 
     A useful model has a lower loss. The probability of a token is (its count in `train` + 1) /
-    (number of tokens in `train` + vocab_size). Both texts are read once, without communication, and
+    (number of tokens in `train` + vocab_size). The texts are read once, without communication, and
     the result is the same on every rank.
 
     Args:
@@ -274,20 +252,11 @@ def unigram_loss(train: TextDataset, validation: TextDataset, samples: Sequence[
         validation: text whose labels are predicted.
         samples: sample numbers of `validation` to which the loss is restricted; None: all.
     """
-
-    def count(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
-        return _count(tokens, train.vocab_size)
-
-    counts = count(train._tokens)
+    counts = _count(train._tokens, train.vocab_size)
     logp = np.log(counts + 1) - np.log(counts.sum() + train.vocab_size)
-    if samples is not None:
-        chosen = validation.batch(samples, torch.Generator())["labels"].numpy()
-        labels = count(chosen[chosen != IGNORED_LABEL])
-    elif validation.tokens_per_sample is None:
-        # All but the first token of each document.
-        labels = count(validation._tokens) - count(validation._tokens[validation._bounds[:-1]])
-    else:
-        labels = count(validation._tokens[1 : len(validation) * validation.seq_len + 1])
+    samples = range(len(validation)) if samples is None else samples
+    labels = validation.batch(samples, torch.Generator())["labels"].numpy()
+    labels = _count(labels[labels != IGNORED_LABEL], train.vocab_size)
     return float(-(labels * logp).sum() / labels.sum())
 
 

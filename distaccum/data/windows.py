@@ -21,7 +21,7 @@ from torch.utils.data import (
 )
 
 from distaccum.core.window import MicroBatches, Source
-from distaccum.data.split import split
+from distaccum.data.split import check_steps, split
 from distaccum.errors import ConfigError, choice
 
 
@@ -117,11 +117,7 @@ class Windows:
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, value: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"gradient_accumulation_steps is {value!r}. It must be an integer, at least 1: the number of "
-                "micro-batches per rank in a window."
-            )
+        check_steps(value, "the number of micro-batches per rank in a window")
         self._gradient_accumulation_steps = value
 
     def __iter__(self) -> Iterator[MicroBatches]:
@@ -271,6 +267,6 @@ def _is_unnoticed(loader: object) -> bool:
     if isinstance(loader.dataset, IterableDataset):
         return True  # read in the workers, like everything but samplers
     order = loader.sampler
+    has_generator = getattr(order, "generator", None) is not None
     torchs_own = type(order) in (SequentialSampler, RandomSampler, DistributedSampler)
-    torchs_own = torchs_own and type(loader.batch_sampler) in (BatchSampler, type(None))
-    return torchs_own and getattr(order, "generator", None) is None
+    return torchs_own and not has_generator and type(loader.batch_sampler) in (BatchSampler, type(None))

@@ -155,11 +155,8 @@ def _check_options(hf_config: Any, options: dict[str, Any]) -> None:
     one.
     """
     known = {*hf_config.to_dict(), *type(hf_config).attribute_map}
-    for name in options:
-        if name not in known:
-            raise ConfigError(
-                f"model.options.{name}: {type(hf_config).__name__} has no such field.{_near(name, known)}"
-            )
+    for name in sorted(options.keys() - known):
+        raise ConfigError(f"model.options.{name}: {type(hf_config).__name__} has no such field.{_near(name, known)}")
 
 
 def _refuse_kernels(where: str, node: Any) -> None:

@@ -10,23 +10,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distaccum._torch import is_out_of_memory
 from distaccum.errors import ConfigError
-from distaccum.huggingface.counting import (
+from distaccum.huggingface.heads import (
     IGNORED,
     MeanOver,
     check_micro_batch,
+    config_of,
+    configured_aux_coef,
     countable,
     counted,
     is_question_answering,
     label_names,
+    mean_and_aux,
 )
-from distaccum.huggingface.heads import config_of, configured_aux_coef, mean_and_aux
 
 MOST_SAMPLES = 8  # of the micro-batch; each one takes a forward
 # Samples that are computed together and alone differ by rounding. A wrong denominator differs by
@@ -39,21 +41,7 @@ FEWEST_LABELS = 4
 _PER_SAMPLE = {MeanOver.samples, MeanOver.numbers}  # equal if each sample has one label
 
 
-class Head(NamedTuple):
-    """Holds what was measured of a head: the arguments of `HuggingFace`.
-
-    Attributes:
-        denominator: what the head averages over.
-        aux_coef: the factor of the auxiliary loss in `.loss`.
-        reason: what was measured, for display.
-    """
-
-    denominator: MeanOver
-    aux_coef: float
-    reason: str
-
-
-def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> Head:
+def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> tuple[MeanOver, float, str]:
     """Measure what a head's mean is taken over, and the factor of an auxiliary loss in it.
 
     The first 8 samples of the micro-batch are run together and one by one, without dropout and
@@ -95,7 +83,7 @@ def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> Head:
                 raise
             raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
-            return Head(_preferred(kept, labels), aux_coef, f"measured: the samples fit only {_named(kept)}")
+            return _preferred(kept, labels), aux_coef, f"measured: the samples fit only {_named(kept)}"
         _refuse_unsafe(labels, kept)
         try:
             left = _explaining(model, {**micro_batch, "labels": _mostly_ignored(labels)}, aux_coef, kept)
@@ -107,7 +95,7 @@ def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> Head:
                 f"{_named(kept)} fit the samples equally well, and the head accepts no label -100 ({error}); labels "
                 "that it ignores under another number would be counted"
             )
-            return Head(_preferred(kept, labels), aux_coef, reason)
+            return _preferred(kept, labels), aux_coef, reason
     if len(left) > 1 and not (labels.numel() == len(labels) and set(left) == _PER_SAMPLE):
         raise ConfigError(
             f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples have almost the same "
@@ -116,7 +104,7 @@ def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> Head:
             "find with other samples or on a float32 model."
         )
     reason = f"measured with ignored labels: the samples fit only {_named(left)}"
-    return Head(_preferred(left, labels), aux_coef, reason)
+    return _preferred(left, labels), aux_coef, reason
 
 
 def _explaining(

@@ -5,10 +5,11 @@ It also explains which arguments are not carried over.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -44,6 +45,41 @@ _DEFAULTS: dict[str, Any] = {
     "dataloader_num_workers": 0, "dataloader_pin_memory": True, "ddp_find_unused_parameters": None,
     "ddp_bucket_cap_mb": None, "ddp_static_graph": None, "ddp_timeout": 1800, "fsdp": None, "fsdp_config": None,
 }  # fmt: skip
+
+# Arguments whose value is carried over unchanged, if there is one.
+_SAME = {
+    "per_device_train_batch_size": "accum.micro_batch_size",
+    "gradient_accumulation_steps": "accum.gradient_accumulation_steps",
+    "seed": "train.seed",
+    "learning_rate": "optim.lr",
+    "weight_decay": "optim.weight_decay",
+    "run_name": "logger.run_name",
+    "dataloader_num_workers": "loader.workers",
+    "ddp_timeout": "train.timeout_s",
+    "ddp_find_unused_parameters": "parallel.find_unused_parameters",
+    "ddp_static_graph": "parallel.static_graph",
+    "ddp_bucket_cap_mb": "parallel.bucket_mb",
+}
+# Switches, and what is set where they are on.
+_SWITCHES: dict[str, tuple[str, Any]] = {
+    "bf16": ("precision", "bf16"),
+    "fp16": ("precision", "fp16"),
+    "full_determinism": ("train.deterministic", True),
+    "use_cpu": ("device", "cpu"),
+    "activation_checkpointing": ("nn.checkpoint", True),
+    "gradient_checkpointing": ("nn.checkpoint", True),
+    "torch_compile": ("nn.compile", True),
+}
+# Remarks about arguments that are set.
+_REMARKS = {
+    "optim_args": "set optim.momentum and optim.eps instead, if they are meant",
+    "weight_decay": "the number is carried over; here parameters of one dimension do not decay, while transformers "
+    "excludes biases and norms by name",
+    "torch_compile": "carried over; here each block is compiled, not the whole model",
+}
+# The curves that have a counterpart.
+_CURVES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
+           "cosine_with_min_lr": "cosine"}  # fmt: skip
 
 # Arguments that do not affect the training, or repeat another one.
 _SILENT = {
@@ -93,205 +129,157 @@ def from_training_arguments(args: Any) -> ConvertedArguments:
     values = {**_DEFAULTS, **{name: given[name] for name in _DEFAULTS if name in given}}
     if values["bf16"] and values["fp16"]:
         raise ConfigError("bf16 and fp16 are both set. Set one of them to False.")
-    carried = ConvertedArguments()
-    for translate in (_groups, _length, _optimizer, _schedule, _intervals, _rest):
-        translate(values, carried)
-    defaults = _defaults_of(args)
+    overrides: dict[str, Any] = {
+        "precision": "fp32",
+        **{key: values[name] for name, key in _SAME.items() if values[name] not in (None, "")},
+        **{key: value for name, (key, value) in _SWITCHES.items() if values[name]},
+        "optim.clip_norm": values["max_grad_norm"] or None,
+        "loader.pin_memory": None if values["dataloader_pin_memory"] else False,  # null: if there is a GPU
+    }
+    why = {name: remark for name, remark in _REMARKS.items() if values[name]}
+    for translate in (_sharding, _logger, _length, _optimizer, _schedule, _intervals):
+        translate(values, overrides, why)
+    defaults = {f.name: _plain_value(f.default) for f in fields(args)} if is_dataclass(args) else {}
     for name, value in given.items():
-        if (
-            name in _DEFAULTS
-            or name in _SILENT
-            or name.startswith("_")
-            or value in (defaults.get(name), None, "", [], {})
-        ):
-            continue
-        if name in _WHY or defaults.get(name, False) != value:
-            carried.not_carried[name] = _WHY.get(name, "there is no counterpart here")
-    return carried
+        known = name in _DEFAULTS or name in _SILENT or name.startswith("_")
+        default = defaults.get(name, None if name in _WHY else False)
+        if not known and value not in (default, None, "", [], {}):
+            why[name] = _WHY.get(name, "there is no counterpart here")
+    groups_first = sorted(overrides, key=lambda key: "." in key)
+    return ConvertedArguments([f"{key}={_in_hydra(overrides[key])}" for key in groups_first], why)
 
 
-def _groups(values: dict[str, Any], carried: ConvertedArguments) -> None:
-    _set(carried, "precision", "bf16" if values["bf16"] else "fp16" if values["fp16"] else "fp32")
-    fsdp = values["fsdp"] or ""
-    if fsdp:
-        words = set(fsdp.replace(",", " ").split()) if isinstance(fsdp, str) else set(_words(fsdp))
-        options = values["fsdp_config"] if isinstance(values["fsdp_config"], Mapping) else {}
-        _set(carried, "parallel", "hsdp" if {"hybrid_shard", "hybrid_shard_zero2"} & words else "fsdp")
-        if "shard_grad_op" in words or str(options.get("reshard_after_forward", True)).lower() == "false":
-            _set(carried, "parallel.reshard_after_forward", False)
-        if "offload" in words or options.get("cpu_offload"):
-            carried.not_carried["fsdp"] = "offloading to the CPU is not supported; the rest is carried over"
-        if options:
-            carried.not_carried["fsdp_config"] = (
-                "only reshard_after_forward is carried over: each block is an FSDP2 group, and the rest is another"
-            )
-    if "wandb" in _words(values["report_to"]):
-        _set(carried, "logger", "wandb")
-        _set(carried, "logger.project", values["project"])
-        carried.not_carried["report_to"] = (
-            "wandb is carried over; it writes into the run folder unless logger.mode=online"
+def _sharding(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
+    if not values["fsdp"]:
+        return
+    words = set(" ".join(_words(values["fsdp"])).replace(",", " ").split())
+    options = values["fsdp_config"] if isinstance(values["fsdp_config"], Mapping) else {}
+    overrides["parallel"] = "hsdp" if {"hybrid_shard", "hybrid_shard_zero2"} & words else "fsdp"
+    reshard = str(options.get("reshard_after_forward", True)).lower()
+    if "shard_grad_op" in words or reshard == "false":
+        overrides["parallel.reshard_after_forward"] = False
+    if "offload" in words or options.get("cpu_offload"):
+        why["fsdp"] = "offloading to the CPU is not supported; the rest is carried over"
+    if options:
+        why["fsdp_config"] = (
+            "only reshard_after_forward is carried over: each block is an FSDP2 group, and the rest is another"
         )
-    if values["run_name"]:
-        _set(carried, "logger.run_name", values["run_name"])
-    others = [name for name in _words(values["report_to"]) if name not in ("wandb", "none")]
+
+
+def _logger(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
+    names = _words(values["report_to"])
+    if "wandb" in names:
+        overrides |= {"logger": "wandb", "logger.project": values["project"]}
+        why["report_to"] = "wandb is carried over; it writes into the run folder unless logger.mode=online"
+    others = ", ".join(name for name in names if name not in ("wandb", "none"))
     if others:
-        carried.not_carried["report_to"] = (
-            f"{', '.join(others)}: the loggers are wandb, and metrics.jsonl in every run folder"
-        )
+        why["report_to"] = f"{others}: the loggers are wandb, and metrics.jsonl in every run folder"
 
 
-def _length(values: dict[str, Any], carried: ConvertedArguments) -> None:
-    _set(carried, "accum.micro_batch_size", values["per_device_train_batch_size"])
-    _set(carried, "accum.gradient_accumulation_steps", values["gradient_accumulation_steps"])
+def _length(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
     epochs = values["num_train_epochs"]
     if values["max_steps"] > 0:
-        _set(carried, "train.steps", values["max_steps"])
-        _set(carried, "train.epochs", None)
+        overrides |= {"train.steps": values["max_steps"], "train.epochs": None}
     elif epochs == int(epochs):
-        _set(carried, "train.steps", None)
-        _set(carried, "train.epochs", int(epochs))
+        overrides |= {"train.steps": None, "train.epochs": int(epochs)}
     else:
-        carried.not_carried["num_train_epochs"] = (
+        why["num_train_epochs"] = (
             f"{epochs} is not a whole number of epochs: set train.steps to the same number of optimizer steps"
         )
-    _set(carried, "train.seed", values["seed"])
     if values["data_seed"] not in (None, values["seed"]):
-        carried.not_carried["data_seed"] = "weights, sample order and dropout use one seed, train.seed"
+        why["data_seed"] = "weights, sample order and dropout use one seed, train.seed"
 
 
-def _optimizer(values: dict[str, Any], carried: ConvertedArguments) -> None:
+def _optimizer(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
     name = str(values["optim"])
     if name in ("adamw_torch", "adamw_torch_fused"):
-        _set(carried, "optim", "adamw")
-        for key, argument in (("beta1", "adam_beta1"), ("beta2", "adam_beta2"), ("eps", "adam_epsilon")):
-            _set(carried, f"optim.{key}", values[argument])
+        overrides |= {
+            "optim": "adamw",
+            "optim.beta1": values["adam_beta1"],
+            "optim.beta2": values["adam_beta2"],
+            "optim.eps": values["adam_epsilon"],
+        }
     elif name == "sgd":
-        _set(carried, "optim", "sgd")
-        _set(carried, "optim.momentum", 0.0)
+        overrides |= {"optim": "sgd", "optim.momentum": 0.0}
     else:
-        carried.not_carried["optim"] = f"{name}: the optimizers are adamw and sgd; da.Accumulator works with any other"
-    if values["optim_args"]:
-        carried.not_carried["optim_args"] = "set optim.momentum and optim.eps instead, if they are meant"
-    _set(carried, "optim.lr", values["learning_rate"])
-    _set(carried, "optim.clip_norm", values["max_grad_norm"] or None)
-    _set(carried, "optim.weight_decay", values["weight_decay"])
-    if values["weight_decay"]:
-        carried.not_carried["weight_decay"] = (
-            "the number is carried over; here parameters of one dimension do not decay, while transformers excludes "
-            "biases and norms by name"
-        )
+        why["optim"] = f"{name}: the optimizers are adamw and sgd; da.Accumulator works with any other"
 
 
-_CURVES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
-           "cosine_with_min_lr": "cosine"}  # fmt: skip
-
-
-def _schedule(values: dict[str, Any], carried: ConvertedArguments) -> None:
+def _schedule(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
     name = str(values["lr_scheduler_type"])
-    options = dict(values["lr_scheduler_kwargs"] or {})
     if name not in _CURVES:
-        carried.not_carried["lr_scheduler_type"] = f"{name}: the curves are constant, linear, cosine and wsd"
+        why["lr_scheduler_type"] = f"{name}: the curves are constant, linear, cosine and wsd"
         return
-    _set(carried, "optim.schedule.name", _CURVES[name])
-    _set(carried, "optim.schedule.unit", "steps")
+    overrides |= {"optim.schedule.name": _CURVES[name], "optim.schedule.unit": "steps"}
+    options = dict(values["lr_scheduler_kwargs"] or {})
     if _CURVES[name] != "constant":
-        ratio = options.pop("min_lr_rate", None)
-        lowest = options.pop("min_lr", None)
-        if lowest is not None:
-            ratio = lowest / values["learning_rate"]
-        _set(carried, "optim.schedule.final_ratio", float(ratio or 0.0))
+        ratio, lowest = options.pop("min_lr_rate", None), options.pop("min_lr", None)
+        ratio = ratio if lowest is None else lowest / values["learning_rate"]
+        overrides["optim.schedule.final_ratio"] = float(ratio or 0.0)
     if options:
-        carried.not_carried["lr_scheduler_kwargs"] = (
-            f"{', '.join(options)}: the curve of {name} has no such option here"
-        )
-    argument = "warmup_ratio" if values["warmup_ratio"] and not values["warmup_steps"] else "warmup_steps"
+        why["lr_scheduler_kwargs"] = f"{', '.join(options)}: the curve of {name} has no such option here"
+    by_ratio = bool(values["warmup_ratio"]) and not values["warmup_steps"]
+    argument = "warmup_ratio" if by_ratio else "warmup_steps"
     warmup = values[argument] if name != "constant" else 0
-    if argument == "warmup_ratio" or 0 < warmup < 1:
-        if values["max_steps"] <= 0:
-            carried.not_carried[argument] = (
-                f"it is a fraction ({warmup}) of the steps, whose number depends on the data: set "
-                "optim.schedule.warmup to a number of steps"
-            )
-            return
-        warmup = math.ceil(warmup * values["max_steps"])
-    _set(carried, "optim.schedule.warmup", int(warmup))
     if warmup:
-        carried.not_carried[argument] = (
-            "carried over; the first step has 1 / warmup of the peak here, 0 in transformers"
-        )
+        why[argument] = "carried over; the first step has 1 / warmup of the peak here, 0 in transformers"
+    key, is_fraction = "optim.schedule.warmup", by_ratio or 0 < warmup < 1
+    _set_steps(key, argument, warmup, is_fraction, values["max_steps"], overrides, why)
 
 
-def _intervals(values: dict[str, Any], carried: ConvertedArguments) -> None:
-    for every, strategy, key in (
+def _intervals(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
+    for argument, strategy, key in (
         ("logging_steps", "logging_strategy", "train.log_every_steps"),
         ("eval_steps", "eval_strategy", "train.validate_every_steps"),
     ):
-        steps = values[every] if values[every] or every == "logging_steps" else values["logging_steps"]
-        if values[strategy] == "steps" and steps < 1 and values["max_steps"] > 0:
-            steps = math.ceil(steps * values["max_steps"])
-        if values[strategy] == "steps" and steps >= 1:
-            _set(carried, key, int(steps))
-        elif values[strategy] == "steps":
-            carried.not_carried[every] = (
-                f"it is a fraction ({steps}) of the steps, whose number depends on the data: set {key}"
-            )
+        steps = values[argument] or values["logging_steps"]
+        if values[strategy] == "steps":
+            _set_steps(key, argument, steps, steps < 1, values["max_steps"], overrides, why)
         elif values[strategy] != _DEFAULTS[strategy]:
-            carried.not_carried[strategy] = f"{values[strategy]}: the interval here is in optimizer steps, {key}"
+            why[strategy] = f"{values[strategy]}: the interval here is in optimizer steps, {key}"
 
 
-def _rest(values: dict[str, Any], carried: ConvertedArguments) -> None:
-    _set(carried, "loader.workers", values["dataloader_num_workers"])
-    _set(carried, "loader.pin_memory", None if values["dataloader_pin_memory"] else False)  # null: if there is a GPU
-    _set(carried, "train.timeout_s", values["ddp_timeout"])
-    for argument, key in (
-        ("ddp_find_unused_parameters", "parallel.find_unused_parameters"),
-        ("ddp_static_graph", "parallel.static_graph"),
-        ("ddp_bucket_cap_mb", "parallel.bucket_mb"),
-    ):
-        if values[argument] is not None:
-            _set(carried, key, values[argument])
-    if values["full_determinism"]:
-        _set(carried, "train.deterministic", True)
-    if values["use_cpu"]:
-        _set(carried, "device", "cpu")
-    if values["activation_checkpointing"] or values["gradient_checkpointing"]:
-        _set(carried, "nn.checkpoint", True)
-    if values["torch_compile"]:
-        _set(carried, "nn.compile", True)
-        carried.not_carried["torch_compile"] = "carried over; here each block is compiled, not the whole model"
+def _set_steps(
+    key: str,
+    argument: str,
+    number: float,
+    is_fraction: bool,
+    max_steps: int,
+    overrides: dict[str, Any],
+    why: dict[str, str],
+) -> None:
+    """Carry over a number of steps, or a fraction of all steps if their number is known."""
+    if is_fraction and max_steps <= 0:
+        why[argument] = (
+            f"it is a fraction ({number}) of the steps, whose number depends on the data: set "
+            f"{key} to a number of steps"
+        )
+    else:
+        overrides[key] = math.ceil(number * max_steps) if is_fraction else int(number)
 
 
 def _plain(args: Any) -> dict[str, Any]:
     """Return arguments by name, with Enums replaced by their values."""
-    if isinstance(args, Mapping):
-        pairs = dict(args)
-    elif is_dataclass(args):
+    if is_dataclass(args):
         pairs = {f.name: getattr(args, f.name) for f in fields(args)}
     else:
-        pairs = dict(vars(args))
-    return {name: value.value if isinstance(value, Enum) else value for name, value in pairs.items()}
+        pairs = dict(args if isinstance(args, Mapping) else vars(args))
+    return {name: _plain_value(value) for name, value in pairs.items()}
 
 
-def _defaults_of(args: Any) -> dict[str, Any]:
-    """Return the defaults that a dataclass of arguments declares; other objects have none."""
-    known = {}
-    for each in fields(args) if is_dataclass(args) else ():
-        default = each.default if each.default is not MISSING else None
-        known[each.name] = default.value if isinstance(default, Enum) else default
-    return known
+def _plain_value(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
 
 
-def _set(carried: ConvertedArguments, key: str, value: Any) -> None:
-    """Override one key, in Hydra's grammar."""
-    if isinstance(value, bool) or value is None:
-        text = {True: "true", False: "false", None: "null"}[value]
-    elif isinstance(value, str) and not value.replace("-", "").isalnum():
-        text = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    else:
-        text = str(value)
-    carried.overrides.append(f"{key}={text}")
+def _in_hydra(value: Any) -> str:
+    """Write a value in the grammar of Hydra's overrides."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str) and not value.replace("-", "").isalnum():
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
 
 
 def _words(value: Any) -> list[str]:
     items = value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []
-    return [str(item.value if isinstance(item, Enum) else item) for item in items]
+    return [str(_plain_value(item)) for item in items]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distaccum.errors import ConfigError
-from distaccum.models.weights import write
+from distaccum.models.weights import checked_sizes, draw
 
 
 @dataclass
@@ -80,31 +80,17 @@ class GPT(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device).init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize all parameters: matrices normal with mean 0 and std 0.02, biases 0, norms 1.
+        """Initialize all parameters by `distaccum.models.weights.draw`, matrices with std 0.02.
 
         The projections that add to the residual stream have std 0.02 / sqrt(2 * num_layers),
-        because 2 * num_layers of them are summed (GPT-2, section 2.3). Every rank draws the whole
-        matrices from torch's global CPU generator, in float32 and in the order of
-        `named_parameters()`, and keeps its own shard. Equal seeds therefore give equal models on
-        any device, in any dtype (up to rounding) and on any number of ranks. The caller sets the
-        seed. Nothing is communicated.
+        because 2 * num_layers of them are summed (GPT-2, section 2.3).
 
         Raises:
             ConfigError: if a parameter is on the meta device.
         """
-        residual_std = 0.02 / math.sqrt(2 * len(self.blocks))
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                raise ConfigError(
-                    f"GPT.init_weights: the parameter {name} is on the meta device; call to_empty(device=...) first."
-                )
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                std = residual_std if name.endswith("project.weight") else 0.02
-                write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
+        residual = 0.02 / math.sqrt(2 * len(self.blocks))
+        draw(self, lambda name, _: residual if name.endswith("project.weight") else 0.02)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Compute the logits of the next token at every position.
@@ -191,12 +177,8 @@ class _Block(nn.Module):
 
 def _check(config: GPTConfig) -> tuple[int, int]:
     """Refuse impossible sizes, and return (vocab_size, max_seq_len), which are not None."""
-    if config.vocab_size is None or config.max_seq_len is None:
-        got = f"model.vocab_size={config.vocab_size}, model.max_seq_len={config.max_seq_len}"
-        raise ConfigError(f"{got}: both must be known when the model is built. Take them from the data, or set them.")
-    for key in ("vocab_size", "max_seq_len", "num_layers", "num_heads", "width"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1.")
+    others = ("num_layers", "num_heads", "width")
+    vocab_size, max_seq_len = checked_sizes(config, ("vocab_size", "max_seq_len"), others)
     if remainder := config.width % config.num_heads:
         below = config.width - remainder
         nearest = f"{below} or {below + config.num_heads}" if below else config.num_heads
@@ -206,4 +188,4 @@ def _check(config: GPTConfig) -> tuple[int, int]:
         )
     if not 0 <= config.dropout < 1:
         raise ConfigError(f"model.dropout ({config.dropout}) must be a probability in [0, 1); 0 switches dropout off.")
-    return config.vocab_size, config.max_seq_len
+    return vocab_size, max_seq_len

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distaccum.errors import ConfigError
-from distaccum.models.weights import write
+from distaccum.models.weights import checked_sizes, draw
 
 
 @dataclass
@@ -62,7 +62,13 @@ class ResNet(nn.Module):
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
-        num_classes, self.in_channels = _check(config)
+        from_data = ("num_classes", "in_channels")
+        num_classes, self.in_channels = checked_sizes(config, from_data, ["blocks_per_stage"])
+        if not config.widths or min(config.widths) < 1:
+            raise ConfigError(
+                f"model.widths ({config.widths}) must list the channels of each stage, at least 1 "
+                f"each: write [16,32,64]"
+            )
         device = torch.get_default_device()
         # On meta first: torch's own initialization would be discarded, and its random draws would
         # make the weights depend on how the model was built.
@@ -81,31 +87,16 @@ class ResNet(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device).init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize all parameters and buffers.
+        """Initialize all parameters by `distaccum.models.weights.draw`, and all buffers.
 
-        Convolutions are normal with mean 0 and variance 2 / fan_out, the head is normal with mean 0
-        and std 0.01, norm weights are 1 and biases 0. Every rank draws the whole tensors from
-        torch's global CPU generator, in float32 and in the order of `named_parameters()`, and keeps
-        its own shard. Equal seeds therefore give equal models on any device, in any dtype (up to
-        rounding) and on any number of ranks. The caller sets the seed. Nothing is communicated.
+        Convolutions have variance 2 / fan_out. The head has std 0.01, as in Goyal et al.,
+        "Accurate, Large Minibatch SGD" (2017), section 5.1.
 
         Raises:
             ConfigError: if a parameter is on the meta device.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                raise ConfigError(
-                    f"ResNet.init_weights: the parameter {name} is on the meta device; call to_empty(device=...) first."
-                )
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                # The head as in Goyal et al., "Accurate, Large Minibatch SGD" (2017), section 5.1.
-                fan_out = parameter.shape[0] * math.prod(parameter.shape[2:])
-                std = math.sqrt(2 / fan_out) if parameter.ndim == 4 else 0.01
-                write(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std))
+        draw(self, _std)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.reset_running_stats()
@@ -160,16 +151,6 @@ def _convolution(in_channels: int, width: int, kernel: int, stride: int) -> nn.C
     return nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-def _check(config: ResNetConfig) -> tuple[int, int]:
-    """Refuse impossible sizes, and return (num_classes, in_channels), which are not None."""
-    if config.num_classes is None or config.in_channels is None:
-        got = f"model.num_classes={config.num_classes}, model.in_channels={config.in_channels}"
-        raise ConfigError(f"{got}: both must be known when the model is built. Take them from the data, or set them.")
-    for key in ("num_classes", "in_channels", "blocks_per_stage"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"model.{key} ({getattr(config, key)}) must be at least 1.")
-    if not config.widths or min(config.widths) < 1:
-        raise ConfigError(
-            f"model.widths ({config.widths}) must list the channels of each stage, at least 1 each: write [16,32,64]"
-        )
-    return config.num_classes, config.in_channels
+def _std(_: str, parameter: Tensor) -> float:
+    fan_out = parameter.shape[0] * math.prod(parameter.shape[2:])
+    return math.sqrt(2 / fan_out) if parameter.ndim == 4 else 0.01

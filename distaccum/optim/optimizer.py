@@ -121,23 +121,27 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     if implementation is OptimImplementation.auto:
         on_cuda = all(p.is_cuda for group in groups for p in group["params"])
         implementation = OptimImplementation.fused if on_cuda else OptimImplementation.foreach
-    foreach = implementation is OptimImplementation.foreach
-    fused = implementation is OptimImplementation.fused
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "foreach": implementation is OptimImplementation.foreach,
+        "fused": implementation is OptimImplementation.fused,
+    }
     if config.name is OptimName.sgd:
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, foreach=foreach, fused=fused)
+        return torch.optim.SGD(groups, momentum=config.momentum, **options)
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, foreach=foreach, fused=fused)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, **options)
 
 
 def _check_optim(config: OptimConfig) -> None:
     """Refuse numbers outside their ranges."""
-    for key in ("beta1", "beta2", "momentum"):
-        if not 0 <= getattr(config, key) < 1:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be in [0, 1).")
-    for key in ("lr", "weight_decay"):
-        if not 0 <= getattr(config, key) < math.inf:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be finite and at least 0.")
-    if not 0 < config.eps < math.inf:
-        raise ConfigError(f"optim.eps ({config.eps}) must be finite and above 0.")
-    if config.clip_norm is not None and not config.clip_norm > 0:
-        raise ConfigError(f"optim.clip_norm ({config.clip_norm}) must be above 0. Write null for no clipping.")
+    for key, fits, range_ in (
+        ("beta1", 0 <= config.beta1 < 1, "in [0, 1)"),
+        ("beta2", 0 <= config.beta2 < 1, "in [0, 1)"),
+        ("momentum", 0 <= config.momentum < 1, "in [0, 1)"),
+        ("lr", 0 <= config.lr < math.inf, "finite and at least 0"),
+        ("weight_decay", 0 <= config.weight_decay < math.inf, "finite and at least 0"),
+        ("eps", 0 < config.eps < math.inf, "finite and above 0"),
+        ("clip_norm", config.clip_norm is None or config.clip_norm > 0, "above 0. Write null for no clipping"),
+    ):
+        if not fits:
+            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be {range_}.")

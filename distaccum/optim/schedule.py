@@ -211,9 +211,8 @@ class LRSchedule:
         self._config = config
         self.warmup: int = config.warmup
         self._total = total
-        self._rule = scale.lr if scale else LRRule.none
-        self._scales_beta2 = scale is not None and scale.beta2
-        self._base_batch = _base_batch(scale, optimizer)
+        self._scale = scale or ScaleConfig(LRRule.none, None, False)
+        self._base_batch = _base_batch(self._scale, optimizer)
         self._peaks = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
         self._beta2s = [
             float(group.setdefault("initial_beta2", group["betas"][1])) if scale and "betas" in group else None
@@ -244,9 +243,9 @@ class LRSchedule:
         """
         factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch_size)
         for group, peak, beta2 in zip(self._optimizer.param_groups, self._peaks, self._beta2s, strict=True):
-            group["lr"] = peak * factor * lr_scale(ratio, self._rule)
+            group["lr"] = peak * factor * lr_scale(ratio, self._scale.lr)
             if beta2 is not None:
-                group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scales_beta2 else 1.0))
+                group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scale.beta2 else 1.0))
         return float(self._optimizer.param_groups[0]["lr"])
 
     def _ratio(self, effective_batch_size: int | None) -> float:
@@ -282,9 +281,9 @@ def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
     return end
 
 
-def _base_batch(scale: ScaleConfig | None, optimizer: torch.optim.Optimizer) -> int | None:
+def _base_batch(scale: ScaleConfig, optimizer: torch.optim.Optimizer) -> int | None:
     """Refuse an impossible scaling, and return its base batch size (None if nothing is scaled)."""
-    if scale is None or (scale.lr is LRRule.none and not scale.beta2):
+    if scale.lr is LRRule.none and not scale.beta2:
         return None
     if scale.base_batch is None or scale.base_batch < 1:
         raise ConfigError(

@@ -178,11 +178,11 @@ def test_a_folder_is_read_as_it_is(pngs: Path) -> None:
     assert (train.facts["files"], train.facts["skipped_files"], train.facts["classes"]) == (30, 2, 3)
     assert train.facts["bytes"] == sum(path.stat().st_size for path in pngs.rglob("*.png"))
     mean, std = train._scale
-    pictures = train._pictures
+    pictures = train._collection
     for dataset in (train, validation):
         batch = everything(dataset)
         for image, label, number in zip(batch["inputs"], batch["labels"], dataset._numbers, strict=True):
-            name = pictures._names[number]
+            name = pictures.names[number]
             assert name.split("/")[0] == train.class_names[int(label)]
             pixels = torch.from_numpy(np.array(Image.open(pngs / name))).permute(2, 0, 1)
             torch.testing.assert_close((image * std + mean) * 255, pixels.float(), rtol=0, atol=1e-3)
@@ -207,8 +207,8 @@ def test_images_of_any_size_and_mode(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         image.save(tmp_path / name)
     train, _ = folder(tmp_path, size_px=4, validation_fraction=0.5)
-    pixels = train._pictures.read(np.arange(4)) * 255
-    names = train._pictures._names
+    pixels = train._collection.read(np.arange(4)) * 255
+    names = train._collection.names
     assert pixels.shape == (4, 3, 4, 4)
     assert (pixels[names.index("a/wide.png")].amax((1, 2)) == torch.tensor([10, 20, 30])).all()
     assert (pixels[names.index("a/gray.png")] == 7).all()
@@ -238,13 +238,13 @@ def test_a_broken_file_is_named(pngs: Path, tmp_path: Path) -> None:
         for i in range(8):
             Image.new("RGB", (4, 4)).save(tmp_path / name / f"{i}.png")
     train, validation = folder(tmp_path)
-    (tmp_path / validation._pictures._names[validation._numbers[0]]).write_bytes(b"no image")
+    (tmp_path / validation._collection.names[validation._numbers[0]]).write_bytes(b"no image")
     with pytest.raises(ConfigError, match=r"\d\.png cannot be read as an image"):
         everything(validation)
-    Image.new("I;16", (4, 4)).save(tmp_path / validation._pictures._names[validation._numbers[0]])
+    Image.new("I;16", (4, 4)).save(tmp_path / validation._collection.names[validation._numbers[0]])
     with pytest.raises(ConfigError, match="more than 8 bits"):
         everything(validation)
-    (tmp_path / train._pictures._names[train._numbers[0]]).write_bytes(b"no image")
+    (tmp_path / train._collection.names[train._numbers[0]]).write_bytes(b"no image")
     with pytest.raises(ConfigError, match="cannot be read as an image"):
         folder(tmp_path)  # statistics of the training images read it at the start
 

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distaccum.data import corpus as corpus_module
-from distaccum.data.corpus import END_OF_FILE, cache_root, open_corpus
-from distaccum.data.files import find_files, in_validation
-from distaccum.data.text import Layout, Source, TextConfig, TextDataset, load_text, unigram_loss
+from distaccum.data.corpus import open_corpus
+from distaccum.data.files import Source, cache_root, find_files, in_validation
+from distaccum.data.text import Layout, TextConfig, TextDataset, load_text, unigram_loss
 from distaccum.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+END_OF_FILE = 256
 GENERATOR = torch.Generator()
 
 
@@ -292,7 +293,7 @@ def test_the_digest_is_of_names_and_content_only(tmp_path):
     for i in range(2):
         text = write(tmp_path / str(i), contents)
         os.utime(text / name_on(True), ns=(i, i))
-        digests.append(load_text(config(tmp_path / "cache", path=text))[0]._corpus.digest)
+        digests.append(load_text(config(tmp_path / "cache", path=text))[0]._corpus.facts["digest"])
     by_hand = hashlib.sha256()
     for name in sorted(contents):
         content = contents[name]
@@ -300,9 +301,14 @@ def test_the_digest_is_of_names_and_content_only(tmp_path):
     assert digests == [by_hand.hexdigest()] * 2
 
 
+def no_locks(*_):
+    """A file system without locks, on which no process waits for another."""
+    raise OSError(37, "No locks available")
+
+
 def store_at_once(root, cache, rank, processes, report):
     """What one of `processes` does: none of them moves its folder in place before all have theirs ready to be moved."""
-    move = corpus_module._move_in_place
+    move, corpus_module.fcntl.flock = corpus_module._move_in_place, no_locks
 
     def move_together(draft, folder):
         (cache / f".ready{rank}").touch()
@@ -348,13 +354,13 @@ def test_a_store_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus_module, "_write_tokens", full)
+    monkeypatch.setattr(corpus_module, "_write", full)
     with pytest.raises(ConfigError, match=r"No space left.*data\.cache_dir=FOLDER"):
         load_text(config(tmp_path / "cache", path=text))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tokens.uint16", "documents.int64", "corpus.json"])
+@pytest.mark.parametrize("name", ["train/tokens.uint16", "validation/documents.int64", "corpus.json"])
 def test_a_damaged_cache_is_told_not_used(tmp_path, name):
     text = write(tmp_path / "text", {"a.txt": b"some text" * 9})
     train, _ = load_text(config(tmp_path / "cache", path=text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import sys
 import sysconfig
 import time
@@ -22,8 +23,8 @@ from hypothesis import strategies as st
 from distaccum.data import corpus as corpus_module
 from distaccum.data import tokens as tokens_module
 from distaccum.data.corpus import open_corpus
-from distaccum.data.files import find_files, in_validation
-from distaccum.data.text import Layout, Source, TextConfig, TextDataset, load_text, unigram_loss
+from distaccum.data.files import Source, find_files, in_validation
+from distaccum.data.text import Layout, TextConfig, TextDataset, load_text, unigram_loss
 from distaccum.data.tokens import BYTES, Encoder, TextEncoder, Vocabulary, make_encoder
 from distaccum.errors import ConfigError
 
@@ -85,7 +86,7 @@ pieces_of_text = st.lists(st.sampled_from([*"ab1'é日😀.", " ", "  ", "\n", "
 def test_a_long_document_has_the_tokens_of_a_whole_one(gpt2: TextEncoder, text: str) -> None:
     whole = gpt2._tokenizer.encode(text, add_special_tokens=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens_module, "_PART_CHARACTERS", 2)
+        patch.setattr(tokens_module, "_PART", re.compile(r".{2}.*?(?<=\S)\n(?=\S)|.+", re.DOTALL))
         patch.setattr(tokens_module, "_PARTS_AT_ONCE", 2)
         cut, empty, again = gpt2.encode([text.encode(), b"", text.encode()], ["one", "two", "three"])
     assert cut.tokens.tolist() == again.tokens.tolist() == whole.ids
@@ -97,7 +98,7 @@ def test_a_long_document_has_the_tokens_of_a_whole_one(gpt2: TextEncoder, text: 
 
 def test_a_long_text_is_cut_at_all() -> None:
     line = "x" * 99 + "\n"
-    parts = tokens_module._parts(line * 10_000)
+    parts = tokens_module._PART.findall(line * 10_000)
     assert len(parts) == 4
     assert "".join(parts) == line * 10_000
 
@@ -156,7 +157,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     contents = {NAMES[0]: "w70000 w1 w70000", NAMES[1]: "w69999"}
     tokenizer = words(tmp_path, "[UNK]", *(f"w{i}" for i in range(1, 70_001)))
     train, validation = load(tmp_path, contents, tokenizer, seq_len=2)
-    assert train._corpus.tokens_file.name == "tokens.uint32"
+    assert train._corpus.vocabulary.tokens_file == "tokens.uint32"
     assert train._tokens.tolist() == [70_000, 1, 70_000, 70_001]
     assert train.batch([0], GENERATOR)["labels"].tolist() == [[1, 70_000]]
     assert validation.vocab_size == 70_002
@@ -238,7 +239,7 @@ def test_the_cache_knows_the_tokenizer_by_its_content(tmp_path: Path) -> None:
     same = tmp_path / "same"
     same.mkdir()
     assert load(tmp_path, {}, words(same, "[UNK]", "be", "to"))[0]._corpus.folder == other._corpus.folder
-    for name in ("tokens.uint16", "lengths.uint32"):
+    for name in ("train/tokens.uint16", "validation/lengths.uint32"):
         (Path(other._corpus.folder) / name).write_bytes(b"1")
         with pytest.raises(ConfigError, match="delete that folder"):
             load(tmp_path, {}, words(same, "[UNK]", "be", "to"))
@@ -328,7 +329,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(ConfigError, match=r"pip install distaccum\[gpt2\]"):
             make_encoder("gpt2")
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_module, "_GPT2_MERGES", "0" * 64)
+        patch.setitem(tokens_module._GPT2_FILES, "vocab.bpe", "0" * 64)
         with pytest.raises(ConfigError, match=r"vocab\.bpe is not the file that GPT-2 was published with"):
             make_encoder("gpt2")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
