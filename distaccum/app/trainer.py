@@ -5,9 +5,11 @@ There are no callbacks: the trainer names all of its collaborators.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
@@ -18,6 +20,7 @@ from distaccum.app.progress import Intervals, Progress
 from distaccum.app.validation import Validation, evaluate
 from distaccum.checkpoint.saver import Saver
 from distaccum.core.plan import Plan, Window
+from distaccum.core.window import MicroBatches
 from distaccum.data.loader import Loader
 from distaccum.errors import OutOfMemoryError
 from distaccum.metrics import Report
@@ -82,10 +85,47 @@ class Trainer:
         Returns:
             The reason to stop, or None after the last window.
         """
-        try:
-            return self._run()
-        finally:
-            self.loader.close()
+        progress, intervals = self.progress, self.intervals
+        with contextlib.closing(self.loader):
+            if self._evaluation_is_due():  # an earlier start was stopped before it validated
+                best = self._evaluate()
+                if best and self.saver is not None and self.saver.keeps_best:
+                    self._save(best, stopping=False)
+            since, began = _Since(self.loader.waited_s), time.perf_counter()
+            for window, micro_batches in self._windows():
+                world_size = self.accumulator.strategy.world.size
+                try:
+                    with self.budget.step(progress.step + 1, self.plan, window, world_size):
+                        record = self.accumulator.step(micro_batches, self)
+                except OutOfMemoryError as error:
+                    self._shrink(error)
+                    since, began = _Since(self.loader.waited_s), time.perf_counter()
+                    continue
+                progress.windows, progress.position = window.step + 1, window.next_start
+                progress.step, made = record.step, record.skipped is None
+                progress.samples += window.size
+                progress.tokens += record.denominator
+                since.count(window.size, record)
+                last = progress.windows == intervals.windows
+                stop = Request.stop in record.requested and not last
+                shown = (made and progress.step % intervals.log_every_steps == 0) or last or stop
+                if self.report is not None:
+                    self._report_step(window, record, since, shown)
+                    self._note(self.budget.message(last or stop))
+                self._seconds += time.perf_counter() - began
+                evaluates = not stop and self._evaluation_is_due()
+                best = self._evaluate() if evaluates else False
+                saves = self._save_is_due(record, best, last or stop)
+                if saves:
+                    self._save(best, stop)
+                if stop:
+                    return self.preemption.reason or "a request from another rank"
+                if shown or evaluates or saves:
+                    since = _Since(self.loader.waited_s)
+                began = time.perf_counter()
+            if self.saver is not None:
+                self._note(self.saver.wait())
+        return None
 
     def request(self) -> Request:
         """Return what this rank asks of all ranks at the next boundary: stop, save or nothing."""
@@ -94,51 +134,15 @@ class Trainer:
             request |= Request.save
         return request
 
-    def _run(self) -> str | None:
-        if self._evaluation_is_due():  # an earlier start was stopped before it validated
-            best = self._evaluate()
-            if best and self.saver is not None and self.saver.keeps_best:
-                self._save(best, stopping=False)
-        while True:
-            try:
-                return self._windows()
-            except OutOfMemoryError as error:
-                self._shrink(error)
-
-    def _windows(self) -> str | None:
-        progress, intervals = self.progress, self.intervals
-        since, began = _Since(self.loader.waited_s), time.perf_counter()
-        for window, micro_batches in self.loader.windows(progress.windows, progress.position, intervals.windows):
-            self.schedule.set(self._position(window), window.effective_batch_size)
-            with self.budget.step(progress.step + 1, self.plan, window, self.accumulator.strategy.world.size):
-                record = self.accumulator.step(micro_batches, self)
-            progress.windows, progress.position = window.step + 1, window.next_start
-            progress.step, made = record.step, record.skipped is None
-            progress.samples += window.size
-            progress.tokens += record.denominator
-            since.count(window.size, record)
-            last = progress.windows == intervals.windows
-            stop = Request.stop in record.requested and not last
-            if self.report is not None:
-                shown = (made and progress.step % intervals.log_every_steps == 0) or last or stop
-                self._report_step(window, record, since, shown)
-                self._note(self.budget.message(last or stop))
-                if shown:
-                    since = _Since(self.loader.waited_s)
-            self._seconds += time.perf_counter() - began
-            best = False
-            if not stop and self._evaluation_is_due():
-                best = self._evaluate()
-                since = _Since(self.loader.waited_s)
-            if self._save_is_due(record, best, last or stop):
-                self._save(best, stop)
-                since = _Since(self.loader.waited_s)
-            if stop:
-                return self.preemption.reason or "a request from another rank"
-            began = time.perf_counter()
-        if self.saver is not None:
-            self._note(self.saver.wait())
-        return None
+    def _windows(self) -> Iterator[tuple[Window, MicroBatches]]:
+        """Yield the windows that are left, a window again if its micro-batches were halved."""
+        progress, num_windows = self.progress, self.intervals.windows
+        while progress.windows < num_windows:
+            plan = self.plan
+            for found in self.loader.windows(progress.windows, progress.position, num_windows):
+                yield found
+                if self.plan is not plan:
+                    break
 
     def _shrink(self, error: OutOfMemoryError) -> None:
         """Halve the micro-batches on all ranks, from the window that ran out of memory on."""

@@ -1,13 +1,13 @@
 """Starts jobs, with one run of Hydra and one configuration per job, and leaves no process behind.
 
-This package knows nothing of training. Reading order: start, hydra_once, overrides, run_lock,
-sweep, ranks, own_ranks, meeting, board, work, watch, signals, restarts, job_child, failure. For
-SLURM: settings, slurm_names, slurm_script, slurm_submit.
+This package knows nothing of training. Reading order: start, job, runner, sweep, run_lock, ranks,
+own_ranks, rank, peers, grace, processes, failure, overrides. For SLURM: settings, slurm_names,
+slurm_script, slurm_submit.
 """
 
 from .job import Job as Job
-from .result import read_result as read_result
-from .result import write_result as write_result
+from .job import read_result as read_result
+from .job import write_result as write_result
 from .settings import LocalLaunch as LocalLaunch
 from .settings import SlurmLaunch as SlurmLaunch
 from .slurm_submit import Program as Program

@@ -14,8 +14,7 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch.distributed as dist
 from hydra.errors import HydraException
@@ -108,14 +107,14 @@ def message_of(error: BaseException) -> str:
     Hydra's search path is left out, and so is its advice to append a key (unknown keys are refused
     anyway).
     """
-    texts = [str(error)]
-    if isinstance(error.__cause__, OmegaConfBaseException) and str(error.__cause__) not in texts[0]:
-        texts.append(str(error.__cause__))
-    lines = [line.rstrip() for text in texts for line in text.split("\nConfig search path:")[0].split("\n")]
+    text, cause = str(error), str(error.__cause__)
+    lines = text.split("\nConfig search path:", maxsplit=1)[0].split("\n")
+    if isinstance(error.__cause__, OmegaConfBaseException) and cause not in text:
+        lines += cause.split("\n")
+    lines += [advice for part, advice in _ADVICE.items() if part in text]
+    lines += overrides.advice(error)
     noise = ("To append to your config use", "object_type=", "reference_type=")
-    lines += [advice for part, advice in _ADVICE.items() if part in texts[0]]
-    lines += [text for text in [overrides.advice(error)] if text is not None]
-    return "\n".join(line for line in lines if line and not line.strip().startswith(noise))
+    return "\n".join(line.rstrip() for line in lines if line and not line.strip().startswith(noise))
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -132,49 +131,13 @@ def is_timeout(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the one line that a table shows for an error."""
+    """Return one line for an error, as a table or a message about another error shows it."""
     return one_line(message_of(error) if is_foreseen(error) else f"{type(error).__name__}: {error}")
 
 
 def one_line(text: str) -> str:
     """Return the first line of a text that is not empty, cut to 300 characters."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]
-
-
-def shorten(error: BaseException) -> str:
-    """Return the type of an error and the first line of its text, cut to 160 characters."""
-    first_line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first_line[:160]}"
-
-
-def fail(error: BaseException, rank: int, first: tuple[int, int], text: str | None) -> NoReturn:
-    """End this process after `error`. Call it while the error is being handled.
-
-    Args:
-        error: What the task raised.
-        rank: The rank of this process.
-        first: Rank and exit code of the rank that failed first. Only that rank shows its error and
-            writes torchelastic's error file. The other ranks wait, so that the
-            launcher sees its exit first, and print one line if they are still alive by then.
-        text: The complete message to show in place of a traceback. None shows the error itself.
-    """
-    if first[0] != rank:
-        time.sleep(2.0)
-        if not is_users(error):
-            say(f"[rank {rank}] exits because rank {first[0]} failed first ({shorten(error)})")
-        leave(first[1])
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        leave(exit_code(error))
-    if text is not None:
-        say(f"[rank {rank}] {text}")
-        write_error_file(text, text)
-        leave(1)
-    code = report(error, f"[rank {rank}] ")
-    if is_foreseen(error):
-        write_error_file(message_of(error), "see the error message above")
-    else:
-        get_error_handler().record_exception(error)
-    leave(code)
 
 
 def exit_code(error: BaseException) -> int:
@@ -186,7 +149,7 @@ def exit_code(error: BaseException) -> int:
     return 2 if is_users(error) else 1
 
 
-def write_error_file(message: str, shown: str) -> None:
+def write_error_file(message: str, shown: str = "see the error message above") -> None:
     """Write torchrun's error file, if torchrun asked for one.
 
     Args:
@@ -200,17 +163,12 @@ def write_error_file(message: str, shown: str) -> None:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
-def read_error_file(path: Path) -> str | None:
-    """Return what a failed rank wrote to torchelastic's error file; None without such a file."""
-    try:
-        return error_message(json.loads(path.read_text())["message"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def error_message(found: Any) -> str:
-    """Return the text of a message of torchelastic, which is a text or a dict with a text."""
-    return str(found["message"] if isinstance(found, dict) else found)
+def record(error: BaseException) -> None:
+    """Write torchrun's error file for an error that this rank has shown."""
+    if is_foreseen(error):
+        write_error_file(message_of(error))
+    else:
+        get_error_handler().record_exception(error)
 
 
 def leave(code: int) -> NoReturn:

@@ -34,19 +34,22 @@ def to_paste(key: str, text: str) -> str:
     return shell_word(override(key, text))
 
 
-def advice(error: BaseException) -> str | None:
-    """Return how to write an override that Hydra could not read; None for any other error."""
+def advice(error: BaseException) -> list[str]:
+    """Return lines on how to write an override that Hydra could not read; none for other errors."""
     if not isinstance(error, OverrideParseException):
-        return None
-    key, is_there, value = error.override.partition("=")
+        return []
     message = f"This override cannot be read: {error.override}"
+    key, is_there, value = error.override.partition("=")
     quoted = _quoted(key, value)
     if not is_there:
-        return f"{message}\nAn override has the form key=value. Quote a value with spaces for the shell: 'key=one two'."
+        return [
+            message,
+            "An override has the form key=value. Quote a value with spaces for the shell: 'key=one two'.",
+        ]
     if not _reads_as(quoted, value):
-        return message
+        return [message]
     to_write = f"{shell_word(quoted)} (the outer quotes are for the shell)"
-    return f"{message}\nIf its value is exactly this text, write {to_write}."
+    return [message, f"If its value is exactly this text, write {to_write}."]
 
 
 def _reads_as(text: str, value: str) -> bool:

@@ -8,24 +8,23 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
 from torch.distributed.launcher.api import elastic_launch
 
-from .board import Board
-from .failure import error_message, leave, say
-from .job import Ended, Order, Task
-from .processes import tie_to_parent
+from .failure import leave, say
+from .grace import Grace
+from .job import Ended, Job, Task, value_of
+from .peers import Peers
+from .processes import signals_forwarded, tie_to_parent
+from .rank import clear_stacks, run_on_rank
 from .ranks import detect_launcher
-from .signals import signals_forwarded
-from .watch import clear_stacks
-from .work import run_on_rank
 
 
-def start(order: Order, num_ranks: int, task: Task) -> Ended:
+def start(job: Job, num_ranks: int, task: Task, grace: Grace) -> Ended:
     """Start `num_ranks` processes that run `task`, wait for all, and return how the job ended.
 
     `task` must be picklable. A rank that fails shows its error itself. After a failure that is not
@@ -38,28 +37,27 @@ def start(order: Order, num_ranks: int, task: Task) -> Ended:
     Raises:
         SystemExit: The ranks ended by a signal, or a sweep got one; 128 + signal.
     """
-    restarts = (order.config.get("launch") or {}).get("max_restarts") or 0
+    restarts = value_of(job.config, "launch.max_restarts") or 0
     with signals_forwarded() as came, _surroundings(num_ranks):
         for restart in range(1, restarts + 2):
-            clear_stacks(Path(order.run_dir))
-            ended = _start_once(order, num_ranks, task, came)
-            if came and order.sweep is not None:
+            clear_stacks(job.run_dir)
+            ended = _start_once(job, num_ranks, task, grace, came)
+            if came and job.sweep is not None:
                 raise SystemExit(128 + came[0])
             if ended.code in (0, 2) or came or restart > restarts:
                 break
-            say(f"restart {restart}: continues in {order.run_dir}")
+            say(f"restart {restart}: continues in {job.run_dir}")
     return ended
 
 
-def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> Ended:
-    start_id = uuid.uuid4().hex
+def _start_once(job: Job, num_ranks: int, task: Task, grace: Grace, came: list[int]) -> Ended:
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
         launch = elastic_launch(
             ElasticConfig(
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=num_ranks,
-                run_id=start_id,
+                run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
@@ -72,7 +70,7 @@ def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> En
             _rank,
         )
         try:
-            launch(order, start_id, os.getpid(), task)
+            launch(job, os.getpid(), task, grace)
         except SignalException as error:
             raise SystemExit(128 + int(error.sigval)) from None
         except BrokenPipeError:  # a rank ended while it was being started
@@ -88,18 +86,20 @@ def _start_once(order: Order, num_ranks: int, task: Task, came: list[int]) -> En
                 say(f"[rank {rank}] {text}")
                 return Ended(1, f"rank {rank} {text}")
             # Without an error file, torch's message is only advice for users of torchrun.
-            has_error = os.path.exists(failure.error_file)
-            text = error_message(failure.message) if has_error else f"exit code {failure.exitcode}"
-            return Ended(failure.exitcode, text)
+            if not os.path.exists(failure.error_file):
+                return Ended(failure.exitcode, f"exit code {failure.exitcode}")
+            message: Any = failure.message  # a text, or a dict with one
+            text = message["message"] if isinstance(message, dict) else message
+            return Ended(failure.exitcode, str(text))
     return Ended(0, None)
 
 
-def _rank(order: Order, start_id: str, parent: int, task: Task) -> None:
+def _rank(job: Job, parent: int, task: Task, grace: Grace) -> None:
     """Run one rank in its own process."""
     tie_to_parent(parent)
     place = detect_launcher(os.environ)
-    board = Board(place, start_id)
-    run_on_rank(place.job(order, board.job_store()), board, task)
+    peers = Peers(place, grace, start_id="only")  # the agent has made the store for this start
+    run_on_rank(place.job(job, peers.job_store()), peers, task)
     atexit.register(leave, 0)  # after torch has reported to the parent that this rank is done
 
 

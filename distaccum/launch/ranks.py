@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.distributed.distributed_c10d import Store
 
 from ..errors import ConfigError
 from .failure import say
-from .job import Job, Order
+from .job import Job, value_of
 from .slurm_names import hosts, port, tasks_per_node
 
 
@@ -27,14 +26,10 @@ class Place:
     store_at: tuple[str, int] | None = None  # host, port of rank 0 if not in torch's variables
     gpus_are_bound: bool = False  # whether each rank may see only its own GPU
 
-    def job(self, order: Order, store: Store | None) -> Job:
-        """Return the job of `order` as this rank sees it. `order.run_dir` must be absolute."""
-        return Job(
-            config=order.config,
-            run_dir=Path(order.run_dir),
-            overrides=order.overrides,
-            number=order.number,
-            sweep=order.sweep,
+    def job(self, job: Job, store: Store | None) -> Job:
+        """Return a job as this rank sees it."""
+        return replace(
+            job,
             rank=self.rank,
             world_size=self.world_size,
             local_rank=self.local_rank,
@@ -42,6 +37,22 @@ class Place:
             gpu_index=0 if self.sees_one_gpu() else self.local_rank,
             store=store,
         )
+
+    def check_sweep(self) -> None:
+        """Check that a sweep can be run here.
+
+        Raises:
+            ConfigError: A launcher has started ranks that the jobs of a sweep cannot use.
+        """
+        is_one_machine = self.started_by == "torchrun" and self.local_world_size == self.world_size
+        if self.world_size > 1 and not is_one_machine:
+            starter = "environment variables have" if self.started_by == "environment" else f"{self.started_by} has"
+            raise ConfigError(
+                f"--multirun cannot use the {self.world_size} ranks that {starter} "
+                "started: each job of a sweep starts its own ranks, on one machine. Start one "
+                "process and write launch.nproc_per_node=N, or submit the sweep with launch=slurm, "
+                "as one job array that may use several machines."
+            )
 
     def sees_one_gpu(self) -> bool:
         """Return whether this rank sees only its own GPU, whatever other ranks see."""
@@ -175,7 +186,7 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
         ConfigError: The launcher or the number of GPUs does not allow what the configuration asks
             for.
     """
-    given = (config.get("launch") or {}).get("nproc_per_node")
+    given = value_of(config, "launch.nproc_per_node")
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
         raise ConfigError(f"launch.nproc_per_node ({given!r}) must be a whole number of ranks, 1 or more, or null.")
     if place.started_by != "alone":

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -34,21 +35,16 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises:
         ConfigError: Another run uses the folder, or the folder cannot be written to.
     """
-    path = run_dir / FILE_NAME
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise cannot_write(run_dir, error) from None
-    try:
-        _lock(descriptor, run_dir)
+    with contextlib.ExitStack() as until_end:
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{_own_name()}\n".encode(), 0)
+            file = until_end.enter_context((run_dir / FILE_NAME).open("a+b", buffering=0))
+            _lock(file, run_dir)
+            file.truncate(0)
+            now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            file.write(f"host {socket.gethostname()}, pid {os.getpid()}, since {now}\n".encode())
         except OSError as error:
             raise cannot_write(run_dir, error) from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
@@ -60,11 +56,11 @@ def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
     )
 
 
-def _lock(descriptor: int, run_dir: Path) -> None:
+def _lock(file: FileIO, run_dir: Path) -> None:
     end = time.monotonic() + _PATIENCE_S
     while True:
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
             if error.errno in _NO_LOCKS:
@@ -74,19 +70,13 @@ def _lock(descriptor: int, run_dir: Path) -> None:
                 )
                 return
             if error.errno not in _HELD:
-                raise cannot_write(run_dir, error) from None
-            if time.monotonic() >= end:
-                raise _refusal(run_dir, os.pread(descriptor, 1000, 0)) from None
+                raise
+        if time.monotonic() >= end:
+            file.seek(0)
+            holder = file.read(1000).decode(errors="replace").strip() or "a process that left no name"
+            raise ConfigError(
+                f"{run_dir} is in use by another run ({holder}). Two runs would overwrite each other's files, so "
+                "nothing was changed. Wait for it or stop it, then start again to resume from its checkpoint; or "
+                "choose another run_dir."
+            )
         time.sleep(0.05)
-
-
-def _refusal(run_dir: Path, holder: bytes) -> ConfigError:
-    name = holder.decode(errors="replace").strip() or "a process that left no name"
-    return ConfigError(
-        f"{run_dir} is in use by another run ({name}). Two runs would overwrite each other's files, so nothing was "
-        "changed. Wait for it or stop it, then start again to resume from its checkpoint; or choose another run_dir."
-    )
-
-
-def _own_name() -> str:
-    return f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"

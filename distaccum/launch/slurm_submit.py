@@ -3,23 +3,22 @@
 Nothing is trained in this process.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
 from .failure import say
-from .hydra_once import composed_with, flags, sweeper_needs_results
-from .job import Check, Ended, Order
+from .job import Check, Ended, Job, value_of
 from .overrides import override
 from .ranks import Place
+from .runner import composed_with, flags, sweeper_needs_results
 from .settings import Launcher, SlurmLaunch
-from .slurm_script import Element, render
+from .slurm_script import render
 from .sweep import Sweep
 
 _OUR_OWN = re.compile(r"[+~]*(launch|run_dir)([.=@]|$)")  # overrides that the script replaces
@@ -40,81 +39,75 @@ class Submission:
         program: What the jobs run.
         check: Raises ConfigError for a configuration that is not valid.
         place: The rank of this process.
-        environment: The environment variables of this process.
     """
 
-    def __init__(self, program: Program, check: Check, place: Place, environment: Mapping[str, str]) -> None:
-        self._program, self._check = program, check
-        self._place, self._environment = place, environment
-        self._elements: list[Element] = []
-        self._settings: list[dict[str, Any]] = []
-        self._in_sweep = False
+    def __init__(self, program: Program, check: Check, place: Place) -> None:
+        self._program, self._check, self._place = program, check, place
+        self._jobs: list[Job] = []
+        self.in_sweep = False  # whether jobs of a sweep are waiting to be submitted
 
-    def wants(self, order: Order) -> bool:
-        """Return whether SLURM is to run this order.
+    def wants(self, job: Job) -> bool:
+        """Return whether SLURM is to run this job.
 
         Raises:
             ConfigError: A sweep mixes jobs for SLURM with other jobs.
         """
-        is_ours = (order.config.get("launch") or {}).get("name") == "slurm"
-        if self._elements and not is_ours:
+        is_ours = bool(value_of(job.config, "launch.name") == "slurm")
+        if self._jobs and not is_ours:
             raise ConfigError("either all jobs of a sweep have launch=slurm or none has. Do not sweep over launch.")
         return is_ours
 
-    def add(self, order: Order) -> Ended:
+    def add(self, job: Job) -> Ended:
         """Add a job whose configuration has been checked, and return how it ended here.
 
         A single job is submitted at once; the jobs of a sweep are submitted by `submit_sweep`.
         """
         self._refuse_place()
-        if order.sweep is not None and sweeper_needs_results():
+        if job.sweep is not None and sweeper_needs_results():
             say(
                 "error: launch=slurm submits all jobs of a sweep at once, but this sweeper chooses each by the results "
                 "of those before it. Leave hydra/sweeper out and list the values: key=0.1,0.2,0.3. Or run the whole "
                 "sweep inside one allocation: salloc ..., then train --multirun hydra/sweeper=... launch=local."
             )
             raise SystemExit(2)
-        _refuse_folder(order.run_dir)
-        self._in_sweep = order.sweep is not None
-        self._settings.append(order.config["launch"])
-        self._elements.append(Element(order.number, Path(order.run_dir), self._arguments(order)))
-        return Ended(0, None) if self._in_sweep else Ended(self._submit(None), None)
+        # sbatch reads a log's name line by line and gives a backslash in it a special meaning.
+        if "\\" in str(job.run_dir) or "\n" in str(job.run_dir):
+            raise ConfigError(
+                f"launch=slurm cannot pass the run folder {str(job.run_dir)!r} to sbatch: it contains a backslash or "
+                "a line break. Set another run_dir, or start from another folder."
+            )
+        self.in_sweep = job.sweep is not None
+        self._jobs.append(replace(job, overrides=self._arguments(job)))
+        return Ended(0, None) if self.in_sweep else Ended(self._submit(None), None)
 
-    def submit_sweep(self, sweep: Sweep) -> None:
-        """Submit the jobs of a sweep to SLURM as one array.
+    def submit_sweep(self, sweep: Sweep) -> int:
+        """Submit the jobs of a sweep to SLURM as one array, and return the exit code of sbatch.
 
         Raises:
             ConfigError: A job was refused, is not for SLURM, or asks for other resources than the
                 others. No job is submitted then.
-            SystemExit: The exit code of sbatch, if that failed.
         """
         refused = sum(job.status != "done" for job in sweep.jobs)
         if refused:
             raise ConfigError(
                 f"nothing was submitted, because {refused} of {len(sweep.jobs)} jobs cannot run (see above)."
             )
-        if len(self._elements) < len(sweep.jobs):
+        if len(self._jobs) < len(sweep.jobs):
             raise ConfigError("nothing was submitted: not all jobs of the sweep have launch=slurm.")
-        differing = sorted(key for key in self._settings[0] if len({str(each[key]) for each in self._settings}) > 1)
+        settings = [job.config["launch"] for job in self._jobs]
+        differing = sorted(key for key in settings[0] if len({str(each[key]) for each in settings}) > 1)
         if differing:
             raise ConfigError(
                 f"nothing was submitted: the jobs differ in {', '.join(f'launch.{key}' for key in differing)}, but all "
                 "jobs of an array get the same resources. Start one sweep for each value."
             )
-        code = self._submit(sweep.folder)
-        if code:
-            raise SystemExit(code)
-
-    @property
-    def has_sweep(self) -> bool:
-        """Return whether jobs of a sweep are waiting to be submitted."""
-        return self._in_sweep
+        return self._submit(sweep.folder)
 
     def _refuse_place(self) -> None:
-        job = self._environment.get("SLURM_JOB_ID")
-        if job is not None:
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is not None:
             raise ConfigError(
-                f"launch=slurm inside SLURM job {job} would submit another job. Use launch=local here, as in "
+                f"launch=slurm inside SLURM job {job_id} would submit another job. Use launch=local here, as in "
                 "srun python -m distaccum train ..., or submit from a shell outside the job."
             )
         if self._place.started_by != "alone":
@@ -123,14 +116,14 @@ class Submission:
                 "of them. launch.launcher=torchrun starts torchrun on each node inside the job."
             )
 
-    def _arguments(self, order: Order) -> tuple[str, ...]:
+    def _arguments(self, job: Job) -> list[str]:
         """Return the user's overrides without those that the script sets.
 
         They are checked once more, as the job will read them.
         """
-        overrides = [given for given in order.overrides if not _OUR_OWN.match(given)]
-        if order.sweep is not None and _value(order.config, self._program.sweep_key) is None:
-            overrides.append(override(self._program.sweep_key, order.sweep))
+        overrides = [given for given in job.overrides if not _OUR_OWN.match(given)]
+        if job.sweep is not None and value_of(job.config, self._program.sweep_key) is None:
+            overrides.append(override(self._program.sweep_key, job.sweep))
         try:
             self._check(composed_with([*overrides, "launch=local"]))
         except ConfigError as error:
@@ -138,14 +131,14 @@ class Submission:
                 f"Inside the job, where launch=local replaces launch=slurm: {error} Move what an experiment sets in "
                 "launch into a file of conf/launch/ with name: slurm."
             ) from None
-        return (*flags(), *overrides)
+        return [*flags(), *overrides]
 
     def _submit(self, folder: Path | None) -> int:
-        values = self._settings[0]
+        values = self._jobs[0].config["launch"]
         settings = SlurmLaunch(**{**values, "launcher": Launcher(values["launcher"])})
         python = settings.python or sys.executable
-        script = (folder or self._elements[0].run_dir) / "job.sbatch"
-        script.write_text(render(settings, python, self._program.command, self._elements, folder))
+        script = (folder or self._jobs[0].run_dir) / "job.sbatch"
+        script.write_text(render(settings, python, self._program.command, self._jobs, folder))
         if settings.dry_run:
             print(script.read_text(), end="")
             print(f"# launch.dry_run: nothing was submitted; the script is {script}", flush=True)
@@ -160,37 +153,20 @@ class Submission:
             say(done.stderr)
         if done.returncode == 0:
             job_id = done.stdout.strip().partition(";")[0]
-            print(_how_to_follow(job_id, script, self._elements, folder), flush=True)
+            print(_how_to_follow(job_id, script, self._jobs, folder), flush=True)
         return done.returncode
 
 
-def _refuse_folder(run_dir: str) -> None:
-    # sbatch reads a log's name line by line and gives a backslash in it a special meaning.
-    if "\\" in run_dir or "\n" in run_dir:
-        raise ConfigError(
-            f"launch=slurm cannot pass the run folder {run_dir!r} to sbatch: it contains a backslash or a line break. "
-            "Set another run_dir, or start from another folder."
-        )
-
-
-def _how_to_follow(job_id: str, script: Path, elements: list[Element], folder: Path | None) -> str:
-    one = folder is None
-    run = elements[0].run_dir if folder is None else folder / "N"
-    lines = [
-        f"submitted job {job_id}"
-        if one
-        else f"submitted {job_id}, an array of {len(elements)} jobs; N below is a job's number",
-        f"  script    {script}",
-        f"  log       tail -F {run}/job.log",
-        f"  numbers   {run}/metrics.jsonl",
-        f"  state     squeue -j {job_id}",
-        f"  pause     scancel --signal=USR1 {job_id if one else f'{job_id}_N'}   (saves, and is queued again)",
-        f"  end       scancel {job_id}",
-    ]
-    return "\n".join(lines)
-
-
-def _value(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
+def _how_to_follow(job_id: str, script: Path, jobs: list[Job], folder: Path | None) -> str:
+    run, one = jobs[0].run_dir, job_id
+    title = f"submitted job {job_id}"
+    if folder is not None:
+        run, one = folder / "N", f"{job_id}_N"
+        title = f"submitted {job_id}, an array of {len(jobs)} jobs; N below is a job's number"
+    return f"""{title}
+  script    {script}
+  log       tail -F {run}/job.log
+  numbers   {run}/metrics.jsonl
+  state     squeue -j {job_id}
+  pause     scancel --signal=USR1 {one}   (saves, and is queued again)
+  end       scancel {job_id}"""

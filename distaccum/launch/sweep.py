@@ -10,9 +10,8 @@ from types import FrameType
 from typing import Literal, NoReturn
 
 from .failure import exit_code, first_line, one_line, report
-from .job import Ended
-from .result import read_result, remove_result
-from .signals import FORWARDED
+from .job import RESULT, Ended, Result, read_result
+from .processes import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class JobOutcome:
     status: Literal["done", "failed", "interrupted"]
     exit_code: int
     error: str | None  # one line: the error of the first rank that failed
-    result: dict[str, float | int | str | None]  # from `write_result`; empty without a result
+    result: Result  # from `write_result`; empty without a result
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Outcomes:
 
     def __init__(self, objective: str) -> None:
         self.objective = objective
-        self.folder = Path()
+        self.folder = Path()  # the sweep's, from its first job on
         self.jobs: list[JobOutcome] = []
 
     def run(self, number: int, overrides: list[str], folder: Path, run_dir: Path, do: Callable[[], Ended]) -> None:
@@ -58,7 +57,7 @@ class Outcomes:
         again.
         """
         self.folder = folder
-        remove_result(run_dir)
+        (run_dir / RESULT).unlink(missing_ok=True)  # an earlier job's
         print(f"sweep job {number}: {' '.join(overrides) or 'no overrides'}", flush=True)
         status: Literal["done", "failed", "interrupted"] = "interrupted"
         ended = Ended(1, None)
@@ -72,10 +71,8 @@ class Outcomes:
             raise
         finally:
             result = read_result(run_dir) or {}
-            error_line = None if ended.error is None else one_line(ended.error)
-            self.jobs.append(
-                JobOutcome(number, tuple(overrides), run_dir, status, ended.code, error_line, result),
-            )
+            line = None if ended.error is None else one_line(ended.error)
+            self.jobs.append(JobOutcome(number, tuple(overrides), run_dir, status, ended.code, line, result))
 
     def last_objective(self) -> float | None:
         """Return the number of the last job for the sweeper; None if it failed or is not finite.
@@ -105,11 +102,11 @@ def signals_raise() -> Iterator[None]:
     """
 
     def leave_sweep(number: int, _: FrameType | None) -> NoReturn:
-        for each in FORWARDED:
+        for each in SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave_sweep) for number in FORWARDED}
+    before = {number: signal.signal(number, leave_sweep) for number in SIGNALS}
     try:
         yield
     finally:

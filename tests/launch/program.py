@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from distaccum.errors import ConfigError
 from distaccum.launch import Job, launch, write_result
+from distaccum.launch.grace import GRACE
 from distaccum.metrics.sweep import report_sweep
 
 KEYS = ("launch", "model", "run_dir", "device", "value", "fault", "timeout_s", "train")
@@ -102,4 +104,5 @@ def misbehave(kind: str, is_culprit: bool) -> None:
 
 if __name__ == "__main__":
     conf = Path(__file__).parent / "conf"
-    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=report_sweep))
+    grace = replace(GRACE, first_s=1.0, own_error_s=2.5)  # ranks that are gone need not be waited for
+    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=report_sweep, grace=grace))

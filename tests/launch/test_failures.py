@@ -5,9 +5,10 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore
 
-from distaccum.launch import board
+from distaccum.launch import peers
+from distaccum.launch.grace import GRACE
 from distaccum.launch.ranks import Place
 
 from .programs import alive, by_hand, free_port, seen, stacks, wait_for_ranks, wait_until, wait_until_gone
@@ -140,12 +141,12 @@ def test_a_port_that_is_taken_is_a_letter(start):
 def test_no_wait_ends_a_run(monkeypatch):
     """20 days are over again and again; only a store that is gone ends the watch, and with it the rank."""
     waits = []
-    monkeypatch.setattr(board, "_LONGEST_WAIT", timedelta(milliseconds=20))
-    monkeypatch.setattr(TCPStore, "wait", lambda *args, wait=TCPStore.wait: (waits.append(args), wait(*args)))
+    monkeypatch.setattr(peers, "_LONGEST_WAIT", timedelta(milliseconds=20))
+    monkeypatch.setattr(PrefixStore, "wait", lambda *args, wait=PrefixStore.wait: (waits.append(args), wait(*args)))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     place = Place("environment", rank=0, world_size=2, local_rank=0, local_world_size=2)
-    host = board.Board(place)
+    host = peers.Peers(place, GRACE)
     with ThreadPoolExecutor() as threads:
         watching = threads.submit(host.wait_until_over)
         wait_until(lambda: len(waits) > 3 or watching.done())

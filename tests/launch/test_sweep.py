@@ -13,7 +13,7 @@ from distaccum.launch import read_result, write_result
 from distaccum.launch.job import Ended
 from distaccum.launch.sweep import Outcomes
 
-from .programs import alive, assert_one_job, seen, wait_for_ranks, wait_until_gone
+from .programs import alive, assert_one_job, by_hand, seen, wait_for_ranks, wait_until_gone
 
 
 def folder_of(program):
@@ -133,6 +133,15 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
         assert program.output.count("[rank 1] ArithmeticError: the culprit's own error") == 1
         assert "[rank 0] Traceback" not in program.output
     assert "Traceback (most recent call last)" not in own.output.replace("[rank 1] Traceback", "")
+
+
+def test_a_sweep_on_ranks_that_its_jobs_cannot_use_is_refused_once(start, tmp_path):
+    programs = by_hand(start, 2, "--multirun", "value=1,2")
+    assert [program.wait().code for program in programs] == [2, 2]
+    assert programs[0].output.startswith("error: --multirun cannot use the 2 ranks that environment variables have")
+    assert "launch.nproc_per_node=N" in programs[0].output
+    assert programs[1].output == ""
+    assert seen(tmp_path) == []
 
 
 def test_a_signal_ends_a_sweep_at_once(start, folders):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from distaccum.app.build import Training, build, ranks
@@ -11,9 +10,9 @@ from distaccum.app.config import typed
 from distaccum.app.preemption import Preemption
 from distaccum.app.task import message
 from distaccum.errors import RecordError
-from distaccum.launch import Job
+from distaccum.launch import Job, write_result
+from distaccum.launch.job import write_whole
 from distaccum.launch.overrides import to_paste
-from distaccum.launch.result import write_result
 
 # This file marks a run folder whose run was stopped and can be resumed. Launchers only check
 # whether it exists.
@@ -82,10 +81,8 @@ def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
     else:
         text = f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with "
         text += to_paste("run_dir", str(run_dir))
-        draft = run_dir / f"{PREEMPTED}.draft"
         try:
-            draft.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
-            os.replace(draft, run_dir / PREEMPTED)
+            write_whole(run_dir / PREEMPTED, json.dumps({"step": step, "reason": reason}) + "\n")
         except OSError as error:
             report.end(text, {"step": step}, 1, training.baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
             raise RecordError(f"{run_dir / PREEMPTED} could not be written ({error.strerror}). {text}") from None
