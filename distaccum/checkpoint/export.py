@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from distaccum.errors import CheckpointError
 
-from .reading import Checkpoint
-from .storage import Opened, some, write_file
+from .reading import Checkpoint, opened
+from .storage import some, write_file
 
 _MODEL = "model."  # prefix of the names of a model's tensors in a checkpoint
 
@@ -31,21 +31,18 @@ def export_safetensors(checkpoint: Checkpoint, file: Path) -> None:
     """
     if file.exists():
         raise CheckpointError(f"{file} already exists. Give another file, or remove it.")
-    infos = {name: info for name, info in checkpoint.tensors.items() if name.startswith(_MODEL)}
-    if not infos:
+    weights = {n.removeprefix(_MODEL): tensor for n, tensor in checkpoint.tensors.items() if n.startswith(_MODEL)}
+    if not weights:
         raise CheckpointError(f"{checkpoint.path} holds no model: no tensor has a name that begins with {_MODEL!r}.")
 
     def read(name: str) -> Tensor:
-        info = infos[_MODEL + name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        tensor = torch.empty_like(weights[name], device="cpu")
         checkpoint.load({_MODEL + name: tensor})
         return tensor
 
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(file.name + ".part")
-    unfinished.unlink(missing_ok=True)
-    entries = [(n.removeprefix(_MODEL), str(i.dtype).removeprefix("torch."), i.shape) for n, i in infos.items()]
-    write_file(unfinished, entries, read)
+    write_file(unfinished, weights, read)
     unfinished.rename(file)
 
 
@@ -60,16 +57,16 @@ def load_weights(model: nn.Module, file: Path) -> None:
             differ. Nothing was filled then.
     """
     _refuse_pickle(file)
-    with Opened(file) as weights:
-        wanted = _wanted(model, weights.names, str(file))
+    with opened(file) as weights:
+        wanted = _wanted(model, weights.keys(), str(file))
         for name, tensor in wanted.items():
-            shape = list(weights.slice(name).get_shape())
+            shape = list(weights.get_slice(name).get_shape())
             if shape != list(tensor.shape):
                 raise CheckpointError(
                     f"{file} holds {name!r} with the shape {shape}, but in the model it has {list(tensor.shape)}."
                 )
         for name, tensor in wanted.items():
-            tensor.copy_(weights.whole(name))
+            tensor.copy_(weights.get_tensor(name))
 
 
 def export_pretrained(checkpoint: Checkpoint, folder: Path, make_model: Callable[[], nn.Module]) -> None:

@@ -12,20 +12,20 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from distaccum.errors import CheckpointError
 
-from .manifest import MANIFEST, MAX_BYTES, Manifest
+from .manifest import MANIFEST, MAX_BYTES, Manifest, StoredFile
 
 LATEST = "latest"
 BEST = "best"
 _PART = ".part"
 _NAME = re.compile(r"step-([0-9]{8,18})(?:-([0-9]{1,9}))?")
 _MAX_POINTER_BYTES = 100
-_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,14 @@ def begin(folder: Path, step: int) -> str:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync_folder(folder.parent)
-    attempt = 1
+    attempt = 0
     while True:
-        name = f"step-{step:08d}" + (f"-{attempt}" if attempt > 1 else "")
         attempt += 1
-        if os.path.lexists(folder / name):
-            continue
-        try:
-            part(folder, name).mkdir()
-        except FileExistsError:
-            continue
-        return name
+        name = f"step-{step:08d}" + (f"-{attempt}" if attempt > 1 else "")
+        if not os.path.lexists(folder / name):
+            with suppress(FileExistsError):
+                part(folder, name).mkdir()
+                return name
 
 
 def part(folder: Path, name: str) -> Path:
@@ -64,7 +61,7 @@ def publish(folder: Path, name: str, pointers: Sequence[str]) -> None:
     """Give a written checkpoint its final name, and make the pointers point to it."""
     sync_folder(part(folder, name))
     for pointer in pointers:
-        write_durably(part(folder, pointer), f"{name}\n".encode())  # a full disk shows here, before the renames
+        write_durably(part(folder, pointer), [f"{name}\n".encode()])  # a full disk shows here, before the renames
     part(folder, name).rename(folder / name)
     sync_folder(folder)  # the checkpoint is on the disk before a pointer names it
     for pointer in pointers:
@@ -181,15 +178,6 @@ def to_prune(found: Sequence[Entry], keep: int, folder: Path, damaged: Collectio
     return [path for _, path in good[keep:] if path.name not in named]
 
 
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 digest of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def read_plain(path: Path, max_bytes: int) -> bytes:
     """Return the content of a regular file of limited size.
 
@@ -203,12 +191,20 @@ def read_plain(path: Path, max_bytes: int) -> bytes:
     return path.read_bytes()
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+def write_durably(path: Path, contents: Iterable[bytes | memoryview]) -> StoredFile:
+    """Write a file, part by part, and wait until it is on the disk.
+
+    Returns:
+        The size and checksum of the file.
+    """
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(content)
+        for content in contents:
+            digest.update(content)
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
+        return StoredFile(file.tell(), digest.hexdigest())
 
 
 def sync_folder(path: Path) -> None:

@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
 
 from distaccum.errors import CheckpointError
 
@@ -19,27 +20,27 @@ MANIFEST = "manifest.json"
 FORMAT = "distaccum checkpoint"
 VERSION = 1
 MAX_BYTES = 1 << 28  # size limit of a manifest, enough for millions of chunks
-_MAX_DIMS = 64
 _FILE = re.compile(r"shard-[0-9]{5,9}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# Name in torch -> (name in a safetensors file, bytes per element).
+# Name in torch -> name in a safetensors file.
 DTYPES = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "complex64": ("C64", 8),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint64": ("U64", 8),
-    "uint32": ("U32", 4),
-    "uint16": ("U16", 2),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -71,7 +72,10 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Lists the contents of one checkpoint."""
+    """Lists the contents of one checkpoint.
+
+    The annotations of this class and of those above are the schema of manifest.json.
+    """
 
     step: int
     serial: int  # counts the saves of a run; it also grows when a run returns to an earlier step
@@ -100,13 +104,68 @@ class Manifest:
             raise CheckpointError(
                 f"{MANIFEST} has version {parsed.get('version')!r}; only version {VERSION} can be read"
             )
-        step, serial = _count(parsed.get("step"), "step"), _count(parsed.get("serial"), "serial")
-        facts = _table(parsed.get("facts"), "facts")
-        files = {name: _file(name, entry) for name, entry in _table(parsed.get("files"), "files").items()}
-        entries = _table(parsed.get("tensors"), "tensors")
-        return Manifest(
-            step, serial, facts, files, {name: _tensor(name, entry, files) for name, entry in entries.items()}
-        )
+        manifest: Manifest = _built(Manifest, parsed, "")
+        _check_values(manifest)
+        return manifest
+
+
+def _built(kind: Any, value: Any, name: str, field: str = "") -> Any:
+    """Build a value of an annotated type from parsed JSON, and check everything in it.
+
+    Args:
+        kind: a dataclass of this file, or the type of one of its fields.
+        value: the parsed JSON.
+        name: the name of the file or tensor that the value describes, or "", for the error.
+        field: the field that holds the value, or "", for the error.
+    """
+    if kind is Any:
+        return value
+    container = get_origin(kind) or kind
+    expected, what = _IN_JSON.get(container, (dict, "a JSON object"))
+    found = type(value)
+    if found is not expected or (expected is int and not 0 <= value < 1 << 62):
+        where = f"{field} of {name}" if field and name else field or name
+        raise CheckpointError(f"{MANIFEST}: {where} is {value!r:.80}, which is not {what}")
+    if container is tuple:
+        return tuple(_built(get_args(kind)[0], item, name, field) for item in value)
+    if container is Mapping:
+        return {key: _built(get_args(kind)[1], item, key) for key, item in value.items()}
+    if expected is not dict:
+        return value
+    fields = _hints(kind)
+    missing = next((key for key in fields if key not in value), None)
+    if missing is not None:
+        raise CheckpointError(f"{MANIFEST}: {name or 'it'} has no {missing}")
+    return kind(**{key: _built(hint, value[key], name, key) for key, hint in fields.items()})
+
+
+# How JSON holds a type, and how to call it in an error. Everything else is a JSON object.
+_IN_JSON: dict[Any, tuple[type, str]] = {
+    int: (int, "a count (an integer of at least 0)"),
+    str: (str, "a text"),
+    tuple: (list, "a list"),
+}
+_hints = cache(get_type_hints)
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Refuse names, checksums, dtypes and chunks that no checkpoint can have."""
+    for name, file in manifest.files.items():
+        if not _FILE.fullmatch(name):
+            raise CheckpointError(
+                f"{MANIFEST} names the file {name[:80]!r}; only names such as shard-00000.safetensors are accepted"
+            )
+        if not _SHA256.fullmatch(file.sha256):
+            raise CheckpointError(f"{MANIFEST}: {name} has no sha256, but {file.sha256[:80]!r}")
+    for name, tensor in manifest.tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{MANIFEST}: tensor {name!r} has the unknown dtype {tensor.dtype[:40]!r}")
+        unlisted = [chunk.file for chunk in tensor.chunks if chunk.file not in manifest.files]
+        if unlisted:
+            raise CheckpointError(
+                f"{MANIFEST}: tensor {name!r} is in the file {unlisted[0][:80]!r}, which the manifest does not list"
+            )
+        check_cover(name, tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
 
 
 def check_plain(value: object, where: str) -> None:
@@ -155,65 +214,12 @@ def check_cover(name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[
     if filled != math.prod(shape):
         raise CheckpointError(f"tensor {name!r} has {math.prod(shape)} elements, but its chunks hold {filled}")
     # Overlapping blocks overlap in every dimension, so the dimension with the most distinct offsets
-    # finds candidates.
+    # finds candidates. (A tensor without dimensions has one block.)
     along = max(range(len(shape)), key=lambda d: len({offsets[d] for offsets, _ in boxes}), default=0)
     ordered = sorted(boxes, key=lambda box: tuple(box[0][along : along + 1]))
     for i, (offsets, sizes) in enumerate(ordered):
         for others, other_sizes in ordered[i + 1 :]:
-            if len(shape) and others[along] >= offsets[along] + sizes[along]:
+            if others[along] >= offsets[along] + sizes[along]:
                 break
             if all(a < b + t and b < a + s for a, s, b, t in zip(offsets, sizes, others, other_sizes, strict=True)):
                 raise CheckpointError(f"tensor {name!r} has chunks that overlap, at {list(offsets)} and {list(others)}")
-
-
-def _table(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{MANIFEST}: {where} is not a JSON object")
-    return value
-
-
-def _count(value: object, where: str) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise CheckpointError(f"{MANIFEST}: {where} is {value!r:.40}, which is not a count (an integer of at least 0)")
-    return value
-
-
-def _counts(value: object, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > _MAX_DIMS:
-        raise CheckpointError(f"{MANIFEST}: {where} is not a list of at most {_MAX_DIMS} numbers")
-    return tuple(_count(item, where) for item in value)
-
-
-def _file(name: str, entry: object) -> StoredFile:
-    if not _FILE.fullmatch(name):
-        raise CheckpointError(
-            f"{MANIFEST} names the file {name[:80]!r}; only names such as shard-00000.safetensors are accepted"
-        )
-    fields = _table(entry, name)
-    digest = fields.get("sha256")
-    if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
-        raise CheckpointError(f"{MANIFEST}: {name} has no sha256")
-    return StoredFile(_count(fields.get("bytes"), f"bytes of {name}"), digest)
-
-
-def _tensor(name: str, entry: object, files: Mapping[str, StoredFile]) -> StoredTensor:
-    fields = _table(entry, name)
-    dtype = fields.get("dtype")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{MANIFEST}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
-    shape = _counts(fields.get("shape"), f"shape of {name}")
-    listed = fields.get("chunks")
-    if not isinstance(listed, list):
-        raise CheckpointError(f"{MANIFEST}: tensor {name!r} has no list of chunks")
-    chunks = []
-    for item in listed:
-        chunk = _table(item, f"a chunk of {name}")
-        file = chunk.get("file")
-        if not isinstance(file, str) or file not in files:
-            raise CheckpointError(
-                f"{MANIFEST}: tensor {name!r} is in the file {str(file)[:80]!r}, which the manifest does not list"
-            )
-        offsets, sizes = (_counts(chunk.get(key), f"{key} of {name}") for key in ("offsets", "sizes"))
-        chunks.append(Chunk(file, offsets, sizes))
-    check_cover(name, shape, [(chunk.offsets, chunk.sizes) for chunk in chunks])
-    return StoredTensor(dtype, shape, tuple(chunks))

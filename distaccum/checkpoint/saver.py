@@ -61,8 +61,8 @@ class Saver:
 
     def minutes_are_over(self) -> bool:
         """Return whether a checkpoint is due by this rank's clock; all ranks must agree to save."""
-        minutes = self._config.every.minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        every = self._config.every
+        return every.minutes is not None and time.monotonic() - self._saved_at >= 60 * every.minutes
 
     def is_due(self, step: int) -> bool:
         """Return whether a checkpoint is due by the number of steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from distaccum.errors import CheckpointError
 
 # Name parts that torch.compile and torch's checkpoint_wrapper insert into parameter names.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -133,6 +134,4 @@ def _parameters(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, n
 
 
 def _canonical(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return _WRAPPERS.sub("", name)

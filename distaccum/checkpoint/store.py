@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
@@ -22,11 +22,11 @@ from distaccum.parallel.world import World
 
 from . import folder as files
 from .manifest import MANIFEST, Manifest, StoredFile, check_plain
-from .reading import Checkpoint, TensorInfo, lines, newest_good
-from .storage import LocalChunk, assign_writers, contents, local, local_chunks, shard_name, write_file
-from .together import all_ranks_or_none, dealt, own_group
+from .reading import Checkpoint, candidates, lines, newest_good
+from .storage import LocalChunk, local, local_chunks, shard_name, share_out, write_file
+from .together import all_ranks_or_none, dealt, own_group, tried
 
-__all__ = ["Checkpoint", "Checkpoints", "Saved", "TensorInfo"]
+__all__ = ["Checkpoint", "Checkpoints", "Saved"]
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,6 @@ class Saved:
             f"saved {self.path}: {size(self.bytes)} in {duration(self.total_s)}, during which the training waited for "
         )
         return "; ".join([line + duration(self.blocked_s), *self.remarks])
-
-
-@dataclass(frozen=True)
-class _Save:
-    """Describes one save in progress, as far as this rank knows it."""
-
-    name: str
-    step: int
-    serial: int
-    facts: Mapping[str, Any]
-    best: bool
-    share: list[LocalChunk]  # what this rank writes
-    held: list[list[LocalChunk]]  # what each rank holds, by rank; on rank 0 only
-    shares: list[list[LocalChunk]]  # what each rank writes, by rank; on rank 0 only
-    started: float
 
 
 class Checkpoints:
@@ -115,42 +100,36 @@ class Checkpoints:
                 Nothing of the failed save is left, and later saves are possible.
         """
         started = time.monotonic()
-        self._join()
-        name, serial = "", 0  # set on rank 0 when it makes the folder
-        held: list[list[LocalChunk]] = []
-        shares: list[list[LocalChunk]] = []
+        self.wait()
+        name, draft = "", Manifest(step, 0, {}, {}, {})  # rank 0 sets them when it makes the folder
 
         def announce() -> list[LocalChunk]:
-            nonlocal name, serial
+            nonlocal name, draft
             pieces = local_chunks(tensors)
             if self._world.rank == 0:
                 check_plain(dict(facts), "facts")
                 serial = 1 + max((e.manifest.serial for e in self._entries() if e.manifest), default=0)
+                draft = Manifest(step, serial, deepcopy(dict(facts)), {}, {})
                 name = files.begin(self._folder, step)
             return pieces
 
-        def deal(pieces: list[list[LocalChunk]]) -> list[tuple[str, list[LocalChunk]]]:
-            nonlocal held, shares
-            held, shares = pieces, assign_writers(pieces)
+        def deal(held: list[list[LocalChunk]]) -> list[tuple[str, list[str]]]:
+            nonlocal draft
+            table, shares = share_out(held)
+            draft = replace(draft, tensors=table)
             return [(name, share) for share in shares]
 
         try:
             name, share = dealt(self._world, announce, deal)
         except CheckpointError as error:
             self._give_up(step, name, error)
-        own = {piece.name: tensors[piece.name] for piece in share}
-        save = _Save(name, step, serial, deepcopy(dict(facts)), best, share, held, shares, started)
+        own = {key: local(tensors[key]) for key in share}
         if not self._asynchronous:
-            self._finish(save, {key: local(tensor) for key, tensor in own.items()}, None)
+            self._finish(name, draft, best, own, started, None)
             return
-        staged: dict[str, Tensor] | Exception
-        try:
-            staged = _on_host(own)
-        except Exception as error:  # the thread reports it to the other ranks
-            staged = error
-        self._thread = Thread(
-            target=self._finish_aside, args=(save, staged, time.monotonic() - started), name="checkpoint", daemon=True
-        )
+        copies = tried(lambda: _on_host(own))
+        arguments = (name, draft, best, copies, started, time.monotonic() - started)
+        self._thread = Thread(target=self._finish_aside, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -161,7 +140,12 @@ class Checkpoints:
         Raises:
             CheckpointError: on all ranks, if that save failed.
         """
-        self._join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def saved(self) -> list[Saved]:
         """Return the checkpoints that were published since the last call, without waiting.
@@ -179,8 +163,8 @@ class Checkpoints:
         the others, newest first. `passed_over` then has one line on each checkpoint that is not
         good; these are not removed.
         """
-        self._join()
-        found, troubles = newest_good(self._folder, self._world)
+        self.wait()
+        found, troubles = newest_good(self._world, lambda: candidates(self._folder))
         self.passed_over, self._damaged = lines(troubles), set(troubles)
         return found
 
@@ -189,69 +173,71 @@ class Checkpoints:
 
         Call it at the start of a run, before any save.
         """
-        self._join()
+        self.wait()
         return all_ranks_or_none(self._world, lambda: files.clean(self._folder) if self._world.rank == 0 else [])[0]
 
-    def _join(self) -> None:
-        """Wait for the background thread and raise its error, at the same call on every rank."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _finish_aside(self, save: _Save, staged: Mapping[str, Tensor] | Exception, blocked_s: float) -> None:
+    def _finish_aside(self, *arguments: Any) -> None:
+        """Finish a save on the background thread; the next call raises its error."""
         try:
-            self._finish(save, staged, blocked_s)
-        except BaseException as error:  # raised by the next call, on the thread of the training
+            self._finish(*arguments)
+        except BaseException as error:
             self._error = error
 
-    def _finish(self, save: _Save, own: Mapping[str, Tensor] | Exception, blocked_s: float | None) -> None:
-        """Write this rank's file, and let rank 0 publish the checkpoint."""
-        rank = self._world.rank
-        share = save.share
+    def _finish(
+        self,
+        name: str,
+        draft: Manifest,
+        best: bool,
+        own: Mapping[str, Tensor] | CheckpointError,
+        started: float,
+        blocked_s: float | None,
+    ) -> None:
+        """Write this rank's file, and let rank 0 publish the checkpoint.
+
+        Args:
+            name: the name of the checkpoint.
+            draft: on rank 0, the manifest without its files.
+            best: whether the pointer `best` names this checkpoint too.
+            own: what this rank writes, or why it could not be copied to the host.
+            started: when the save began, by the monotonic clock.
+            blocked_s: the seconds for which the training waited; None: for the whole save.
+        """
+        file_name = shard_name(self._world.rank)
 
         def write() -> StoredFile | None:
-            if isinstance(own, Exception):
+            if isinstance(own, CheckpointError):
                 raise own
-            if not share:
-                return None
-            path = files.part(self._folder, save.name) / shard_name(rank)
-            return write_file(path, [(piece.name, piece.dtype, piece.sizes) for piece in share], own.__getitem__)
+            return write_file(files.part(self._folder, name) / file_name, own, own.__getitem__) if own else None
 
         try:
             written = all_ranks_or_none(self._world, write)
             stored = {shard_name(i): file for i, file in enumerate(written) if file is not None}
-            remarks = all_ranks_or_none(self._world, lambda: self._publish(save, stored) if rank == 0 else ())[0]
+            manifest = replace(draft, files=stored)
+            remarks = all_ranks_or_none(
+                self._world, lambda: self._publish(name, manifest, best) if self._world.rank == 0 else ()
+            )[0]
         except CheckpointError as error:
-            self._give_up(save.step, save.name, error)
-        total_s = time.monotonic() - save.started
+            self._give_up(draft.step, name, error)
+        total_s = time.monotonic() - started
         num_bytes = sum(file.bytes for file in stored.values())
         blocked_s = total_s if blocked_s is None else blocked_s
-        self._done.append(Saved(self._folder / save.name, save.step, blocked_s, total_s, num_bytes, remarks))
+        self._done.append(Saved(self._folder / name, draft.step, blocked_s, total_s, num_bytes, remarks))
 
-    def _publish(self, save: _Save, stored: Mapping[str, StoredFile]) -> tuple[str, ...]:
-        """Publish the checkpoint on rank 0 after all files are written, and remove old ones."""
-        manifest = Manifest(save.step, save.serial, save.facts, stored, contents(save.held, save.shares))
-        part = files.part(self._folder, save.name)
-        files.write_durably(part / MANIFEST, manifest.to_json().encode())
-        files.publish(self._folder, save.name, [files.LATEST, files.BEST] if save.best else [files.LATEST])
-        self._known[self._folder / save.name] = manifest
-        return tuple(self._retire())
+    def _publish(self, name: str, manifest: Manifest, best: bool) -> tuple[str, ...]:
+        """Publish the checkpoint on rank 0 after all files are written, and remove old ones.
 
-    def _retire(self) -> list[str]:
-        """Remove old checkpoints, and return one line on each that could not be removed.
-
-        A failure here is no error, because the new checkpoint is already published.
+        It returns one line on each old checkpoint that could not be removed.
         """
-        remarks = []
+        files.write_durably(files.part(self._folder, name) / MANIFEST, [manifest.to_json().encode()])
+        files.publish(self._folder, name, [files.LATEST, files.BEST] if best else [files.LATEST])
+        self._known[self._folder / name] = manifest
+        remarks = []  # A failure from here on is no error, because the new checkpoint is published.
         for path in files.to_prune(self._entries(), self._keep, self._folder, self._damaged):
             try:
                 files.remove(path)
             except OSError as error:
                 remarks.append(f"the old checkpoint {path} could not be removed: {error}")
-        return remarks
+        return tuple(remarks)
 
     def _entries(self) -> list[files.Entry]:
         """List the published checkpoints; read no manifest that is already known."""
@@ -283,16 +269,8 @@ class Checkpoints:
 
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy this rank's parts of tensors to host memory, so that the originals may change."""
-    copies = {}
-    devices = set()
-    for name, tensor in tensors.items():
-        part = local(tensor)
-        if part.device.type == "cpu":
-            copies[name] = part.clone(memory_format=torch.contiguous_format)
-        else:
-            copies[name] = part.to("cpu", non_blocking=True)  # into pinned memory
-            devices.add(part.device)
-    for device in devices:
+    """Copy tensors to host memory (pinned, from a device), so that the originals may change."""
+    copies = {name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
         torch.get_device_module(device).current_stream(device).synchronize()
     return copies

@@ -33,7 +33,7 @@ def all_ranks_or_none(world: World, call: Callable[[], T]) -> list[T]:
     Raises:
         CheckpointError: on all ranks, if any rank failed; it says which ranks failed, and why.
     """
-    return _values(world.gather_objects(_tried(call)))
+    return _values(world.gather_objects(tried(call)))
 
 
 def dealt(world: World, call: Callable[[], T], deal: Callable[[list[T]], list[U]]) -> U:
@@ -53,46 +53,40 @@ def dealt(world: World, call: Callable[[], T], deal: Callable[[list[T]], list[U]
     Raises:
         CheckpointError: on all ranks, if `call` failed on any rank, or `deal` on rank 0.
     """
-    own = _tried(call)
+    own = tried(call)
     if world.group is None:
         return deal(_values([own]))[0]
-    first = world.rank == 0
-    rows: list[Any] | None = [None] * world.size if first else None
+    rows: list[Any] | None = [None] * world.size if world.rank == 0 else None
     dist.gather_object(own, rows, group=world.group, group_dst=0)
     parts: list[Any] | None = None
     if rows is not None:
-        done, trouble = _tried(lambda: deal(_values(rows)))
-        parts = [(None, trouble)] * world.size if done is None else [(part, "") for part in done]
+        done = tried(lambda: deal(_values(rows)))
+        parts = [done] * world.size if isinstance(done, CheckpointError) else done
     box: list[Any] = [None]
     dist.scatter_object_list(box, parts, group=world.group, group_src=0)
-    part, trouble = box[0]
-    if trouble:
-        raise CheckpointError(trouble)
-    return part  # type: ignore[no-any-return]
+    if isinstance(box[0], CheckpointError):
+        raise box[0]
+    return box[0]  # type: ignore[no-any-return]
 
 
-def _tried(call: Callable[[], T]) -> tuple[T | None, str]:
-    """Return the result of a call and an empty text, or None and the text of its error."""
+def tried(call: Callable[[], T]) -> T | CheckpointError:
+    """Return the result of a call, or its error as a CheckpointError."""
     try:
-        return call(), ""
+        return call()
     except CheckpointError as error:
-        return None, str(error)
+        return error
     except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        return CheckpointError(f"{type(error).__name__}: {error}")
 
 
-def _values(rows: list[tuple[T | None, str]]) -> list[T]:
+def _values(rows: list[T | CheckpointError]) -> list[T]:
     """Return the results of all ranks, or raise an error that says which ranks failed, and why."""
-    troubles: dict[str, list[int]] = {}
-    for rank, (_, trouble) in enumerate(rows):
-        if trouble:
-            troubles.setdefault(trouble, []).append(rank)
+    troubles: dict[str, list[str]] = {}
+    for rank, row in enumerate(rows):
+        if isinstance(row, CheckpointError):
+            troubles.setdefault(str(row), []).append(str(rank))
     if troubles:
-        raise CheckpointError(
-            "; ".join(f"{_ranks(ranks) if len(rows) > 1 else ''}{text}" for text, ranks in troubles.items())
-        )
-    return [value for value, _ in rows]  # type: ignore[misc]
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}: " if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}: "
+        alone = len(rows) == 1
+        whose = {t: f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}: " for t, ranks in troubles.items()}
+        raise CheckpointError("; ".join(text if alone else whose[text] + text for text in troubles))
+    return [row for row in rows if not isinstance(row, CheckpointError)]

@@ -21,6 +21,9 @@ from distaccum.step.guards.first_window import FirstLook
 from distaccum.step.record import StepRecord
 from distaccum.verify.state import Kept
 
+# The attributes of an accumulator that are others while a window leaves no trace.
+_REPLACED = ("steps", "num_windows", "verdict", "audit", "scheduler", "loss_scale", "_first_look")
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -40,7 +43,7 @@ class Captured:
 def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any) -> Captured:
     """Compute the window on all ranks, and keep its inputs and results unsharded.
 
-    A window that overflows in float16 is computed again with the next smaller loss scale.
+    A window that overflows in float16 is computed again with the smaller loss scale that follows.
 
     Args:
         accumulator: the accumulator, as it trains.
@@ -67,7 +70,7 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
     }
     handle = optimizer.register_step_pre_hook(keep)
     denominators = window.denominators if isinstance(window, MicroBatches) else None
-    network_agrees, network = True, ""
+    mismatch = ""
     try:
         while not gradients:
             held = MicroBatches(
@@ -76,7 +79,7 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
             try:
                 record = accumulator.step(held)
             except LedgerError as error:
-                network_agrees, network = False, str(error)
+                mismatch = str(error)
                 accumulator.audit = Audit.never
                 continue
             overflowed = accumulator.loss_scale is not None and "gradient norm" in (record.skipped or "")
@@ -87,40 +90,36 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
                 )
     finally:
         handle.remove()
-    if record.verdict is not None:
-        network = str(record.verdict.counted)
+    network = mismatch if record.verdict is None else str(record.verdict.counted)
     after = {name: whole(parameter) for name, parameter in named.items()}
     buffers = {name: whole(buffer) for name, buffer in strategy.evaluation_model.named_buffers()}
     scale = accumulator.loss_scale.value if accumulator.loss_scale is not None else 1.0
-    return Captured(record, network, network_agrees, before, gradients, after, buffers, state, scale)
+    return Captured(record, network, not mismatch, before, gradients, after, buffers, state, scale)
 
 
 @contextmanager
 def state_preserved(accumulator: Accumulator, *others: Any) -> Iterator[None]:
-    """Return a context that restores all state on exit, so that windows inside leave no trace.
+    """Enter for a window that leaves no trace: afterwards all state is restored.
 
-    Inside, dropout is off and every window is audited.
+    Meanwhile dropout is off and every window is audited.
 
     Args:
         accumulator: its model, optimizer, objective, counters and schedule are restored.
-        others: further objectives that are called inside, whose state is restored too.
+        others: further objectives that are called meanwhile, restored too.
     """
     strategy = accumulator.strategy
-    model = strategy.model
-    kept = Kept(strategy.evaluation_model, accumulator.optimizer, accumulator.objective, *others)
-    modes = [(module, module.training) for module in model.modules()]
-    counters = (accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit)
-    scheduler, loss_scale = accumulator.scheduler, accumulator.loss_scale
+    model = strategy.evaluation_model
+    kept = Kept(model, accumulator.optimizer, accumulator.objective, *others)
+    own = {name: getattr(accumulator, name) for name in _REPLACED}
     accumulator.scheduler, accumulator.audit = None, Audit.always
-    accumulator.loss_scale = copy.copy(loss_scale)
-    first_look = accumulator._first_look
-    # A new object, because the checks of the training's own first window are still to come. Whether
-    # the loss is a sum is not checked here, because the proof judges the loss.
+    accumulator.loss_scale = copy.copy(accumulator.loss_scale)
+    # The checks of the training's own first window are still to come. The cut of the loss is not
+    # checked here, because the proof judges the loss.
     accumulator._first_look = FirstLook(strategy, check_cut=False)
+    batchnorms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     model.eval()
-    for module, training in modes:
-        if isinstance(module, _BatchNorm):
-            module.training = training
+    for module in batchnorms:
+        module.training = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StateWarning)  # the proof reports it
@@ -129,11 +128,7 @@ def state_preserved(accumulator: Accumulator, *others: Any) -> Iterator[None]:
         try:
             accumulator.abort()
         finally:
-            accumulator.steps, accumulator.num_windows, accumulator.verdict, accumulator.audit = counters
-            accumulator.scheduler, accumulator.loss_scale = scheduler, loss_scale
-            accumulator._first_look = first_look
-            for module, training in modes:
-                module.training = training
+            vars(accumulator).update(own)
             kept.put_back()
 
 

@@ -40,171 +40,170 @@ SMALL = 1e-2
 # two values, a comparison proves nothing.
 LARGEST_TOLERANCE = 0.5
 TINY = 1e-300  # avoids a division by zero
+# The modes in which BatchNorm normalizes with the samples of one micro-batch.
+_ONE_BY_ONE = (BatchNormMode.pooled, BatchNormMode.micro_batch)
 
 
-class Comparison:
-    """Computes a window again on one process and compares the results; used on rank 0 only.
+def compare(
+    accumulator: Accumulator,
+    model: nn.Module,
+    objective: SupportsObjective,
+    rounds: Sequence[Sequence[Any]],
+    combine: Callable[[Sequence[Any]], Any],
+    mode: BatchNormMode | None,
+    done: Captured,
+    state: Check | None,
+) -> Proof:
+    """Compute a captured window again on one process, compare the results, and return the outcome.
 
-    The window is computed in float64 and in the accumulator's precision. If it must equal several
-    batches instead of one, it is also computed as one big batch in float64.
+    The window is computed in float64, in the accumulator's precision and, if it must equal several
+    batches, also as one big batch in float64.
+
+    Args:
+        accumulator: the accumulator that computed the window.
+        model: a plain float64 model with the weights before the window.
+        objective: the objective for this model.
+        rounds: the micro-batches of all ranks, one list per round.
+        combine: makes one micro-batch of a list of them.
+        mode: the mode of the model's BatchNorm layers, or None without such layers.
+        done: the window, as the accumulator computed it.
+        state: the check of state that each forward changes, or None.
     """
+    micro_batches = [micro_batch for row in rounds for micro_batch in row]
+    big = combine(micro_batches)
+    denominators = reference.combined_denominators(objective, micro_batches)
+    # The window must equal several batches and not one if BatchNorm takes its statistics over a
+    # part of the samples, or if a term is averaged over micro-batches.
+    if mode is BatchNormMode.sync:
+        groups = [combine(row) for row in rounds]
+    elif mode in _ONE_BY_ONE or denominators_of(objective, big) != denominators:
+        groups = micro_batches
+    else:
+        groups = [big]
+    exact = _in_float64(accumulator, model, objective, groups, denominators)
+    # The error of this computation is that of rounding alone.
+    own_model, own_groups = in_own_precision(accumulator, model, groups)
+    rounded = reference.compute(own_model, accumulator.objective, own_groups, denominators, done.loss_scale)
+    order = _order_tolerance(accumulator)
+    clipped = _clipped(exact.gradients, accumulator.clip_norm)
+    parameters = {
+        name: (error, min(LARGEST_TOLERANCE, tolerance))
+        for name, (error, tolerance) in _judged(
+            done.gradients, clipped, _clipped(rounded.gradients, accumulator.clip_norm), order, SMALL * _norm(clipped)
+        ).items()
+    }
+    # A single number may be right by chance, so its own rounding error says little. Use the
+    # rounding error of the whole gradient instead.
+    tolerance = TIMES_ROUNDING * _distance(rounded.gradients, exact.gradients) + order
+    loss, norm = done.record.loss, done.record.grad_norm
+    lines = [
+        _worst("gradient", parameters, "parameters"),
+        Check("loss", _off(loss, exact.loss), tolerance, f"{loss:.6f}"),
+        Check("gradient norm", _off(norm, _norm(exact.gradients)), tolerance, f"{norm:.6g} before clipping"),
+        _update(accumulator, done, order),
+    ]
+    if exact.running and (mode is BatchNormMode.pooled or len(groups) == 1):
+        running = _judged(done.buffers, exact.running, rounded.running, order)
+        lines.append(_worst("running statistics", running, "buffers"))
+    if state is not None:
+        lines.append(state)
+    if len(groups) > 1:
+        whole = _in_float64(accumulator, model, objective, [big], denominators)
+        one = _clipped(whole.gradients, accumulator.clip_norm)
+        distance = max(_relative(done.gradients[name], one[name], SMALL * _norm(one)) for name in one)
+        why = f"BatchNorm: {mode.value}" if mode is not None else "a term is averaged over micro-batches"
+        lines.append(Check("from one big batch", distance, None, f"what differs by design ({why})"))
+    what = "one big batch" if len(groups) == 1 else f"{len(groups)} batches"
+    ranks = accumulator.strategy.world.size
+    return Proof(
+        tuple(lines),
+        parameters,
+        done.network,
+        done.network_agrees,
+        f"{len(micro_batches)} micro-batch(es) on {ranks} rank(s) against {what} on one process in float64",
+        f"{TIMES_ROUNDING:g} x the error of the same samples on one process in the same precision, "
+        f"and {order:.1e} for sums in another order",
+    )
 
-    def __init__(
-        self,
-        accumulator: Accumulator,
-        model: nn.Module,
-        objective: SupportsObjective,
-        combine: Callable[[Sequence[Any]], Any],
-        mode: BatchNormMode | None,
-    ) -> None:
-        self.accumulator = accumulator
-        self.model = model
-        self.objective = objective
-        self.combine = combine
-        self.mode = mode
-        self.device = accumulator.strategy.world.device
 
-    def proof(self, done: Captured, rounds: list[list[Any]], state: Check | None) -> Proof:
-        """Compare the captured window with one process, and return the outcome.
+def _in_float64(
+    accumulator: Accumulator,
+    model: nn.Module,
+    objective: SupportsObjective,
+    groups: Sequence[Any],
+    denominators: Mapping[str, float],
+) -> reference.Computed:
+    cast = [reference.cast(group, accumulator.strategy.world.device, torch.float64) for group in groups]
+    try:
+        return reference.compute(copy.deepcopy(model), objective, cast, denominators, 1.0)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"verify() compares with float64, but this model cannot compute in it: {error}. Pass plain=, a model "
+            "with layers that can (for experts of transformers: model.set_experts_implementation('eager'))."
+        ) from error
 
-        Args:
-            done: the window, as the accumulator computed it.
-            rounds: the micro-batches of all ranks, one list per round.
-            state: the check of state that each forward changes, or None.
-        """
-        micro_batches = [micro_batch for row in rounds for micro_batch in row]
-        big = self.combine(micro_batches)
-        denominators = reference.combined_denominators(self.objective, micro_batches)
-        additive = denominators_of(self.objective, big) == denominators
-        # The window must equal several batches instead of one if BatchNorm takes its statistics
-        # over a part of the samples, or if a term is averaged over micro-batches.
-        if self.mode is BatchNormMode.sync:
-            groups = [self.combine(row) for row in rounds]
-        elif self.mode in (BatchNormMode.pooled, BatchNormMode.micro_batch) or not additive:
-            groups = micro_batches
-        else:
-            groups = [big]
-        exact = self._exact(groups, denominators)
-        rounded = self._rounded(groups, denominators, done.loss_scale)
-        clipped = self._clipped(exact.gradients)
-        parameters = self._parameters(done.gradients, clipped, self._clipped(rounded.gradients))
-        worst = _worst(parameters)
-        # A single number may be right by chance, so its own rounding error says little. Use the
-        # rounding error of the whole gradient instead.
-        rounding = _distance(rounded.gradients, exact.gradients)
-        norm = done.record.grad_norm
-        what = "one big batch" if len(groups) == 1 else f"{len(groups)} batches"
-        lines = [
-            Check("gradient", *parameters[worst], f"{worst}, the worst of {len(parameters)} parameters"),
-            self._number("loss", done.record.loss, exact.loss, rounding, f"{done.record.loss:.6f}"),
-            self._number("gradient norm", norm, _norm(exact.gradients), rounding, f"{norm:.6g} before clipping"),
-            self._update(done),
-        ]
-        if exact.running and (self.mode is BatchNormMode.pooled or len(groups) == 1):
-            lines.append(self._running(done, exact, rounded))
-        if state is not None:
-            lines.append(state)
-        if len(groups) > 1:
-            one = self._clipped(self._exact([big], denominators).gradients)
-            distance = max(_relative(done.gradients[name], one[name], SMALL * _norm(one)) for name in one)
-            why = f"BatchNorm: {self.mode.value}" if self.mode is not None else "a term is averaged over micro-batches"
-            lines.append(Check("from one big batch", distance, None, f"what differs by design ({why})"))
-        ranks = self.accumulator.strategy.world.size
-        samples = f"{len(micro_batches)} micro-batch(es) on {ranks} rank(s) against {what} on one process in float64"
-        tolerance = (
-            f"{TIMES_ROUNDING:g} x the error of the same samples on one process in the same precision, "
-            f"and {self._order:.1e} for sums in another order"
+
+def _order_tolerance(accumulator: Accumulator) -> float:
+    """Return the tolerance for sums in another order, whatever the precision of the forward."""
+    dtype = next(accumulator.strategy.model.parameters()).dtype
+    summed = accumulator.strategy.dtypes.accumulate or wide(dtype)
+    return ROUNDOFFS * _roundoff(summed) + PARAMETER_ROUNDOFFS * _roundoff(dtype)
+
+
+def _clipped(gradients: Mapping[str, Tensor], clip_norm: float | None) -> dict[str, Tensor]:
+    factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (_norm(gradients) + 1e-6))
+    return {name: gradient.double() * factor for name, gradient in gradients.items()}
+
+
+def _judged(
+    found: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+    order: float,
+    floor: float = 0.0,
+) -> dict[str, tuple[float, float]]:
+    """Return the relative error of each tensor and its tolerance, by name."""
+    return {
+        name: (
+            _relative(found[name], value, floor),
+            TIMES_ROUNDING * _relative(rounded[name], value, floor) + order,
         )
-        return Proof(tuple(lines), parameters, done.network, done.network_agrees, samples, tolerance)
+        for name, value in exact.items()
+    }
 
-    @property
-    def _order(self) -> float:
-        """Return the tolerance for sums in another order, whatever the precision of the forward."""
-        dtype = next(self.accumulator.strategy.model.parameters()).dtype
-        summed = self.accumulator.strategy.dtypes.accumulate or wide(dtype)
-        return ROUNDOFFS * _roundoff(summed) + PARAMETER_ROUNDOFFS * _roundoff(dtype)
 
-    def _exact(self, groups: Sequence[Any], denominators: Mapping[str, float]) -> reference.Computed:
-        cast = [reference.cast(group, self.device, torch.float64) for group in groups]
-        try:
-            return reference.compute(copy.deepcopy(self.model), self.objective, cast, denominators, 1.0)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"verify() compares with float64, but this model cannot compute in it: {error}. Pass plain=, a model "
-                "with layers that can (for experts of transformers: model.set_experts_implementation('eager'))."
-            ) from error
+def _update(accumulator: Accumulator, done: Captured, order: float) -> Check:
+    """Check the update against the optimizer on one process in float64.
 
-    def _rounded(self, groups: Sequence[Any], denominators: Mapping[str, float], scale: float) -> reference.Computed:
-        """Compute the window in the accumulator's precision, to measure rounding alone."""
-        model, cast = in_own_precision(self.accumulator, self.model, groups)
-        return reference.compute(model, self.accumulator.objective, cast, denominators, scale)
-
-    def _clipped(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        clip_norm = self.accumulator.clip_norm
-        factor = 1.0 if clip_norm is None else min(1.0, clip_norm / (_norm(gradients) + 1e-6))
-        return {name: gradient.double() * factor for name, gradient in gradients.items()}
-
-    def _parameters(
-        self, found: Mapping[str, Tensor], exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor]
-    ) -> dict[str, tuple[float, float]]:
-        floor = SMALL * _norm(exact)
-        return {
-            name: (
-                _relative(found[name], gradient, floor),
-                min(LARGEST_TOLERANCE, TIMES_ROUNDING * _relative(rounded[name], gradient, floor) + self._order),
+    The optimizer is given the same gradient.
+    """
+    names = {id(p): name for name, p in accumulator.strategy.evaluation_model.named_parameters()}
+    parameters = {name: nn.Parameter(value.double().clone()) for name, value in done.before.items()}
+    groups = [
+        {**group, "params": [parameters[names[id(p)]] for p in group["params"]], "foreach": False, "fused": False}
+        for group in accumulator.optimizer.param_groups
+    ]
+    kind, defaults = type(accumulator.optimizer), accumulator.optimizer.defaults
+    known = inspect.signature(kind).parameters
+    try:
+        optimizer = kind(groups, **{name: value for name, value in defaults.items() if name in known})
+    except Exception as reason:  # a custom optimizer with other arguments
+        return Check("update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}")
+    for name, parameter in parameters.items():
+        if name in done.gradients:
+            parameter.grad = done.gradients[name].double()
+        if name in done.optimizer_state:
+            optimizer.state[parameter] = reference.cast(
+                dict(done.optimizer_state[name]), parameter.device, torch.float64
             )
-            for name, gradient in exact.items()
-        }
-
-    def _number(self, name: str, found: float, exact: float, rounding: float, note: str) -> Check:
-        error = abs(found - exact) / max(abs(exact), TINY)
-        return Check(name, error, TIMES_ROUNDING * rounding + self._order, note)
-
-    def _running(self, done: Captured, exact: reference.Computed, rounded: reference.Computed) -> Check:
-        """Check BatchNorm's running statistics against those of all samples of the window."""
-        judged = {
-            name: (
-                _relative(done.buffers[name], value),
-                TIMES_ROUNDING * _relative(rounded.running[name], value) + self._order,
-            )
-            for name, value in exact.running.items()
-        }
-        worst = _worst(judged)
-        return Check("running statistics", *judged[worst], f"{worst}, the worst of {len(judged)} buffers")
-
-    def _update(self, done: Captured) -> Check:
-        """Check the update against the optimizer on one process in float64.
-
-        This optimizer is given the gradient that the accumulator's optimizer got.
-        """
-        names = {id(p): name for name, p in self.accumulator.strategy.evaluation_model.named_parameters()}
-        parameters = {name: nn.Parameter(value.double().clone()) for name, value in done.before.items()}
-        groups = [
-            {**group, "params": [parameters[names[id(p)]] for p in group["params"]], "foreach": False, "fused": False}
-            for group in self.accumulator.optimizer.param_groups
-        ]
-        kind, defaults = type(self.accumulator.optimizer), self.accumulator.optimizer.defaults
-        known = inspect.signature(kind).parameters
-        try:
-            optimizer = kind(groups, **{name: value for name, value in defaults.items() if name in known})
-        except Exception as reason:  # a custom optimizer with other arguments
-            return Check("update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}")
-        for name, parameter in parameters.items():
-            if name in done.gradients:
-                parameter.grad = done.gradients[name].double()
-            if name in done.optimizer_state:
-                optimizer.state[parameter] = reference.cast(
-                    dict(done.optimizer_state[name]), parameter.device, torch.float64
-                )
-        optimizer.step()
-        moved = {name: parameters[name].detach() - done.before[name].double() for name in done.gradients}
-        found = {name: done.after[name].double() - done.before[name].double() for name in done.gradients}
-        size = max(_norm(moved), TINY)
-        error = _norm({name: found[name] - moved[name] for name in moved}) / size
-        # New parameters are rounded once, whatever the update's size.
-        weights = {name: done.before[name] for name in moved}
-        stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / size
-        return Check("update", error, 2 * stored + self._order, "optimizer on one process, same gradient")
+    optimizer.step()
+    moved = {name: parameters[name].detach() - done.before[name].double() for name in done.gradients}
+    found = {name: done.after[name].double() - done.before[name].double() for name in done.gradients}
+    # New parameters are rounded once, whatever the update's size.
+    weights = {name: done.before[name] for name in moved}
+    stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / max(_norm(moved), TINY)
+    note = "optimizer on one process, same gradient"
+    return Check("update", _distance(found, moved), 2 * stored + order, note)
 
 
 def in_own_precision(
@@ -224,10 +223,11 @@ def in_own_precision(
     return copy.deepcopy(model).to(computed), cast
 
 
-def _worst(judged: Mapping[str, tuple[float, float]]) -> str:
-    """Return the name whose error is the largest fraction of its tolerance; nan is the largest."""
-    shares = {name: error / tolerance for name, (error, tolerance) in judged.items()}
-    return max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
+def _worst(name: str, judged: Mapping[str, tuple[float, float]], what: str) -> Check:
+    """Report the tensor whose error is the largest fraction of its tolerance; nan is the largest."""
+    shares = {key: error / tolerance for key, (error, tolerance) in judged.items()}
+    worst = max(shares, key=lambda key: math.inf if math.isnan(shares[key]) else shares[key])
+    return Check(name, *judged[worst], f"{worst}, the worst of {len(judged)} {what}")
 
 
 def _roundoff(dtype: torch.dtype) -> float:
@@ -241,6 +241,10 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
 def _distance(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
     difference = {name: found[name].double() - exact[name].double() for name in exact}
     return _norm(difference) / max(_norm(exact), TINY)
+
+
+def _off(found: float, exact: float) -> float:
+    return abs(found - exact) / max(abs(exact), TINY)
 
 
 def _relative(found: Tensor, exact: Tensor, floor: float = 0.0) -> float:

@@ -15,7 +15,7 @@ from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.step.accumulator import Accumulator
 from distaccum.verify import reference
 from distaccum.verify.capture import capture, state_preserved, whole
-from distaccum.verify.compare import Comparison, in_own_precision
+from distaccum.verify.compare import compare, in_own_precision
 from distaccum.verify.moved import line_of, moved_by_forwards
 from distaccum.verify.result import Proof
 from distaccum.verify.state import copied
@@ -80,7 +80,7 @@ def verify(
         outcome: Proof | Exception | None = None
         if world.rank == 0:
             try:
-                outcome = Comparison(accumulator, model, objective, combine, mode).proof(observed, rounds, state)
+                outcome = compare(accumulator, model, objective, rounds, combine, mode, observed, state)
             except Exception as error:  # the other ranks wait for an outcome
                 outcome = error
         shared = world.broadcast_object(outcome, 0)
@@ -160,10 +160,9 @@ def _match(source: nn.Module, target: nn.Module, frozen: bool) -> None:
     With `frozen`, all modules of the target are put into evaluation mode.
     """
     target.to(torch.float64)
+    filled = {**dict(target.named_parameters()), **dict(target.named_buffers())}
     with torch.no_grad():
-        for name, parameter in source.named_parameters():
-            target.get_parameter(name).copy_(whole(parameter))
-        for name, buffer in source.named_buffers():
-            target.get_buffer(name).copy_(whole(buffer))
+        for name, tensor in (*source.named_parameters(), *source.named_buffers()):
+            filled[name].copy_(whole(tensor))
     for name, module in source.named_modules():
         target.get_submodule(name).training = module.training and not frozen

@@ -100,7 +100,7 @@ DAMAGE = {
     "a newer version": (changed("version", to=2), "has version 2; only version 1 can be read"),
     "a step that is no number": (changed("step", to="2"), "step is '2', which is not a count"),
     "a step below zero": (changed("step", to=-2), "step is -2, which is not a count"),
-    "facts that are a list": (changed("facts", to=[]), "facts is not a JSON object"),
+    "facts that are a list": (changed("facts", to=[]), r"facts is \[\], which is not a JSON object"),
     "another folder": (lies_at("../step-00000001/" + SHARD), r"names the file '\.\./step-00000001"),
     "an absolute path": (lies_at("/etc/passwd"), "names the file '/etc/passwd'"),
     "a newline in a name": (lies_at(SHARD + "\n"), "names the file"),

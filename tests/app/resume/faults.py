@@ -177,18 +177,17 @@ class _Faults:
         return call
 
     def writing(self, inner: Any) -> Any:
-        def call(path: Path, entries: Any, tensor_of: Any) -> Any:
-            entries = list(entries)
+        def call(path: Path, tensors: Any, read: Any) -> Any:
             count = 0
 
             def half_way(name: str) -> Any:
                 nonlocal count
                 count += 1
-                if count == (len(entries) + 1) // 2:
+                if count == (len(tensors) + 1) // 2:
                     self.reach("save", _step_of(path.parent.name))
-                return tensor_of(name)
+                return read(name)
 
-            return inner(path, entries, half_way)
+            return inner(path, tensors, half_way)
 
         return call
 
