@@ -93,6 +93,7 @@ class Trainer:
                     self._save(best, stopping=False)
             since, began = _Since(self.loader.waited_s), time.perf_counter()
             for window, micro_batches in self._windows():
+                self.schedule.set(self._position(window), window.effective_batch_size)
                 world_size = self.accumulator.strategy.world.size
                 try:
                     with self.budget.step(progress.step + 1, self.plan, window, world_size):
