@@ -74,14 +74,10 @@ def is_foreseen(error: BaseException) -> bool:
     """Return whether the text of the error explains it completely, without a traceback.
 
     These are the user's mistakes, errors of this package (a divergence, a wrong forecast) and a
-    full disk.
+    disk that is full (or the user's quota) or read-only.
     """
-    return is_users(error) or isinstance(error, DistaccumError) or is_full_disk(error)
-
-
-def is_full_disk(error: BaseException) -> bool:
-    """Return whether the disk or the user's quota is full, or the file system is read-only."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    is_full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return is_users(error) or isinstance(error, DistaccumError) or is_full_disk
 
 
 def report(error: BaseException, prefix: str = "") -> int:

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
-from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .failure import leave, say
 from .grace import Grace
@@ -53,7 +52,7 @@ def start(job: Job, num_ranks: int, task: Task, grace: Grace) -> Ended:
 def _start_once(job: Job, num_ranks: int, task: Task, grace: Grace, came: list[int]) -> Ended:
     with tempfile.TemporaryDirectory(prefix="distaccum-") as folder:
         launch = elastic_launch(
-            ElasticConfig(
+            LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=num_ranks,

@@ -11,7 +11,7 @@ from torch.distributed.distributed_c10d import Store
 from ..errors import ConfigError
 from .failure import say
 from .job import Job, value_of
-from .slurm_names import hosts, port, tasks_per_node
+from .slurm_names import first_host, port, tasks_per_node
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _is_one_of_several_tasks(environment: Mapping[str, str]) -> bool:
 def _task(environment: Mapping[str, str]) -> Place:
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     # SLURM_LAUNCH_NODE_IPADDR would be the host on which srun was called.
-    host = hosts(environment["SLURM_STEP_NODELIST"])[0]
+    host = first_host(environment["SLURM_STEP_NODELIST"])
     bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
     return Place(
         "srun",

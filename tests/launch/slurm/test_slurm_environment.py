@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distaccum.launch.ranks import Place, detect_launcher, ranks_here, warn_without_srun
-from distaccum.launch.slurm_names import hosts, port, tasks_per_node
+from distaccum.launch.slurm_names import first_host, port, tasks_per_node
 
 # Task 4 of 5 on three unequal nodes, as srun tells it. MASTER_ADDR and RANK are left over from another time.
 TASK = {
@@ -29,22 +29,20 @@ TASK = {
 @pytest.mark.parametrize(
     ("nodelist", "expected"),
     [
-        ("n1", ["n1"]),
-        ("n1,login", ["n1", "login"]),
-        ("n[1-3]", ["n1", "n2", "n3"]),
-        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
-        ("n[3,1]", ["n3", "n1"]),
-        ("gpu[07-08,11],cpu-[a,b]-ib,x", ["gpu07", "gpu08", "gpu11", "cpu-a-ib", "cpu-b-ib", "x"]),
-        ("rack[1-2]node[01-02]", ["rack1node01", "rack1node02", "rack2node01", "rack2node02"]),
-        ("127.0.0.[1-2]", ["127.0.0.1", "127.0.0.2"]),
-        (
-            "node-1-[099-101].example.org",
-            ["node-1-099.example.org", "node-1-100.example.org", "node-1-101.example.org"],
-        ),
+        ("n1", "n1"),
+        ("n1,login", "n1"),
+        ("n[1-3]", "n1"),
+        ("n[08-11]", "n08"),
+        ("n[3,1]", "n3"),
+        ("gpu[07-08,11],cpu-[a,b]-ib,x", "gpu07"),
+        ("cpu-[a,b]-ib,gpu[07-08,11]", "cpu-a-ib"),
+        ("rack[1-2]node[01-02]", "rack1node01"),
+        ("127.0.0.[1-2]", "127.0.0.1"),
+        ("node-1-[099-101].example.org", "node-1-099.example.org"),
     ],
 )
-def test_hosts(nodelist: str, expected: list[str]) -> None:
-    assert hosts(nodelist) == expected
+def test_first_host(nodelist: str, expected: str) -> None:
+    assert first_host(nodelist) == expected
 
 
 def test_tasks_per_node() -> None:
