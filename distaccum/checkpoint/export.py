@@ -31,7 +31,8 @@ def export_safetensors(checkpoint: Checkpoint, file: Path) -> None:
     """
     if file.exists():
         raise CheckpointError(f"{file} already exists. Give another file, or remove it.")
-    weights = {n.removeprefix(_MODEL): tensor for n, tensor in checkpoint.tensors.items() if n.startswith(_MODEL)}
+    saved = checkpoint.tensors
+    weights = {n.removeprefix(_MODEL): saved[n] for n in saved if n.startswith(_MODEL)}
     if not weights:
         raise CheckpointError(f"{checkpoint.path} holds no model: no tensor has a name that begins with {_MODEL!r}.")
 

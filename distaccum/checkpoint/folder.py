@@ -61,7 +61,8 @@ def publish(folder: Path, name: str, pointers: Sequence[str]) -> None:
     """Give a written checkpoint its final name, and make the pointers point to it."""
     sync_folder(part(folder, name))
     for pointer in pointers:
-        write_durably(part(folder, pointer), [f"{name}\n".encode()])  # a full disk shows here, before the renames
+        # A full disk shows here, before the renames.
+        write_durably(part(folder, pointer), [f"{name}\n".encode()])
     part(folder, name).rename(folder / name)
     sync_folder(folder)  # the checkpoint is on the disk before a pointer names it
     for pointer in pointers:

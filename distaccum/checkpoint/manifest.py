@@ -159,7 +159,8 @@ def _check_values(manifest: Manifest) -> None:
             raise CheckpointError(f"{MANIFEST}: {name} has no sha256, but {file.sha256[:80]!r}")
     for name, tensor in manifest.tensors.items():
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{MANIFEST}: tensor {name!r} has the unknown dtype {tensor.dtype[:40]!r}")
+            dtype = tensor.dtype[:40]
+            raise CheckpointError(f"{MANIFEST}: tensor {name!r} has the unknown dtype {dtype!r}")
         unlisted = [chunk.file for chunk in tensor.chunks if chunk.file not in manifest.files]
         if unlisted:
             raise CheckpointError(

@@ -40,7 +40,13 @@ class Checkpoint:
         passed_over: one line on each newer checkpoint that was tried first and is not good.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, world: World, passed_over: list[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        world: World,
+        passed_over: list[str],
+    ) -> None:
         """Store the parts; call `Checkpoint.open` or `Checkpoints.newest` instead."""
         self.path = path
         self.step = manifest.step
@@ -86,13 +92,17 @@ class Checkpoint:
         all_ranks_or_none(self._world, lambda: _read_into(self.path, self._manifest, into))
 
 
-def newest_good(world: World, list_them: Callable[[], Candidates]) -> tuple[Checkpoint | None, dict[Path, str]]:
+def newest_good(
+    world: World,
+    list_them: Callable[[], Candidates],
+) -> tuple[Checkpoint | None, dict[Path, str]]:
     """Return the first good checkpoint of a list, and what is wrong with those before it.
 
     Call it on every rank; the list is made on rank 0.
     """
     troubles: dict[Path, str] = {}
-    for path, trouble in all_ranks_or_none(world, lambda: list_them() if world.rank == 0 else [])[0]:
+    found = all_ranks_or_none(world, lambda: list_them() if world.rank == 0 else [])[0]
+    for path, trouble in found:
         if trouble:
             troubles[path] = trouble
             continue
@@ -175,7 +185,9 @@ def _check_file(path: Path, manifest: Manifest) -> None:
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     if digest != manifest.files[path.name].sha256:
-        raise CheckpointError(f"{path.name} is damaged: its checksum is not the one in the manifest")
+        raise CheckpointError(
+            f"{path.name} is damaged: its checksum is not the one in the manifest",
+        )
     with opened(path) as file:
         names = file.keys()
         slices = {name: file.get_slice(name) for name in names}
@@ -183,9 +195,11 @@ def _check_file(path: Path, manifest: Manifest) -> None:
     for name, tensor in manifest.tensors.items():
         for chunk in tensor.chunks:
             expected = f"{DTYPES[tensor.dtype]} {list(chunk.sizes)}"
-            if chunk.file == path.name and held.get(name) != expected:
-                found = f"holds {name!r} as {held[name]}, not" if name in held else f"does not hold {name!r} as"
-                raise CheckpointError(f"{path.name} {found} {expected}")
+            if chunk.file != path.name or held.get(name) == expected:
+                continue
+            if name not in held:
+                raise CheckpointError(f"{path.name} does not hold {name!r}")
+            raise CheckpointError(f"{path.name} holds {name!r} as {held[name]}, not {expected}")
 
 
 def _read_into(path: Path, manifest: Manifest, into: Mapping[str, Tensor]) -> None:
@@ -199,7 +213,8 @@ def _read_into(path: Path, manifest: Manifest, into: Mapping[str, Tensor]) -> No
     for piece in local_chunks(into):
         stored = manifest.tensors.get(piece.name)
         if stored is None:
-            raise CheckpointError(f"{path} does not hold {piece.name!r}; it holds {some(manifest.tensors)}")
+            held = some(manifest.tensors)
+            raise CheckpointError(f"{path} does not hold {piece.name!r}; it holds {held}")
         if (stored.dtype, stored.shape) != (piece.dtype, piece.shape):
             raise CheckpointError(
                 f"{path} holds {piece.name!r} as {stored.dtype} {list(stored.shape)}, "
@@ -212,15 +227,17 @@ def _read_into(path: Path, manifest: Manifest, into: Mapping[str, Tensor]) -> No
     for file_name, parts in plan.items():
         with opened(path / file_name) as file:
             for name, source, target in parts:
-                local(into[name])[target].copy_(file.get_tensor(name)[source])  # the file is mapped into memory
+                # The file is mapped into memory, so only the part is read.
+                local(into[name])[target].copy_(file.get_tensor(name)[source])
 
 
 def _overlap(chunk: Chunk, piece: LocalChunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Return where the common block of two blocks lies in each of them, or None if there is none."""
-    dims = list(zip(chunk.offsets, chunk.sizes, piece.offsets, piece.sizes, strict=True))
-    common = [(max(a, b), min(a + s, b + t)) for a, s, b, t in dims]
-    if any(begin >= end for begin, end in common):
-        return None
-    in_chunk = tuple(slice(b - origin, e - origin) for (b, e), origin in zip(common, chunk.offsets, strict=True))
-    in_piece = tuple(slice(b - origin, e - origin) for (b, e), origin in zip(common, piece.offsets, strict=True))
-    return in_chunk, in_piece
+    """Return where two blocks overlap, in each one's own coordinates, or None if they do not."""
+    in_chunk, in_piece = [], []
+    for a, s, b, t in zip(chunk.offsets, chunk.sizes, piece.offsets, piece.sizes, strict=True):
+        begin, end = max(a, b), min(a + s, b + t)
+        if begin >= end:
+            return None
+        in_chunk.append(slice(begin - a, end - a))
+        in_piece.append(slice(begin - b, end - b))
+    return tuple(in_chunk), tuple(in_piece)

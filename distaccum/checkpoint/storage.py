@@ -72,12 +72,21 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> list[LocalChunk]:
             raise CheckpointError(
                 f"{name!r}: this rank holds {list(held.shape)}, but its sharding says {list(chunk.sizes)}"
             )
-        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-        pieces.append(LocalChunk(name, _dtype_name(whole), tuple(whole.shape), offsets, sizes, held.nbytes))
+        piece = LocalChunk(
+            name=name,
+            dtype=_dtype_name(whole),
+            shape=tuple(whole.shape),
+            offsets=tuple(chunk.offsets),
+            sizes=tuple(chunk.sizes),
+            bytes=held.nbytes,
+        )
+        pieces.append(piece)
     return pieces
 
 
-def share_out(held: Sequence[Sequence[LocalChunk]]) -> tuple[dict[str, StoredTensor], list[list[str]]]:
+def share_out(
+    held: Sequence[Sequence[LocalChunk]],
+) -> tuple[dict[str, StoredTensor], list[list[str]]]:
     """Assign each block to one rank that holds it and has the least to write so far.
 
     Args:
@@ -139,7 +148,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], 
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    written = write_durably(path, chain([len(text).to_bytes(8, "little"), text], (_content(read(n)) for n in names)))
+    begin_of_file = [len(text).to_bytes(8, "little"), text]
+    written = write_durably(path, chain(begin_of_file, (_content(read(name)) for name in names)))
     sync_folder(path.parent)
     return written
 

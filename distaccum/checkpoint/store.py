@@ -129,7 +129,12 @@ class Checkpoints:
             return
         copies = tried(lambda: _on_host(own))
         arguments = (name, draft, best, copies, started, time.monotonic() - started)
-        self._thread = Thread(target=self._finish_aside, args=arguments, name="checkpoint", daemon=True)
+        self._thread = Thread(
+            target=self._finish_aside,
+            args=arguments,
+            name="checkpoint",
+            daemon=True,
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -202,33 +207,36 @@ class Checkpoints:
             started: when the save began, by the monotonic clock.
             blocked_s: the seconds for which the training waited; None: for the whole save.
         """
-        file_name = shard_name(self._world.rank)
+        rank = self._world.rank
+        path = files.part(self._folder, name) / shard_name(rank)
 
         def write() -> StoredFile | None:
             if isinstance(own, CheckpointError):
                 raise own
-            return write_file(files.part(self._folder, name) / file_name, own, own.__getitem__) if own else None
+            return write_file(path, own, own.__getitem__) if own else None
+
+        def publish() -> tuple[str, ...]:
+            return self._publish(name, replace(draft, files=stored), best) if rank == 0 else ()
 
         try:
             written = all_ranks_or_none(self._world, write)
             stored = {shard_name(i): file for i, file in enumerate(written) if file is not None}
-            manifest = replace(draft, files=stored)
-            remarks = all_ranks_or_none(
-                self._world, lambda: self._publish(name, manifest, best) if self._world.rank == 0 else ()
-            )[0]
+            remarks = all_ranks_or_none(self._world, publish)[0]
         except CheckpointError as error:
             self._give_up(draft.step, name, error)
         total_s = time.monotonic() - started
         num_bytes = sum(file.bytes for file in stored.values())
         blocked_s = total_s if blocked_s is None else blocked_s
-        self._done.append(Saved(self._folder / name, draft.step, blocked_s, total_s, num_bytes, remarks))
+        published = self._folder / name
+        self._done.append(Saved(published, draft.step, blocked_s, total_s, num_bytes, remarks))
 
     def _publish(self, name: str, manifest: Manifest, best: bool) -> tuple[str, ...]:
         """Publish the checkpoint on rank 0 after all files are written, and remove old ones.
 
         It returns one line on each old checkpoint that could not be removed.
         """
-        files.write_durably(files.part(self._folder, name) / MANIFEST, [manifest.to_json().encode()])
+        unfinished = files.part(self._folder, name)
+        files.write_durably(unfinished / MANIFEST, [manifest.to_json().encode()])
         files.publish(self._folder, name, [files.LATEST, files.BEST] if best else [files.LATEST])
         self._known[self._folder / name] = manifest
         remarks = []  # A failure from here on is no error, because the new checkpoint is published.
@@ -270,7 +278,9 @@ class Checkpoints:
 
 def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to host memory (pinned, from a device), so that the originals may change."""
-    copies = {name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.to("cpu", non_blocking=True, copy=True)
     for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
         torch.get_device_module(device).current_stream(device).synchronize()
     return copies

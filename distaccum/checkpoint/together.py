@@ -87,6 +87,10 @@ def _values(rows: list[T | CheckpointError]) -> list[T]:
             troubles.setdefault(str(row), []).append(str(rank))
     if troubles:
         alone = len(rows) == 1
-        whose = {t: f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}: " for t, ranks in troubles.items()}
-        raise CheckpointError("; ".join(text if alone else whose[text] + text for text in troubles))
+        texts = [text if alone else f"{_ranks(troubles[text])}: {text}" for text in troubles]
+        raise CheckpointError("; ".join(texts))
     return [row for row in rows if not isinstance(row, CheckpointError)]
+
+
+def _ranks(ranks: list[str]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"

@@ -116,7 +116,7 @@ def state_preserved(accumulator: Accumulator, *others: Any) -> Iterator[None]:
     # The checks of the training's own first window are still to come. The cut of the loss is not
     # checked here, because the proof judges the loss.
     accumulator._first_look = FirstLook(strategy, check_cut=False)
-    batchnorms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    batchnorms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
     model.eval()
     for module in batchnorms:
         module.training = True

@@ -83,23 +83,27 @@ def compare(
     exact = _in_float64(accumulator, model, objective, groups, denominators)
     # The error of this computation is that of rounding alone.
     own_model, own_groups = in_own_precision(accumulator, model, groups)
-    rounded = reference.compute(own_model, accumulator.objective, own_groups, denominators, done.loss_scale)
+    rounded = reference.compute(
+        own_model,
+        accumulator.objective,
+        own_groups,
+        denominators,
+        done.loss_scale,
+    )
     order = _order_tolerance(accumulator)
     clipped = _clipped(exact.gradients, accumulator.clip_norm)
-    parameters = {
-        name: (error, min(LARGEST_TOLERANCE, tolerance))
-        for name, (error, tolerance) in _judged(
-            done.gradients, clipped, _clipped(rounded.gradients, accumulator.clip_norm), order, SMALL * _norm(clipped)
-        ).items()
-    }
+    rounded_clipped = _clipped(rounded.gradients, accumulator.clip_norm)
+    floor = SMALL * _norm(clipped)
+    judged = _judged(done.gradients, clipped, rounded_clipped, order, floor)
+    parameters = {n: (error, min(LARGEST_TOLERANCE, most)) for n, (error, most) in judged.items()}
     # A single number may be right by chance, so its own rounding error says little. Use the
     # rounding error of the whole gradient instead.
     tolerance = TIMES_ROUNDING * _distance(rounded.gradients, exact.gradients) + order
-    loss, norm = done.record.loss, done.record.grad_norm
+    loss, norm, exact_norm = done.record.loss, done.record.grad_norm, _norm(exact.gradients)
     lines = [
         _worst("gradient", parameters, "parameters"),
         Check("loss", _off(loss, exact.loss), tolerance, f"{loss:.6f}"),
-        Check("gradient norm", _off(norm, _norm(exact.gradients)), tolerance, f"{norm:.6g} before clipping"),
+        Check("gradient norm", _off(norm, exact_norm), tolerance, f"{norm:.6g} before clipping"),
         _update(accumulator, done, order),
     ]
     if exact.running and (mode is BatchNormMode.pooled or len(groups) == 1):
@@ -110,8 +114,9 @@ def compare(
     if len(groups) > 1:
         whole = _in_float64(accumulator, model, objective, [big], denominators)
         one = _clipped(whole.gradients, accumulator.clip_norm)
-        distance = max(_relative(done.gradients[name], one[name], SMALL * _norm(one)) for name in one)
-        why = f"BatchNorm: {mode.value}" if mode is not None else "a term is averaged over micro-batches"
+        floor = SMALL * _norm(one)
+        distance = max(_relative(done.gradients[name], one[name], floor) for name in one)
+        why = "a term is averaged over micro-batches" if mode is None else f"BatchNorm: {mode.value}"
         lines.append(Check("from one big batch", distance, None, f"what differs by design ({why})"))
     what = "one big batch" if len(groups) == 1 else f"{len(groups)} batches"
     ranks = accumulator.strategy.world.size
@@ -133,7 +138,8 @@ def _in_float64(
     groups: Sequence[Any],
     denominators: Mapping[str, float],
 ) -> reference.Computed:
-    cast = [reference.cast(group, accumulator.strategy.world.device, torch.float64) for group in groups]
+    device = accumulator.strategy.world.device
+    cast = [reference.cast(group, device, torch.float64) for group in groups]
     try:
         return reference.compute(copy.deepcopy(model), objective, cast, denominators, 1.0)
     except RuntimeError as error:
@@ -201,7 +207,8 @@ def _update(accumulator: Accumulator, done: Captured, order: float) -> Check:
     found = {name: done.after[name].double() - done.before[name].double() for name in done.gradients}
     # New parameters are rounded once, whatever the update's size.
     weights = {name: done.before[name] for name in moved}
-    stored = _norm(weights) * _roundoff(next(iter(weights.values())).dtype) / max(_norm(moved), TINY)
+    roundoff = _roundoff(next(iter(weights.values())).dtype)
+    stored = _norm(weights) * roundoff / max(_norm(moved), TINY)
     note = "optimizer on one process, same gradient"
     return Check("update", _distance(found, moved), 2 * stored + order, note)
 
@@ -224,7 +231,10 @@ def in_own_precision(
 
 
 def _worst(name: str, judged: Mapping[str, tuple[float, float]], what: str) -> Check:
-    """Report the tensor whose error is the largest fraction of its tolerance; nan is the largest."""
+    """Report the tensor whose error is the largest fraction of its tolerance.
+
+    Here nan is the largest error.
+    """
     shares = {key: error / tolerance for key, (error, tolerance) in judged.items()}
     worst = max(shares, key=lambda key: math.inf if math.isnan(shares[key]) else shares[key])
     return Check(name, *judged[worst], f"{worst}, the worst of {len(judged)} {what}")

@@ -80,7 +80,16 @@ def verify(
         outcome: Proof | Exception | None = None
         if world.rank == 0:
             try:
-                outcome = compare(accumulator, model, objective, rounds, combine, mode, observed, state)
+                outcome = compare(
+                    accumulator,
+                    model,
+                    objective,
+                    rounds,
+                    combine,
+                    mode,
+                    observed,
+                    state,
+                )
             except Exception as error:  # the other ranks wait for an outcome
                 outcome = error
         shared = world.broadcast_object(outcome, 0)

@@ -54,11 +54,12 @@ def compute(
         scale: the factor by which losses are multiplied before the backward, and gradients divided
             afterwards.
     """
-    trained = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training}
-    layers = {name: copy.deepcopy(layer).double() for name, layer in trained.items() if layer.running_mean is not None}
-    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for name in layers:
-        trained[name].register_forward_pre_hook(partial(_record, inputs[name]))
+    layers: dict[str, nn.Module] = {}  # float64 copies of the layers that update running statistics
+    inputs: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None:
+            layers[name], inputs[name] = copy.deepcopy(module).double(), []
+            module.register_forward_pre_hook(partial(_record, inputs[name]))
     loss = 0.0
     for group in groups:
         sums = sums_of(objective, model, group, list(denominators))
@@ -90,7 +91,8 @@ def _after_one_batch(layer: nn.Module, inputs: Sequence[Tensor], name: str) -> d
     """
     channels = torch.cat([x.double().transpose(0, 1).flatten(1) for x in inputs], dim=1)
     layer(channels.T.reshape(-1, len(channels), *[1] * (inputs[0].ndim - 2)))
-    return {key: buffer for key, buffer in layer.named_buffers(prefix=name) if buffer.is_floating_point()}
+    buffers = layer.named_buffers(prefix=name)
+    return {key: buffer for key, buffer in buffers if buffer.is_floating_point()}
 
 
 def combined(micro_batches: Sequence[Any], name: str = "the micro-batch") -> Any:

@@ -57,7 +57,8 @@ class Kept:
 
     def __init__(self, *roots: Any) -> None:
         """Copy the state of these modules, optimizers and objectives."""
-        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []  # a tensor, its copy and its gradient
+        # Each tensor with its copy and its gradient.
+        self._tensors: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._holders: list[tuple[Any, Any]] = []  # a dict or list and its former items
         self._seen: set[int] = set()
         for root in roots:
@@ -133,10 +134,11 @@ def _named(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor 
 def _contents(value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the attributes of a module, or the contents of a container, with their names."""
     if isinstance(value, nn.Module):
-        own = vars(value)
-        yield from ((name, held) for name, held in own.items() if name not in _TORCH_OWN.union(_REGISTERED))
-        for kind in _REGISTERED:
-            yield from own[kind].items()
+        for name, held in vars(value).items():
+            if name in _REGISTERED:
+                yield from held.items()
+            elif name not in _TORCH_OWN:
+                yield name, held
     else:
         for items in parts(value) or ():
             yield from items.items()
