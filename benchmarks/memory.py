@@ -34,9 +34,10 @@ from torch import Tensor, nn
 
 import distaccum as da
 from distaccum.core.objectives import autocast
+from distaccum.core.strategies import StrategyName
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.blocks import checkpoint_blocks
-from distaccum.parallel.apply import ParallelConfig, StrategyName, wrap
+from distaccum.parallel.apply import ParallelConfig, wrap
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
 from distaccum.planner import MicroBatchTrace, Peak, Setup, describe, memory, peak, states_of, trace, update

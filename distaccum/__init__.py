@@ -12,6 +12,7 @@ from .core.objectives import autocast as autocast
 from .core.plan import MicroBatch as MicroBatch
 from .core.plan import Plan as Plan
 from .core.plan import Window as Window
+from .core.strategies import Sync as Sync
 from .core.window import MicroBatches as MicroBatches
 from .data.windows import windows as windows
 from .errors import CheckpointError as CheckpointError
@@ -29,7 +30,6 @@ from .huggingface.training_arguments import ConvertedArguments as ConvertedArgum
 from .huggingface.training_arguments import from_training_arguments as from_training_arguments
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .nn.batchnorm_layers import BatchNormMode as BatchNormMode
-from .parallel.base import Sync as Sync
 from .step.accumulator import Accumulator as Accumulator
 from .step.consensus import Request as Request
 from .step.record import StepRecord as StepRecord

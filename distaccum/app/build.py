@@ -27,12 +27,12 @@ from distaccum.checkpoint.saver import Saver
 from distaccum.checkpoint.store import Checkpoints
 from distaccum.core.batch_size import BatchArithmetic
 from distaccum.core.plan import Plan
+from distaccum.core.strategies import StrategyName
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError, in_one_line
 from distaccum.launch import Job
 from distaccum.metrics import Report, make_report
 from distaccum.optim import MOST_WARMUP_STEPS, LRSchedule, ScheduleUnit, with_warmup
-from distaccum.parallel.apply import StrategyName
 from distaccum.parallel.world import World
 from distaccum.planner.meter import Meter
 

@@ -17,6 +17,7 @@ from distaccum.checkpoint.saver import CheckpointConfig
 from distaccum.core.batch_schedule import Ramp, ScheduleUnit
 from distaccum.core.batch_size import Ragged
 from distaccum.core.plan import LastWindow
+from distaccum.core.strategies import Sync
 from distaccum.data.images import ImagesConfig
 from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
@@ -29,7 +30,6 @@ from distaccum.models.resnet import ResNetConfig
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.optim import OptimConfig
 from distaccum.parallel.apply import ParallelConfig
-from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Audit
 from distaccum.parallel.precision import Precision
 from distaccum.planner.meter import parse_bytes

@@ -10,11 +10,11 @@ from distaccum.app.config import Config
 from distaccum.app.task import Task
 from distaccum.core.batch_size import BatchArithmetic
 from distaccum.core.plan import LastWindow, Plan
+from distaccum.core.traffic import Traffic
 from distaccum.metrics import size
 from distaccum.nn.batchnorm import has_batchnorm
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.optim import AUTO, MOST_WARMUP_STEPS, LRSchedule, ScheduleConfig
-from distaccum.parallel.ledger import Traffic
 from distaccum.step.accumulator import Accumulator
 
 Section = Mapping[str, str]

@@ -13,6 +13,7 @@ from torch import nn
 from distaccum.app.config import Config
 from distaccum.core.loss import SupportsObjective
 from distaccum.core.objectives import CausalLM, Classification, ClassificationAccuracy, autocast, cast_inputs
+from distaccum.core.strategies import StrategyName
 from distaccum.data.base import Dataset
 from distaccum.data.images import ImageDataset, ImagesConfig, frequency_loss, load_images
 from distaccum.data.text import TextConfig, TextDataset, load_text, unigram_loss
@@ -23,7 +24,6 @@ from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.batchnorm import convert_batchnorm
 from distaccum.nn.blocks import blocks_of
-from distaccum.parallel.apply import StrategyName
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from distaccum.app.progress import Intervals, Progress
 from distaccum.app.validation import Validation, evaluate
 from distaccum.checkpoint.saver import Saver
 from distaccum.core.plan import Plan, Window
+from distaccum.core.strategies import Sync
 from distaccum.core.window import MicroBatches
 from distaccum.data.loader import Loader
 from distaccum.errors import OutOfMemoryError
 from distaccum.metrics import Report
 from distaccum.optim import LRSchedule, ScheduleUnit
-from distaccum.parallel.base import Sync
 from distaccum.parallel.ledger import Verdict
 from distaccum.step.accumulator import Accumulator
 from distaccum.step.consensus import Request

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distaccum.core.loss import wide
+from distaccum.core.traffic import fill_buckets
 
 BUCKET_BYTES = 25 * 2**20  # size of one all-reduce, like DDP's own buckets
 
@@ -149,12 +150,5 @@ def _buckets(sizes: list[int]) -> list[list[int]]:
 
     The last indices come first, as in a backward.
     """
-    groups: list[list[int]] = []
-    filled = BUCKET_BYTES
-    for index in reversed(range(len(sizes))):
-        if filled >= BUCKET_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(index)
-        filled += sizes[index]
-    return groups
+    last = len(sizes) - 1
+    return [[last - position for position in bucket] for bucket in fill_buckets(sizes[::-1], BUCKET_BYTES)]

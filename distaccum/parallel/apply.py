@@ -8,26 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from distaccum.core.strategies import StrategyName
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import SumDtype
 from distaccum.parallel.world import World
-
-
-class StrategyName(Enum):
-    """Names a parallel strategy; `auto` means single on one rank and ddp on several."""
-
-    auto = "auto"
-    single = "single"
-    ddp = "ddp"
-    fsdp = "fsdp"
-    hsdp = "hsdp"
 
 
 @dataclass

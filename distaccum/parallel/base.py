@@ -5,28 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
+from distaccum.core.strategies import POLICIES, StrategyName, Sync
+from distaccum.core.traffic import Traffic
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
 from distaccum.nn.batchnorm import collectives, pooled_statistics
 from distaccum.nn.buffers import untouched
-from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import World
-
-
-class Sync(Enum):
-    """Names a sync policy: when gradients (and FSDP2 parameters) are sent."""
-
-    every = "every"  # with each micro-batch; for measurements, and for the least memory under FSDP2
-    reduce_scatter = "reduce_scatter"  # HSDP: reduce-scatter in each micro-batch, all-reduce once
-    boundary = "boundary"  # once per window, with the last micro-batch
-    # FSDP2 and HSDP: parameters gathered once and gradients reduced once per window
-    gather_once = "gather_once"
-    auto = "auto"  # chosen by the strategy
 
 
 class Strategy(ABC):
@@ -233,15 +222,16 @@ class Strategy(ABC):
         """Return the module to call outside of training."""
         return self.model
 
-    def refuse(self, kept: tuple[Sync, ...], reason: str) -> None:
+    def refuse(self, name: StrategyName, reason: str) -> None:
         """Raise ConfigError unless this strategy supports its sync policy.
 
         Args:
-            kept: the supported policies.
-            reason: why the others are not supported, for the message.
+            name: the name of this strategy.
+            reason: why it does not support the other policies, for the message.
         """
+        kept = POLICIES[name]
         if self.sync not in kept:
             raise ConfigError(
-                f"sync='{self.sync.value}' is not supported by {type(self).__name__.lower()}: {reason}. "
+                f"sync='{self.sync.value}' is not supported by {name.value}: {reason}. "
                 f"Use {' or '.join(repr(policy.value) for policy in kept)} (accum.sync on the command line)."
             )

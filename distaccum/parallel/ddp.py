@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import _torch
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import Traffic, replicated
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
-from distaccum.parallel.base import Strategy, Sync
-from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.base import Strategy
 from distaccum.parallel.world import World
 
 
@@ -43,7 +44,7 @@ class DDP(Strategy):
                 makes accumulation wrong.
         """
         super().__init__(model, world, Sync.boundary if sync is Sync.auto else sync, dtypes)
-        self.refuse((Sync.boundary, Sync.every), "every rank holds all parameters whole")
+        self.refuse(StrategyName.ddp, "every rank holds all parameters whole")
         obstacle = _torch.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
@@ -135,20 +136,18 @@ class DDP(Strategy):
             num_rounds: micro-batches per rank, padding included.
         """
         if self.sums is not None:
-            reductions = num_rounds if self.sync is Sync.every else 1
-            return Traffic.of([("all_reduce", size) for size in self.sums.messages()] * reductions)
+            messages, reductions = self.sums.messages(), num_rounds if self.sync is Sync.every else 1
+            return Traffic.total(replicated(sum(messages), [len(messages)] * reductions, 0, 0, self.world.size))
         synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
-        num_bytes = sum(p.numel() * p.element_size() for p in self._reduced)
-        layouts = [_torch.ddp_buckets(self.model)] * synced
+        buckets = [_torch.ddp_buckets(self.model)] * synced
         if self._windows_begun <= 1:
-            layouts[:1] = [self._first_buckets]
-        entries = [e for n in layouts for e in [("all_reduce", 0)] * (n - 1) + [("all_reduce", num_bytes)]]
+            buckets[:1] = [self._first_buckets]
         if self.model.static_graph:
-            num_bitmaps = 1 if self._windows_begun <= 1 else 0
+            maps = 1 if self._windows_begun <= 1 else 0
         else:
-            num_bitmaps = synced if self.model.find_unused_parameters else 0
-        bitmap = ("all_reduce", 4 * len(self._reduced))  # int32, which parameters were used
-        return Traffic.of(entries + [bitmap] * num_bitmaps)
+            maps = synced if self.model.find_unused_parameters else 0
+        num_bytes = sum(p.numel() * p.element_size() for p in self._reduced)
+        return Traffic.total(replicated(num_bytes, buckets, len(self._reduced), maps, self.world.size))
 
     @property
     def evaluation_model(self) -> nn.Module:

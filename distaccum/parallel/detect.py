@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distaccum import _torch
+from distaccum.core.strategies import Sync
 from distaccum.errors import ConfigError, choice
 from distaccum.grads.accumulate import GradientDtypes
-from distaccum.parallel.base import Strategy, Sync
+from distaccum.parallel.base import Strategy
 from distaccum.parallel.ddp import DDP
 from distaccum.parallel.single import Single
 from distaccum.parallel.world import World

@@ -13,10 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distaccum import _torch
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import GroupSizes, Traffic, sharded
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
-from distaccum.parallel.base import Strategy, Sync
-from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.base import Strategy
 from distaccum.parallel.sharded_checks import checked_mesh, refuse_other_dtypes
 from distaccum.parallel.world import World
 
@@ -69,8 +70,8 @@ class FSDP(Strategy):
         self._replicated = mesh.ndim == 2
         self._shards = mesh.size(-1)
         self.replicas = mesh.size(0) if self._replicated else 1
-        kept = (Sync.boundary, Sync.gather_once, Sync.every) + ((Sync.reduce_scatter,) if self._replicated else ())
-        self.refuse(kept, "a 1-D mesh has no replicas, so there is no all-reduce to postpone")
+        name = StrategyName.hsdp if self._replicated else StrategyName.fsdp
+        self.refuse(name, "a 1-D mesh has no replicas, so there is no all-reduce to postpone")
         refuse_other_dtypes(model, sync, dtypes)
         for module in model.modules():
             if isinstance(module, FSDPModule):  # sums over ranks in place of means: the loss is divided
@@ -166,27 +167,17 @@ class FSDP(Strategy):
         _torch.clear_sharded_gradients(self.model)
 
     def gradient_traffic(self, num_rounds: int) -> Traffic:
-        """Forecast the collectives of one window, added up over FSDP2's parameter groups.
-
-        Parameters are gathered once or twice per micro-batch, or once per window with
-        `gather_once`. Gradients are reduced as often as the policy says.
+        """Forecast the collectives of one window from FSDP2's parameter groups.
 
         Args:
             num_rounds: micro-batches per rank, padding included.
         """
-        gathers = 1 if self.sync is Sync.gather_once else num_rounds
-        scatters = num_rounds if self.sync in (Sync.every, Sync.reduce_scatter) else 1
-        reduces = num_rounds if self.sync is Sync.every else 1
-        entries: list[tuple[str, int]] = []
-        for group in _torch.sharded_groups(self.model):
-            if group.gather_bytes and self._shards > 1:
-                per_micro_batch = 1 if self.sync is Sync.gather_once or not group.reshards else 2
-                entries += [("all_gather", group.gather_bytes)] * (gathers * per_micro_batch)
-            if group.scatter_bytes and self._shards > 1:
-                entries += [("reduce_scatter", group.scatter_bytes)] * scatters
-            if group.reduce_bytes and self._replicated:
-                entries += [("all_reduce", group.reduce_bytes)] * reduces
-        return Traffic.of(entries)
+        groups = [
+            GroupSizes(group.gather_bytes, group.scatter_bytes, group.reduce_bytes, group.reshards)
+            for group in _torch.sharded_groups(self.model)
+        ]
+        replicas = self.replicas if self._replicated else None
+        return Traffic.total(sharded(groups, self.sync, num_rounds, self._shards, replicas))
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

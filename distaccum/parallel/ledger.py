@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distaccum.core.traffic import Traffic
 from distaccum.errors import LedgerError
 
 
@@ -31,34 +30,6 @@ _KINDS = {
     "allgather": "all_gather",
     "alltoall": "all_to_all",
 }
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Holds numbers of collectives and their bytes, by kind, as one rank sees them.
-
-    Broadcasts are not included, because they are only used for setup. Bytes are those of the whole
-    message: the tensor of an all-reduce, the output of an all-gather, the input of a
-    reduce-scatter. The bytes that a network card sends depend on the algorithm and are not counted.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
-
-    @staticmethod
-    def of(entries: Iterable[tuple[str, int]]) -> Traffic:
-        """Add up (kind, bytes) pairs, one per collective."""
-        traffic = Traffic()
-        for kind, size in entries:
-            traffic.counts[kind] += 1
-            traffic.bytes[kind] += size
-        return traffic
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.counts + other.counts, self.bytes + other.bytes)
-
-    def __str__(self) -> str:
-        return ", ".join(f"{n} {kind} ({self.bytes[kind]:,} bytes)" for kind, n in self.counts.items()) or "nothing"
 
 
 @dataclass(frozen=True)

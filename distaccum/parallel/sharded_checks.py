@@ -8,9 +8,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distaccum import _torch
 from distaccum.core.loss import wide
+from distaccum.core.strategies import Sync
 from distaccum.errors import ConfigError
 from distaccum.grads.accumulate import GradientDtypes
-from distaccum.parallel.base import Sync
 from distaccum.parallel.world import World
 
 # Names of mesh dimensions along which ranks work on parts of the same samples.

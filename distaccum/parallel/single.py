@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
+from distaccum.core.strategies import Sync
+from distaccum.core.traffic import Traffic
 from distaccum.grads.accumulate import GradientDtypes, GradientSums
-from distaccum.parallel.base import Strategy, Sync
-from distaccum.parallel.ledger import Traffic
+from distaccum.parallel.base import Strategy
 from distaccum.parallel.world import World
 
 

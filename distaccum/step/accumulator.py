@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distaccum.core.loss import Denominator, SupportsObjective
+from distaccum.core.strategies import Sync
+from distaccum.core.traffic import Traffic
 from distaccum.core.window import MicroBatches
 from distaccum.errors import ConfigError, DivergenceError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
 from distaccum.nn.blocks import blocks_of
-from distaccum.parallel.base import Sync
 from distaccum.parallel.detect import in_shards, strategy_for
-from distaccum.parallel.ledger import Audit, Ledger, Traffic, Verdict
+from distaccum.parallel.ledger import Audit, Ledger, Verdict
 from distaccum.step import oom, plain_order
 from distaccum.step.consensus import Consensus, RequestSource, StepStats, WindowTotals
 from distaccum.step.guards import surroundings

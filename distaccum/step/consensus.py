@@ -23,9 +23,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from distaccum.core.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_denominators, denominators_of
+from distaccum.core.traffic import Traffic, consensus
 from distaccum.core.window import MicroBatches
 from distaccum.errors import ConfigError, in_one_line
-from distaccum.parallel.ledger import Traffic
 from distaccum.parallel.world import PendingRows, World
 
 UNKNOWN, REFUSED = -1, -2  # in place of a number of micro-batches: not read yet; not countable
@@ -243,8 +243,8 @@ class Consensus:
 
     def traffic(self, rows: int) -> Traffic:
         """Return what exchanging this many rows sends."""
-        size = 8 * self._world.size * (4 + 2 * len(self.terms or [SINGLE_TERM]))
-        return Traffic.of([] if self._world.group is None else [("all_reduce", size)] * rows)
+        sent = consensus(self._world.size, len(self.terms or [SINGLE_TERM]), rows)
+        return Traffic.total([] if self._world.group is None else [sent])
 
     def _read(self, pending: PendingRow, *scalars: Tensor) -> tuple[list[list[float]], list[float]]:
         """Wait for the rows, and return them and further scalars; keep requests and totals."""

@@ -447,7 +447,8 @@ def test_the_ledger_sees_what_dtensor_and_all_to_all_send(two_ranks: World) -> N
 
 
 def test_the_ledger_names_why_less_travelled() -> None:
-    from distaccum.parallel.ledger import Traffic, Verdict
+    from distaccum.core.traffic import Traffic
+    from distaccum.parallel.ledger import Verdict
 
     with pytest.raises(da.LedgerError, match="Less was sent than expected: perhaps the objective calls"):
         Verdict(Traffic.of([("all_reduce", 100)]), Traffic()).require(1)

@@ -12,9 +12,8 @@ from distaccum.app.auto.setups import POLICIES, setup_of, spread
 from distaccum.app.config import Config
 from distaccum.app.task import Task
 from distaccum.core.batch_size import Ragged, solve
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.metrics import size as human
-from distaccum.parallel.apply import StrategyName
-from distaccum.parallel.base import Sync
 from distaccum.planner import Peak, Setup, gradient_sends
 from distaccum.planner.hardware import HardwareProfile
 from distaccum.planner.shapes import Policy, Strategy

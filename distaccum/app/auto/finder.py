@@ -14,12 +14,12 @@ from distaccum.app.auto.limits import batches_for_auto, require_limit, usable_by
 from distaccum.app.config import Config
 from distaccum.app.task import Task
 from distaccum.core.batch_size import Ragged, solve
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.data.text import TextConfig
 from distaccum.errors import ConfigError
 from distaccum.metrics import size as human
 from distaccum.optim.optimizer import OptimName
-from distaccum.parallel.apply import StrategyName, chosen
-from distaccum.parallel.base import Sync
+from distaccum.parallel.apply import chosen
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
 

@@ -10,9 +10,9 @@ import torch
 from distaccum.app.config import Config
 from distaccum.app.task import Task, in_precision, meta_model
 from distaccum.core.objectives import cast_inputs
+from distaccum.core.strategies import StrategyName
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
-from distaccum.parallel.apply import StrategyName
 from distaccum.planner import (
     Memory,
     MicroBatchTrace,

@@ -12,9 +12,9 @@ from distaccum.app.auto.limits import usable_bytes
 from distaccum.app.config import Config
 from distaccum.app.oom import Predicted
 from distaccum.app.task import Task
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.errors import ConfigError, in_one_line
-from distaccum.parallel.apply import StrategyName, chosen
-from distaccum.parallel.base import Sync
+from distaccum.parallel.apply import chosen
 from distaccum.parallel.world import World
 from distaccum.planner.hardware import HardwareProfile
 from distaccum.step.overlap.schedule import AUTO

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from distaccum.app.config import Config
 from distaccum.app.oom import OnOutOfMemory
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.errors import ConfigError
-from distaccum.parallel.apply import StrategyName, chosen, mesh_shape
-from distaccum.parallel.base import Sync
+from distaccum.parallel.apply import chosen, mesh_shape
 from distaccum.planner.shapes import Policy, Setup, Strategy
 
 POLICIES: dict[Strategy, tuple[Policy, ...]] = {

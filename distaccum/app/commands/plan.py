@@ -19,6 +19,7 @@ from distaccum.app.summary import batch_section, warmup
 from distaccum.app.task import Task, build_task
 from distaccum.core.batch_size import BatchArithmetic, nearest_batches
 from distaccum.core.plan import Plan
+from distaccum.core.strategies import StrategyName
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
 from distaccum.metrics import Console, size
@@ -26,7 +27,6 @@ from distaccum.metrics.format import count
 from distaccum.metrics.table import Cell, table
 from distaccum.metrics.textplot import plot
 from distaccum.optim import LRSchedule, make_optimizer
-from distaccum.parallel.apply import StrategyName
 from distaccum.planner import CollectiveCost, ModelShape, Setup, control_sends, gradient_sends
 from distaccum.planner.hardware import HardwareProfile
 from distaccum.step.overlap.schedule import AUTO

@@ -22,6 +22,7 @@ from distaccum.app.build import ranks
 from distaccum.app.config import Config, typed
 from distaccum.app.task import Task, build_task, in_precision, make_model
 from distaccum.core.loss import Denominator, SupportsObjective, denominators_of, joined, sums_of
+from distaccum.core.strategies import StrategyName
 from distaccum.data.device import to_device
 from distaccum.errors import ConfigError
 from distaccum.grads.clip import clip, squared_norm
@@ -30,7 +31,6 @@ from distaccum.metrics import Console, count
 from distaccum.metrics.table import table
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 from distaccum.optim import make_optimizer
-from distaccum.parallel.apply import StrategyName
 from distaccum.parallel.world import World
 from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings, fit
 from distaccum.planner.trace import trace

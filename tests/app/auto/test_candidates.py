@@ -17,8 +17,7 @@ from distaccum.app.auto.setups import setup_of
 from distaccum.app.commands.check import check
 from distaccum.app.config import Config, config_dir, typed
 from distaccum.app.task import Task, build_task
-from distaccum.parallel.apply import StrategyName
-from distaccum.parallel.base import Sync
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.parallel.world import World
 from distaccum.planner import Peak
 from distaccum.planner.step_time import StepTime
