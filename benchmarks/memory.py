@@ -34,14 +34,17 @@ from torch import Tensor, nn
 
 import distaccum as da
 from distaccum.core.objectives import autocast
-from distaccum.core.strategies import StrategyName
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.parallel.apply import ParallelConfig, wrap
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
-from distaccum.planner import MicroBatchTrace, Peak, Setup, describe, memory, peak, states_of, trace, update
 from distaccum.planner.meter import Meter
+from distaccum.planner.peak import peak
+from distaccum.planner.shapes import Setup, describe
+from distaccum.planner.timeline import Peak
+from distaccum.planner.trace import MicroBatchTrace, trace, update
 
 SIZES = {  # tokens in a sample, vocabulary, layers, heads, width
     "smoke": (16, 500, 2, 4, 64),
@@ -106,11 +109,11 @@ def main() -> None:
 def _both(way: Way, device: str, world: World | None = None) -> dict[str, Any]:
     """Predict and measure one way on one rank."""
     ranks = 1 if world is None else world.size
-    predicted, parts = _predicted(way, ranks, device)
+    predicted = _predicted(way, ranks, device)
     measured = _measured(way, world or World.of(torch.device(device)))
     return {
         **asdict(way), "ranks": ranks, "measured": measured, "predicted": predicted.total,
-        "moment": predicted.moment, "parts": parts,
+        "moment": predicted.moment, "parts": dict(predicted.parts),
     }  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def _measured(way: Way, world: World) -> int:
     return found
 
 
-def _predicted(way: Way, ranks: int, device: str) -> tuple[Peak, dict[str, int]]:
+def _predicted(way: Way, ranks: int, device: str) -> Peak:
     setup = _setup(way, ranks)
     with torch.device("meta"):
         model = _model(way)
@@ -147,8 +150,7 @@ def _predicted(way: Way, ranks: int, device: str) -> tuple[Peak, dict[str, int]]
     micro_batch = MicroBatchTrace.between(*traced, way.samples)
     shapes = [(p.local(setup.shards), p.dtype) for p in shape.trained]
     took = update(_optimizer_for(device), shapes, device)
-    parts = memory(shape, setup, states_of("adamw", 0.0), way.num_micro_batches, micro_batch.saved)
-    return peak(shape, setup, took, micro_batch, way.num_micro_batches, device=device), asdict(parts)
+    return peak(shape, setup, took, micro_batch, way.num_micro_batches, device=device)
 
 
 @cache
@@ -193,7 +195,8 @@ def _config(way: Way, ranks: int) -> ParallelConfig:
 def _setup(way: Way, ranks: int) -> Setup:
     sharded, replicas = way.strategy in ("fsdp", "hsdp"), 2 if way.strategy == "hsdp" else 1
     compute = torch.bfloat16 if sharded and way.precision == "bf16" else None
-    return Setup(way.strategy, way.sync, ranks, replicas, compute, None, None, True, False, 25)
+    strategy, sync = StrategyName(way.strategy), Sync(way.sync)
+    return Setup(strategy, sync, ranks, replicas, compute, None, None, True, False, 25)
 
 
 def _on_ranks(ranks: int, first: Way) -> list[dict[str, Any]]:

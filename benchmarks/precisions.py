@@ -28,10 +28,15 @@ from why import on_ranks
 
 import distaccum as da
 from distaccum.core.objectives import cast_inputs
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import Traffic
 from distaccum.data.text import Layout, Source, TextConfig, load_text
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.parallel.precision import Precision
-from distaccum.planner import Setup, by_kind, describe, gradient_sends, memory, states_of
+from distaccum.planner.peak import peak
+from distaccum.planner.shapes import Setup, describe
+from distaccum.planner.trace import trace, update
+from distaccum.planner.traffic import gradient_sends
 from distaccum.verify import reference
 
 RESULTS = Path(__file__).parent / "results" / "precisions.json"
@@ -187,21 +192,23 @@ def nbytes(tensors: Any) -> int:
 def predicted(case: Case) -> dict[str, int]:
     """Predict the bytes on one rank from shapes alone, which are the same for every K."""
     with torch.device("meta"):
-        shape = describe(GPT(MODEL).to(case.precision.parameter_dtype), [])
-    strategy = "ddp" if case.ranks > 1 else "single"
-    setup = Setup(strategy, "boundary", case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25)
-    one, *others = [
-        memory(shape, setup, states_of("adamw", 0.0), num_micro_batches) for num_micro_batches in NUMS_MICRO_BATCHES
-    ]
+        model = GPT(MODEL).to(case.precision.parameter_dtype)
+    shape = describe(model, [])
+    strategy = StrategyName.ddp if case.ranks > 1 else StrategyName.single
+    setup = Setup(strategy, Sync.boundary, case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25)
+    took = update(torch.optim.AdamW, [(p.shape, p.dtype) for p in shape.trained])
+    ids = torch.zeros(1, SEQ_LEN, dtype=torch.long)
+    micro_batch = trace(model, lambda _: [], OBJECTIVE.loss_sum, {"input_ids": ids, "labels": ids}, 1)
+    one, *others = [peak(shape, setup, took, micro_batch, number).parts for number in NUMS_MICRO_BATCHES]
     assert all(other == one for other in others), (one, others)
-    sent = by_kind(gradient_sends(shape, setup, 1)).get("all_reduce", (0, 0))[1]
+    sent = Traffic.total(gradient_sends(shape, setup, 1))
     return {
-        "weights": one.weights,
-        "gradients": one.gradients,
-        "sums": one.accumulation,
-        "optimizer": one.optimizer,
-        "reduction": one.buckets + one.messages,
-        "sent": sent,
+        "weights": one["weights"],
+        "gradients": one["gradients"],
+        "sums": one["accumulation"],
+        "optimizer": one["optimizer"],
+        "reduction": one["buckets"] + one["messages"],
+        "sent": sent.bytes["all_reduce"],
     }
 
 

@@ -25,15 +25,17 @@ from omegaconf import OmegaConf
 from distaccum.app.assembly import make_accumulator
 from distaccum.app.config import config_dir, typed
 from distaccum.app.task import build_task, make_model
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import Traffic
 from distaccum.core.window import MicroBatches
 from distaccum.launch.processes import tie_to_parent
 from distaccum.parallel.ledger import Ledger
 from distaccum.parallel.world import World
 from distaccum.planner.hardware import HardwareProfile
-from distaccum.planner.shapes import Policy, Setup, Strategy, describe
+from distaccum.planner.shapes import Setup, describe
 from distaccum.planner.step_time import step_time
 from distaccum.planner.trace import trace
-from distaccum.planner.traffic import by_kind, control_sends, gradient_sends
+from distaccum.planner.traffic import control_sends, gradient_sends
 
 WARM_WINDOWS = 2  # DDP rebuilds its buckets after the first
 NUM_MICRO_BATCHES = (2, 8)  # K
@@ -44,17 +46,17 @@ class Way:
     """Describes a strategy with its communication."""
 
     name: str
-    strategy: Strategy
-    sync: Policy
+    strategy: StrategyName
+    sync: Sync
     overlap_micro_batches: int = 1  # T, at most K
 
 
 WAYS = (
-    Way("ddp", "ddp", "boundary"),
-    Way("ddp, T = 4", "ddp", "boundary", 4),
-    Way("fsdp boundary", "fsdp", "boundary"),
-    Way("fsdp gather_once", "fsdp", "gather_once"),
-    Way("fsdp every", "fsdp", "every"),
+    Way("ddp", StrategyName.ddp, Sync.boundary),
+    Way("ddp, T = 4", StrategyName.ddp, Sync.boundary, 4),
+    Way("fsdp boundary", StrategyName.fsdp, Sync.boundary),
+    Way("fsdp gather_once", StrategyName.fsdp, Sync.gather_once),
+    Way("fsdp every", StrategyName.fsdp, Sync.every),
 )
 
 
@@ -155,12 +157,8 @@ class Rank:
         for k in NUM_MICRO_BATCHES:
             with Ledger() as ledger:
                 self._accumulators[way].step(next(self._windows[way]))
-            sends = gradient_sends(self.shape, self.setup(way), k) + control_sends(self._world.size, num_terms=1)
-            counted = ledger.traffic
-            found[k] = {
-                "predicted": {kind: list(pair) for kind, pair in by_kind(sends).items()},
-                "counted": {kind: [n, counted.bytes[kind]] for kind, n in counted.counts.items()},
-            }
+            sends = gradient_sends(self.shape, self.setup(way), k) + control_sends(self.setup(way))
+            found[k] = {"predicted": _pairs(Traffic.total(sends)), "counted": _pairs(ledger.traffic)}
         return found
 
     def _endless(self, way: Way) -> Iterator[MicroBatches]:
@@ -171,6 +169,10 @@ class Rank:
             window.upcoming = MicroBatches(self._micro_batches[: (k := next(sizes))], k)
             yield window
             window = window.upcoming
+
+
+def _pairs(traffic: Traffic) -> dict[str, list[int]]:
+    return {kind: [n, traffic.bytes[kind]] for kind, n in traffic.counts.items()}
 
 
 def _chosen(way: Way) -> list[str]:

@@ -7,8 +7,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ class LinkTimings:
 
     The collective runs among `HardwareProfile.ranks` ranks. A line through two sizes is not
     accurate enough: the rate of an all-gather over gloo falls by a third from 0.5 to 8 MB. Bytes
-    are those of the whole message, as in `traffic.CollectiveCost`, not the bytes that a network
-    card sends.
+    are those of the whole message, not those that a network card sends.
     """
 
     sizes: tuple[int, ...]  # bytes, ascending, at least one
@@ -114,11 +112,13 @@ class HardwareProfile:
             raise _foreign(path, "it is not JSON") from None
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
             raise _foreign(path, f'its "format" is not "{_FORMAT}"')
-        names = [field.name for field in fields(HardwareProfile)]
-        if set(content) != set(names):
-            wrong = sorted(set(content) ^ set(names))
+        if set(content) != set(_MUST_BE):
+            wrong = sorted(set(content) ^ set(_MUST_BE))
             raise _foreign(path, f"fields are missing or unknown: {', '.join(wrong)}")
-        machine = HardwareProfile(**{name: _CHECKS[name](_Field(path, name), content[name]) for name in names})
+        for name, rule in _MUST_BE.items():
+            _require(path, name, content[name], rule)
+        links = {kind: _link(path, link) for kind, link in content.pop("links").items()}
+        machine = HardwareProfile(**content, links=links)
         if bool(machine.links) is not (machine.ranks > 1):
             raise _foreign(path, f"it has {len(machine.links)} link(s) for {machine.ranks} rank(s)")
         return machine
@@ -142,80 +142,65 @@ def fit(small: Point, large: Point) -> Point:
     return at_zero, (longer - at_zero) / larger
 
 
-class _Field:
-    """Checks one field of the file: methods return its value or raise `ConfigError`."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
-
-    def text(self, value: Any) -> str:
-        if not isinstance(value, str):
-            raise self._wrong("a string", value)
-        return value
-
-    def flag(self, value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self._wrong("true or false", value)
-        return value
-
-    def count(self, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self._wrong("an integer of at least 1", value)
-        return value
-
-    def seconds(self, value: Any) -> float:
-        if not _is_number(value) or value < 0:
-            raise self._wrong("a number of at least 0", value)
-        return float(value)
-
-    def rate(self, value: Any) -> float:
-        if not _is_number(value) or value <= 0:
-            raise self._wrong("a number above 0", value)
-        return float(value)
-
-    def texts(self, value: Any) -> dict[str, str]:
-        if not isinstance(value, dict):
-            raise self._wrong("an object whose values are strings", value)
-        return {name: self.text(one) for name, one in value.items()}
-
-    def links(self, value: Any) -> dict[str, LinkTimings]:
-        if not isinstance(value, dict) or set(value) not in (set(), set(KINDS)):
-            raise self._wrong(f"empty, or have the keys {', '.join(KINDS)}", value)
-        return {kind: self.link(link) for kind, link in value.items()}
-
-    def link(self, value: Any) -> LinkTimings:
-        if not isinstance(value, dict) or set(value) != {"sizes", "seconds"}:
-            raise self._wrong("an object with sizes and seconds for each kind", value)
-        if not all(isinstance(column, list) for column in value.values()):
-            raise self._wrong("lists for sizes and for seconds", value)
-        link = LinkTimings(tuple(map(self.count, value["sizes"])), tuple(map(self.rate, value["seconds"])))
-        ascending = all(small < large for small, large in pairwise(link.sizes))
-        if not link.sizes or len(link.sizes) != len(link.seconds) or not ascending:
-            raise self._wrong("ascending sizes and one number of seconds for each", value)
-        return link
-
-    def _wrong(self, expected: str, value: Any) -> ConfigError:
-        return _foreign(self._path, f"{self._name} must be {expected}, but is {value!r}")
-
-
-_CHECKS: Mapping[str, Any] = {
-    "device": _Field.text,
-    "threads": _Field.count,
-    "model": _Field.text,
-    "precision": _Field.text,
-    "micro_batch_overhead_s": _Field.seconds,
-    "flops_per_s": _Field.rate,
-    "update_s_per_number": _Field.seconds,
-    "ranks": _Field.count,
-    "links": _Field.links,
-    "overlaps": _Field.flag,
-    "versions": _Field.texts,
-    "date": _Field.text,
+_TEXT = "a string"
+_COUNT = "an integer of at least 1"
+_RATE = "a number above 0"
+_SECONDS = "a number of at least 0"
+# What the value of each field of the file must be, in words that `_keeps` understands.
+_MUST_BE = {
+    "device": _TEXT,
+    "threads": _COUNT,
+    "model": _TEXT,
+    "precision": _TEXT,
+    "micro_batch_overhead_s": _SECONDS,
+    "flops_per_s": _RATE,
+    "update_s_per_number": _SECONDS,
+    "ranks": _COUNT,
+    "links": f"empty, or have the keys {', '.join(KINDS)}",
+    "overlaps": "true or false",
+    "versions": "an object whose values are strings",
+    "date": _TEXT,
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _keeps(rule: str, value: Any) -> bool:
+    """Return whether a value is what the rule says."""
+    items = value if isinstance(value, dict) else None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    kept = {
+        _TEXT: isinstance(value, str),
+        _COUNT: number and isinstance(value, int) and value >= 1,
+        _RATE: number and value > 0,
+        _SECONDS: number and value >= 0,
+        _MUST_BE["links"]: items is not None and set(items) in (set(), set(KINDS)),
+        _MUST_BE["overlaps"]: isinstance(value, bool),
+        _MUST_BE["versions"]: items is not None and all(isinstance(text, str) for text in items.values()),
+    }
+    return kept[rule]
+
+
+def _require(path: Path, name: str, value: Any, rule: str) -> None:
+    if not _keeps(rule, value):
+        raise _must_be(path, name, rule, value)
+
+
+def _link(path: Path, value: Any) -> LinkTimings:
+    """Return the timings in one entry of `links`, after checks."""
+    if not isinstance(value, dict) or set(value) != {"sizes", "seconds"}:
+        raise _must_be(path, "links", "an object with sizes and seconds for each kind", value)
+    sizes, seconds = value["sizes"], value["seconds"]
+    if not isinstance(sizes, list) or not isinstance(seconds, list):
+        raise _must_be(path, "links", "lists for sizes and for seconds", value)
+    for rule, numbers in ((_COUNT, sizes), (_RATE, seconds)):
+        for number in numbers:
+            _require(path, "links", number, rule)
+    if not sizes or len(sizes) != len(seconds) or sizes != sorted(set(sizes)):
+        raise _must_be(path, "links", "ascending sizes and one number of seconds for each", value)
+    return LinkTimings(tuple(sizes), tuple(seconds))
+
+
+def _must_be(path: Path, name: str, rule: str, value: Any) -> ConfigError:
+    return _foreign(path, f"{name} must be {rule}, but is {value!r}")
 
 
 def _foreign(path: Path, why: str) -> ConfigError:

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from distaccum._torch import storage_resizes
 from distaccum.errors import ConfigError
 
-_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_bytes(text: str | int, name: str) -> int:
@@ -31,7 +32,7 @@ def parse_bytes(text: str | int, name: str) -> int:
         ConfigError: if the text is not an amount of at least 1 byte.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)\s*", str(text))
-    size = float(found[1]) * _UNITS.get(found[2].replace("K", "k") if found[2] == "KB" else found[2], 0) if found else 0
+    size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
     if size < 1:
         raise ConfigError(
             f"{name} is {text!r}, which is not an amount of memory. Use one such as 2GiB, 512MiB or 80GB."
@@ -192,11 +193,6 @@ class Meter:
             self._tracker.reset_peak()
         else:
             torch.cuda.reset_peak_memory_stats(self.device)
-
-    @property
-    def live_bytes(self) -> int:
-        """Return the bytes that are in use now."""
-        return self._tracker.live if self._tracker is not None else torch.cuda.memory_allocated(self.device)
 
     @property
     def peak_bytes(self) -> int:

@@ -7,12 +7,11 @@ allocate internally is not included.
 
 from __future__ import annotations
 
-from distaccum.planner.memory import weight_bytes
+from distaccum.core.strategies import StrategyName
 from distaccum.planner.shapes import ModelShape, Setup
 from distaccum.planner.sharded import ShardedMemory
 from distaccum.planner.timeline import MemoryTimeline, Peak, ReplicatedMemory, words
-from distaccum.planner.trace import MicroBatchTrace, Segment
-from distaccum.planner.update import Update
+from distaccum.planner.trace import MicroBatchTrace, Segment, Update
 
 MICRO_BATCHES_AT_HAND = 2  # the one being computed and the one that is prefetched
 
@@ -40,11 +39,12 @@ def peak(
         device: the type of this rank's device.
     """
     timeline = MemoryTimeline()
-    timeline.alloc("weights", weight_bytes(model, setup))
+    shards = sum(p.shard(setup.shards) * p.dtype.itemsize for p in model.parameters)
+    timeline.alloc("weights", shards + model.buffer_bytes)
     timeline.alloc("optimizer", update.kept)
     timeline.alloc("micro-batches", MICRO_BATCHES_AT_HAND * micro_batch.micro_batch_bytes)
-    if setup.strategy == "ddp":
-        timeline.alloc("buckets", sum(p.numel * p.dtype.itemsize for p in model.trained))
+    if setup.strategy is StrategyName.ddp:
+        timeline.alloc("buckets", sum(p.nbytes for p in model.trained))
     rank = ShardedMemory(model, setup, timeline, device) if setup.sharded else ReplicatedMemory(model, setup, timeline)
     tail = min(overlap_micro_batches, num_micro_batches) if overlap_micro_batches > 1 else 0
     plain = num_micro_batches - tail
@@ -61,7 +61,8 @@ def peak(
         squares = max((numel * (8 if itemsize < 4 else itemsize) for numel, itemsize in sizes), default=0)
         timeline.sample("the gradient norm", squares)
     timeline.sample("the update", update.transient)
-    return timeline.peak
+    parts = {**timeline.parts, "activations": micro_batch.saved}
+    return Peak(timeline.peak, timeline.moment, parts)
 
 
 def _run(
@@ -101,7 +102,7 @@ def _tail(rank: ReplicatedMemory, micro_batch: MicroBatchTrace, num_micro_batche
     """
     segments = [*zip(micro_batch.segments, micro_batch.ends, strict=True)]
     cut = next((i for i, (s, _) in enumerate(segments) if s.backward and s.group >= 0), len(segments))
-    manual = rank.setup.strategy == "ddp"
+    manual = rank.setup.strategy is StrategyName.ddp
     for number in range(num_micro_batches):
         last = number == num_micro_batches - 1
         for segment, ends in segments[:cut]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from distaccum.core.loss import wide
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import GroupSizes
 
 ROOT = -1  # the group of all parameters that belong to no block
-
-Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
-Policy = Literal["every", "reduce_scatter", "boundary", "gather_once"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,11 @@ class ParameterShape:
     def numel(self) -> int:
         """Return the number of elements of the unsharded parameter."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the unsharded parameter."""
+        return self.numel * self.dtype.itemsize
 
     def shard(self, shards: int) -> int:
         """Return the number of elements on rank 0, which holds the most.
@@ -77,8 +80,8 @@ class Setup:
     A dtype of None leaves the choice to distaccum: the methods return the dtype that it chooses.
     """
 
-    strategy: Strategy
-    sync: Policy  # the resolved policy, never "auto"
+    strategy: StrategyName  # never `auto`
+    sync: Sync  # never `auto`
     world_size: int
     replicas: int  # hsdp: number of groups of ranks that each hold the whole model; 1 elsewhere
     compute: torch.dtype | None  # fsdp, hsdp: dtype of gathered parameters; None: their own
@@ -90,15 +93,18 @@ class Setup:
     # ddp: gradients are sent after the window, once ranks agree that none ran out of memory.
     apart: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.strategy} {self.sync}"
+
     @property
     def sharded(self) -> bool:
         """Return whether FSDP2 shards the model (fsdp, hsdp)."""
-        return self.strategy in ("fsdp", "hsdp")
+        return self.strategy in (StrategyName.fsdp, StrategyName.hsdp)
 
     @property
     def shards(self) -> int:
         """Return the number of shards that each parameter is split into."""
-        return self.world_size // (self.replicas if self.strategy == "hsdp" else 1) if self.sharded else 1
+        return self.world_size // self.replicas if self.sharded else 1
 
     def gathered(self, parameter: ParameterShape) -> torch.dtype:
         """Return the dtype in which a parameter is gathered and computed with."""
@@ -122,10 +128,10 @@ class Setup:
         gradients are sent after the window (`apart`).
         """
         if self.sharded:
-            return self.sync == "every" and any(
+            return self.sync is Sync.every and any(
                 not self.accumulated(p) is p.dtype is wide(p.dtype) for p in model.trained
             )
-        apart = self.apart and self.strategy == "ddp"
+        apart = self.apart and self.strategy is StrategyName.ddp
         return apart or any(not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained)
 
 
@@ -146,3 +152,20 @@ def describe(model: nn.Module, blocks: Sequence[nn.Module]) -> ModelShape:
         for name, p in model.named_parameters()
     )
     return ModelShape(parameters, sum(buffer.nbytes for buffer in model.buffers()))
+
+
+def group_sizes(group: int, parameters: Sequence[ParameterShape], setup: Setup) -> GroupSizes:
+    """Return the bytes that FSDP2 gathers and reduces for one of its parameter groups.
+
+    Args:
+        group: the number of the group. The root stays gathered from its forward to its backward.
+        parameters: the parameters of the group.
+        setup: how the model is distributed.
+    """
+    trained = [p for p in parameters if p.trained]
+    return GroupSizes(
+        gathered=sum(p.padded(setup.shards) * setup.gathered(p).itemsize for p in parameters),
+        scattered=sum(p.padded(setup.shards) * setup.reduced(p).itemsize for p in trained),
+        reduced=sum(p.shard(setup.shards) * setup.reduced(p).itemsize for p in trained),
+        reshards=group != ROOT and setup.reshard_after_forward,
+    )

@@ -6,13 +6,15 @@ This is pure arithmetic: nothing runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.traffic import Collectives
 from distaccum.errors import ConfigError
 from distaccum.planner.hardware import HardwareProfile
-from distaccum.planner.shapes import ModelShape, ParameterShape, Setup
-from distaccum.planner.traffic import MIB, CollectiveCost, control_sends, gradient_sends
+from distaccum.planner.shapes import ModelShape, Setup
+from distaccum.planner.traffic import control_sends, ddp_buckets, gradient_sends
 
 # The share of the backward in a micro-batch: two matrix products for each one of the forward.
 BACKWARD = 2 / 3
@@ -78,11 +80,8 @@ def step_time(
     micro_batch_s = machine.micro_batch_overhead_s + micro_batch_flops / machine.flops_per_s
     compute_s = num_micro_batches * micro_batch_s
     numbers = sum(p.shard(setup.shards) for p in model.trained)
-    sends = gradient_sends(model, setup, num_micro_batches)
-    if setup.world_size > 1:
-        sends += _control(setup)
-    sent_s = _carried_s(machine, sends)
-    if setup.strategy == "single":
+    sent_s = _carried_s(machine, gradient_sends(model, setup, num_micro_batches) + control_sends(setup))
+    if setup.strategy is StrategyName.single:
         exposed_s = 0.0
     elif setup.sharded:
         exposed_s = _sharded(machine, model, setup, num_micro_batches, micro_batch_s, sent_s)
@@ -106,15 +105,7 @@ def _sharded(
     # the time of what each further micro-batch sends.
     one, two = (_carried_s(machine, gradient_sends(model, setup, n)) for n in (1, 2))
     others_s = (num_micro_batches - 1) * max(0.0, two - one - micro_batch_s)
-    return others_s + max(0.0, one - micro_batch_s) + _carried_s(machine, _control(setup))
-
-
-def _control(setup: Setup) -> tuple[CollectiveCost, ...]:
-    """Return the consensus all-reduces of one step.
-
-    There is a second one if ranks agree separately whether one ran out of memory.
-    """
-    return control_sends(setup.world_size, num_terms=1, rows=1 + setup.apart)
+    return others_s + max(0.0, one - micro_batch_s) + _carried_s(machine, control_sends(setup))
 
 
 def _replicated(
@@ -129,43 +120,20 @@ def _replicated(
     """Return the exposed seconds of communication in one step under DDP."""
     if setup.own_sums(model) or setup.world_size == 1:
         return sent_s
-    together = 1 if setup.sync == "every" else min(overlap_micro_batches, num_micro_batches)
+    together = 1 if setup.sync is Sync.every else min(overlap_micro_batches, num_micro_batches)
     backward_s = together * BACKWARD * micro_batch_s
-    total = sum(_bytes(p) for p in model.trained)
+    total = sum(p.nbytes for p in model.trained)
     complete = free_s = 0.0
-    for num_bytes in buckets(model, setup):
+    for num_bytes in ddp_buckets(model, setup):
         complete += num_bytes
         ready_s = backward_s * complete / total
         free_s = max(free_s, ready_s) + _message_s(machine, "all_reduce", num_bytes, setup.world_size)
-    windows = num_micro_batches if setup.sync == "every" else 1
+    windows = num_micro_batches if setup.sync is Sync.every else 1
     gradients = gradient_sends(model, setup, num_micro_batches)[:1]
     return windows * (free_s - backward_s) + sent_s - _carried_s(machine, gradients)
 
 
-def buckets(model: ModelShape, setup: Setup) -> list[int]:
-    """Return the bytes of DDP's buckets in the order in which the backward completes them.
-
-    Each bucket takes gradients until it has reached `setup.bucket_mb`.
-    """
-    ordered = model.trained[::-1]
-    cap = int(setup.bucket_mb * MIB)
-    sizes: list[int] = []
-    for dtype in dict.fromkeys(p.dtype for p in ordered):
-        sizes += _filled([_bytes(p) for p in ordered if p.dtype is dtype], cap)
-    return sizes
-
-
-def _filled(sizes: Sequence[int], cap: int) -> list[int]:
-    """Return the bytes of each bucket when gradients of these sizes fill buckets of `cap` bytes."""
-    filled: list[int] = []
-    for size in sizes:
-        if not filled or filled[-1] >= cap:
-            filled.append(0)
-        filled[-1] += size
-    return filled
-
-
-def _carried_s(machine: HardwareProfile, sends: Iterable[CollectiveCost]) -> float:
+def _carried_s(machine: HardwareProfile, sends: Iterable[Collectives]) -> float:
     """Return the seconds that the link needs for these messages, one after another."""
     seconds = 0.0
     for entry in sends:
@@ -185,7 +153,3 @@ def _message_s(machine: HardwareProfile, kind: str, num_bytes: float, ranks: int
     hops = math.log2(ranks) / math.log2(machine.ranks)
     passes = (1 - 1 / ranks) / (1 - 1 / machine.ranks)
     return hops * link.latency_s + passes * max(0.0, link.message_s(num_bytes) - link.latency_s)
-
-
-def _bytes(parameter: ParameterShape) -> int:
-    return parameter.numel * parameter.dtype.itemsize

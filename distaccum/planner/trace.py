@@ -1,10 +1,11 @@
-"""Runs one micro-batch on fake tensors, and records its memory over time and its FLOPs."""
+"""Runs micro-batches and optimizer updates on fake tensors, and records what they take."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import backward
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -79,7 +81,8 @@ class MicroBatchTrace:
         Raises:
             ValueError: if the two traces do not consist of the same segments.
         """
-        if [_form(s) for s in a.segments] != [_form(s) for s in b.segments]:
+        forms, others = ([(s.group, s.backward, s.arrivals) for s in one.segments] for one in (a, b))
+        if forms != others:
             raise ValueError(f"micro-batches of {a.samples} and of {b.samples} samples run different segments")
         share = (samples - a.samples) / (b.samples - a.samples) if a.samples != b.samples else 0.0
 
@@ -97,6 +100,14 @@ class MicroBatchTrace:
             at(a.micro_batch_bytes, b.micro_batch_bytes),
             at(a.flops, b.flops),
         )
+
+
+@dataclass(frozen=True)
+class Update:
+    """Holds the bytes of an optimizer on one rank."""
+
+    kept: int  # optimizer state after the first update
+    transient: int  # further bytes at the peak of an update
 
 
 def trace(
@@ -141,15 +152,51 @@ def trace(
         course.watch(twin, blocks_of(twin))
         with _Flops() as flops, tracker:
             result = loss_sum(twin, micro_batch)
-            terms = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            terms = _with_graph(result)
             loss = joined(terms)
             own = {id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in [*terms, loss])}
             saved = course.alive - sum(own.values())
             course.cut(LOSS, True)
             backward(loss, torch.ones_like(loss))
-            course.end()
+            course.cut(LOSS, True)  # ends the last segment
     micro_batch_bytes = sum(tensor.nbytes for tensor in given)
     return MicroBatchTrace(samples, tuple(course.segments), saved, course.handed_on, micro_batch_bytes, flops.total)
+
+
+def update(
+    make: Callable[[nn.Module], Optimizer],
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    device: str | torch.device = "cpu",
+) -> Update:
+    """Run two optimizer updates on fake parameters, and return the bytes that they take.
+
+    Args:
+        make: makes an optimizer for the parameters of a module.
+        shapes: shape and dtype of this rank's part of each trained parameter.
+        device: the device whose memory is counted. Counts of updates are on the host, except for
+            those of a fused optimizer.
+    """
+    device = torch.device(device)
+    without_memory = fake_tensors()
+    with without_memory:
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        module = nn.ParameterList([nn.Parameter(tensor) for tensor in tensors])
+        for parameter in module:
+            parameter.grad = torch.empty_like(parameter)
+    optimizer = make(module)
+    # Python reads the values of update counts on the host, so these tensors must be real. A fused
+    # kernel reads its counts on the device, so they may be fake.
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    tracker = Tracker(kind=device.type, fake_tensors=True)
+    tracker.count([tensor for p in module for tensor in (p, p.grad) if tensor is not None])
+    with without_memory if fused else nullcontext(), tracker:
+        optimizer.step()
+        tracker.reset_peak()
+        before = tracker.live
+        optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    kept = sum(value.nbytes for value in states if value.device.type == device.type)
+    return Update(kept, tracker.peak - before)
 
 
 class _Course:
@@ -185,11 +232,6 @@ class _Course:
         self.segments.append(self._now)
         self._now = Segment(group, backward, self.alive, (), ())
 
-    def end(self) -> None:
-        """End the last segment."""
-        self._measure()
-        self.segments.append(self._now)
-
     def _measure(self) -> None:
         self._now = replace(self._now, peaks=(*self._now.peaks, self._tracker.peak - self._before))
         self._tracker.reset_peak()
@@ -207,7 +249,7 @@ class _Course:
 
     def _left(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
         self.cut(ROOT, False)
-        returned = [*_with_graph(output)]
+        returned = _with_graph(output)
         self._known, self.handed_on = [id(tensor) for tensor in returned], sum(t.nbytes for t in returned)
         for tensor in returned:
             tensor.register_hook(partial(self.cut, block, True))
@@ -218,14 +260,9 @@ class _Course:
             tensor.register_hook(partial(self.cut, ROOT, True))
 
 
-def _with_graph(value: Any) -> Iterator[Tensor]:
+def _with_graph(value: Any) -> list[Tensor]:
     """Return all tensors in a nested value that require gradients."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.requires_grad)
-
-
-def _form(segment: Segment) -> tuple[int, bool, tuple[int, ...]]:
-    """Return all of a segment that must not depend on the size of the micro-batch."""
-    return segment.group, segment.backward, segment.arrivals
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 class _Flops(TorchDispatchMode):
@@ -253,14 +290,10 @@ def _fill(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
     """Replace all parameters and buffers of a model by the tensors of `make`, and keep ties."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
-        for name, tensor in [*_own(module)]:
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *buffers]:
             if id(tensor) not in made:
                 new = make(tensor)
                 made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
             setattr(module, name, made[id(tensor)])
-
-
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and tensors of a module's direct parameters and buffers."""
-    yield from module.named_parameters(recurse=False, remove_duplicate=False)
-    yield from module.named_buffers(recurse=False, remove_duplicate=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -17,18 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import distaccum as da
 from distaccum._torch.sharded import _fsdp_groups
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.models.gpt import GPT, GPTConfig
-from distaccum.planner import ModelShape, Setup, describe
-from distaccum.planner.shapes import Policy, Strategy
+from distaccum.planner.shapes import ModelShape, Setup, describe
 
 VOCABULARY, TOKENS = 37, 6
 OBJECTIVE = da.CausalLM(shift=False)
 
 
-def setup(strategy: Strategy, sync: Policy, world_size: int, **changes: Any) -> Setup:
+def setup(strategy: str, sync: str, world_size: int, **changes: Any) -> Setup:
     """The project's own choices for dtypes, FSDP2 and DDP, but for what is changed."""
     replicas = 2 if strategy == "hsdp" else 1
-    chosen = Setup(strategy, sync, world_size, replicas, None, None, None, True, False, 25)
+    chosen = Setup(StrategyName(strategy), Sync(sync), world_size, replicas, None, None, None, True, False, 25)
     return replace(chosen, **changes)
 
 
@@ -71,22 +71,25 @@ def shapes_of(name: str, dtype: torch.dtype) -> ModelShape:
     return describe(model, list(model.blocks))
 
 
-def spread(model: nn.Module, setup: Setup) -> nn.Module:
+def mesh_of(setup: Setup) -> DeviceMesh:
+    if setup.strategy == "hsdp":
+        return init_device_mesh("cpu", (setup.replicas, setup.shards), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh("cpu", (setup.shards,), mesh_dim_names=("shard",))
+
+
+def spread(model: nn.Module, setup: Setup, mesh: DeviceMesh | None = None, **ddp: Any) -> nn.Module:
     """The model as distaccum wraps it."""
     if setup.strategy == "single":
         return model
     if setup.strategy == "ddp":
         return DistributedDataParallel(
-            model, bucket_cap_mb=setup.bucket_mb, find_unused_parameters=setup.find_unused_parameters
+            model, bucket_cap_mb=setup.bucket_mb, find_unused_parameters=setup.find_unused_parameters, **ddp
         )
     narrow = (torch.bfloat16, torch.float16)
     stored = next(model.parameters()).dtype
     chosen = torch.float32 if (setup.compute or stored) in narrow else None
     policy = MixedPrecisionPolicy(param_dtype=setup.compute, reduce_dtype=setup.reduce or chosen)
-    shape, names = (setup.shards,), ("shard",)
-    if setup.strategy == "hsdp":
-        shape, names = (setup.replicas, setup.shards), ("replicate", "shard")
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = mesh or mesh_of(setup)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=setup.reshard_after_forward)
     return fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.nn.blocks import blocks_of, checkpoint_blocks
-from distaccum.planner import trace
+from distaccum.planner.trace import trace
 
 
 def meta_micro_batch(size: int) -> dict[str, Tensor]:

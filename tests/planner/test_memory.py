@@ -1,18 +1,21 @@
-"""The memory of a rank: by hand for one model, and against what real models and optimizers hold, to the byte."""
+"""The parts of a rank's memory: by hand for one model, and against what real models hold, to the byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from spread import measured, setup, shapes_of
+from spread import OBJECTIVE, make_micro_batch, make_model, make_optimizer, measured, setup
 from torch import nn
 from worlds import World
 
-from distaccum.planner import Memory, Setup, describe, memory, states_of
+from distaccum.nn.blocks import blocks_of
+from distaccum.planner.peak import peak
+from distaccum.planner.shapes import Setup, describe
+from distaccum.planner.trace import LOSS, MicroBatchTrace, Segment, Update, trace, update
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 MICRO_BATCHES = 2
@@ -41,29 +44,56 @@ def test_description() -> None:
     assert shape.buffer_bytes == 12
 
 
+# A forward and a backward outside of blocks, in which the gradients of both parameters arrive.
+TRACED = MicroBatchTrace(
+    1,
+    (
+        Segment(LOSS, False, 0, (0,), ()),
+        Segment(-1, False, 0, (0,), ()),
+        Segment(LOSS, False, 0, (0,), ()),
+        Segment(-1, True, 0, (0, 0, 0), (0, 1)),
+    ),
+    saved=1000, handed_on=0, micro_batch_bytes=0, flops=0,
+)  # fmt: skip
+
+
 def test_by_hand() -> None:
     """4 shards: 5 rows become 4 x 2 rows, 7 numbers 4 x 2, so that a rank holds 4 + 2 of 17 numbers."""
-    model = describe(tied(), [])
-    found = memory(model, setup("fsdp", "boundary", 4), states_of("adamw", 0.0), MICRO_BATCHES, activations=1000)
-    assert found == Memory(
-        weights=6 * 4 + 12,
-        gradients=6 * 4,
-        accumulation=17 * 4,
-        optimizer=2 * 6 * 4 + 2 * 4,
-        gathered=2 * 24 * 4,
-        buckets=0,
-        messages=24 * 4,
-        activations=1000,
-    )
-    assert found.total == 36 + 24 + 68 + 56 + 192 + 96 + 1000
+    model, took = describe(tied(), []), Update(kept=2 * 6 * 4 + 2 * 4, transient=0)
+    assert peak(model, setup("fsdp", "boundary", 4), took, TRACED, MICRO_BATCHES).parts == {
+        "weights": 6 * 4 + 12,
+        "gradients": 6 * 4,
+        "accumulation": 17 * 4,
+        "optimizer": 2 * 6 * 4 + 2 * 4,
+        "gathered": 2 * 24 * 4,
+        "buckets": 0,
+        "messages": 24 * 4,
+        "activations": 1000,
+    }
 
 
 def test_without_accumulation_nothing_is_kept_between_micro_batches() -> None:
-    model, states = describe(tied(), []), states_of("adamw", 0.0)
+    model = describe(tied(), [])
     for policy in ("boundary", "gather_once", "reduce_scatter"):
         chosen = setup("hsdp", policy, 4)
-        assert memory(model, chosen, states, 1).accumulation == 0
-        assert memory(model, chosen, states, 2).accumulation > 0
+        one, two = (peak(model, chosen, Update(0, 0), TRACED, number).parts["accumulation"] for number in (1, 2))
+        assert one == 0 < two
+
+
+@cache
+def traced(name: str, dtype: torch.dtype, compute: torch.dtype | None) -> MicroBatchTrace:
+    with torch.device("meta"):
+        model = make_model(name).to(dtype)
+    return trace(model, blocks_of, OBJECTIVE.loss_sum, make_micro_batch(), 2, compute=compute)
+
+
+def predicted(name: str, dtype: torch.dtype, one: Setup, optimizer: tuple[str, float]) -> Mapping[str, int]:
+    with torch.device("meta"):
+        model = make_model(name).to(dtype)
+    shape = describe(model, list(model.blocks))
+    local = [(p.local(one.shards), p.dtype) for p in shape.trained]
+    took = update(lambda module: make_optimizer(*optimizer, module), local)
+    return peak(shape, one, took, traced(name, dtype, one.compute), MICRO_BATCHES).parts
 
 
 def cases(size: int) -> list[tuple[Setup, torch.dtype]]:
@@ -100,9 +130,9 @@ def test_real_models_hold_what_is_predicted(worlds_of: dict[int, World], name: s
     ranks, chosen = worlds_of[size], cases(size)
     found = ranks.run(measure_all, name, chosen, ("adamw", 0.0))
     for index, (one, dtype) in enumerate(chosen):
-        predicted = asdict(memory(shapes_of(name, dtype), one, states_of("adamw", 0.0), MICRO_BATCHES))
+        parts = predicted(name, dtype, one, ("adamw", 0.0))
         real = [rank[index] for rank in found]
-        assert real[0] == {part: predicted[part] for part in real[0]}, (one, dtype)
+        assert real[0] == {part: parts[part] for part in real[0]}, (one, dtype)
         # Rank 0 holds most; others hold less where rows do not divide.
         assert all(rank[part] <= real[0][part] for rank in real for part in rank), (one, dtype)
 
@@ -111,11 +141,6 @@ def test_real_models_hold_what_is_predicted(worlds_of: dict[int, World], name: s
 def test_one_process(optimizer: tuple[str, float]) -> None:
     for dtype in (F32, BF16, F64):
         alone = setup("single", "boundary", 1)
-        predicted = asdict(memory(shapes_of("odd", dtype), alone, states_of(*optimizer), MICRO_BATCHES))
+        parts = predicted("odd", dtype, alone, optimizer)
         real = measured("odd", dtype, alone, optimizer, MICRO_BATCHES)
-        assert real == {part: predicted[part] for part in real}
-
-
-def test_an_unknown_optimizer() -> None:
-    with pytest.raises(ValueError, match="the state of the optimizer 'lion' is unknown"):
-        states_of("lion", 0.0)
+        assert real == {part: parts[part] for part in real}

@@ -10,9 +10,9 @@ from windows import VOCABULARY, Case, Counted, measured, predicted
 from worlds import World
 
 import distaccum as da
-from distaccum.planner import MicroBatchTrace, Update, peak
+from distaccum.planner.peak import peak
 from distaccum.planner.shapes import ModelShape, ParameterShape
-from distaccum.planner.trace import LOSS, Segment
+from distaccum.planner.trace import LOSS, MicroBatchTrace, Segment, Update
 
 TOLERANCE = 0.02  # a fifth of what is promised; most are off by less than 0.002
 LATE = 0.04  # gloo may free the copy of a message late, so that more is counted than is needed

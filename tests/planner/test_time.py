@@ -11,10 +11,10 @@ import torch
 from spread import setup, shapes_of
 
 from distaccum.errors import ConfigError
-from distaccum.planner import gradient_sends
 from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings
 from distaccum.planner.shapes import ROOT, ModelShape, ParameterShape, Setup
-from distaccum.planner.step_time import StepTime, buckets, step_time
+from distaccum.planner.step_time import StepTime, step_time
+from distaccum.planner.traffic import ddp_buckets, gradient_sends
 
 F32 = torch.float32
 LINK = LinkTimings((1_000, 1_001_000), (0.001, 1.001))  # 1 us a byte; 1 ms for small ones
@@ -152,5 +152,5 @@ def test_a_machine_of_one_rank_knows_no_link() -> None:
 def test_buckets_are_those_of_the_forecast(bucket_mb: float) -> None:
     shapes, one = shapes_of("gpt", F32), setup("ddp", "boundary", 2, bucket_mb=bucket_mb)
     (forecast,) = gradient_sends(shapes, one, 4)
-    filled = buckets(shapes, one)
+    filled = ddp_buckets(shapes, one)
     assert (len(filled), sum(filled)) == (forecast.count, forecast.num_bytes)

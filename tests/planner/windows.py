@@ -16,11 +16,11 @@ from distaccum.core.objectives import Classification, autocast
 from distaccum.models.gpt import GPT, GPTConfig
 from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.blocks import blocks_of, checkpoint_blocks
-from distaccum.planner import ModelShape, Peak, Setup, describe, peak, trace, update
 from distaccum.planner.meter import Tracker
-from distaccum.planner.shapes import Policy, Strategy
-from distaccum.planner.trace import MicroBatchTrace
-from distaccum.planner.update import Update
+from distaccum.planner.peak import peak
+from distaccum.planner.shapes import ModelShape, Setup, describe
+from distaccum.planner.timeline import Peak
+from distaccum.planner.trace import MicroBatchTrace, Update, trace, update
 
 BF16 = torch.bfloat16
 TOKENS, VOCABULARY = 16, 1000
@@ -30,8 +30,8 @@ TOKENS, VOCABULARY = 16, 1000
 class Case:
     """One way to train."""
 
-    strategy: Strategy = "single"
-    sync: Policy = "boundary"
+    strategy: str = "single"
+    sync: str = "boundary"
     precision: str = "fp32"  # bf16: autocast, or gathered so; bf16-pure: parameters too
     micro_batches: int = 2
     checkpoint: bool = False

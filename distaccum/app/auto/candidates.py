@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 from distaccum.app.assembly import batch_arithmetic, effective_batch_sizes
 from distaccum.app.auto.footprint import Footprint
-from distaccum.app.auto.limits import batches_for_auto
-from distaccum.app.auto.setups import POLICIES, setup_of, spread
+from distaccum.app.auto.setups import batches_for_auto, setup_of, spread
 from distaccum.app.config import Config
 from distaccum.app.task import Task
 from distaccum.core.batch_size import Ragged, solve
-from distaccum.core.strategies import StrategyName, Sync
+from distaccum.core.strategies import POLICIES, StrategyName, Sync
 from distaccum.metrics import size as human
-from distaccum.planner import Peak, Setup, gradient_sends
 from distaccum.planner.hardware import HardwareProfile
-from distaccum.planner.shapes import Policy, Strategy
+from distaccum.planner.shapes import Setup
 from distaccum.planner.step_time import StepTime, step_time
+from distaccum.planner.timeline import Peak
+from distaccum.planner.traffic import gradient_sends
 from distaccum.step.overlap.schedule import AUTO
 
 ACCURACY = 0.1  # relative error of predicted memory peaks
-FOR_MEASUREMENT = ("ddp", "every")  # for measurement only: it sends more and saves no memory
+# The policies to compare. DDP's `every` sends more and saves no memory: it is for measurements.
+COMPARED = {**POLICIES, StrategyName.ddp: (Sync.boundary,)}
 TAILS = (1, 2, 4, 8)  # values of overlap_micro_batches to compare when times can be predicted
 
 
@@ -52,11 +53,10 @@ class Candidate:
         return (self.flops, float(f"{self.sent_bytes:.1e}"), self.gradient_accumulation_steps)
 
     def __str__(self) -> str:
-        setup = self.setup
         tail = f", overlap_micro_batches {self.overlap_micro_batches}" if self.overlap_micro_batches > 1 else ""
         again = ", checkpointed" if self.checkpoint else ""
         return (
-            f"{setup.strategy} {setup.sync}, micro-batch size {self.micro_batch_size}, "
+            f"{self.setup}, micro-batch size {self.micro_batch_size}, "
             f"{self.gradient_accumulation_steps} accumulation step(s){tail}{again}"
         )
 
@@ -98,26 +98,24 @@ class Candidates:
         """
         config, footprint = self._config, self._footprint
         checkpoint = config.nn.checkpoint if checkpoint is None else checkpoint
+        num_micro_batches = config.accum.gradient_accumulation_steps or 1
         if self._batch is not None:
-            gradient_accumulation_steps = solve(
-                setup.world_size, self._batch, micro_batch_size
-            ).gradient_accumulation_steps
-        else:
-            gradient_accumulation_steps = config.accum.gradient_accumulation_steps or 1
+            solved = solve(setup.world_size, self._batch, micro_batch_size)
+            num_micro_batches = solved.gradient_accumulation_steps
+        tail = min(overlap_micro_batches, num_micro_batches)
         flops = footprint.flops(micro_batch_size, checkpoint)
-        sends = gradient_sends(footprint.model, setup, gradient_accumulation_steps)
-        tail = min(overlap_micro_batches, gradient_accumulation_steps)
         time = None
         if self._machine is not None:
-            time = step_time(self._machine, footprint.model, setup, gradient_accumulation_steps, flops, tail)
+            time = step_time(self._machine, footprint.model, setup, num_micro_batches, flops, tail)
+        sends = gradient_sends(footprint.model, setup, num_micro_batches)
         return Candidate(
             setup=setup,
             micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=num_micro_batches,
             overlap_micro_batches=tail,
             checkpoint=checkpoint,
-            peak=footprint.peak(setup, micro_batch_size, gradient_accumulation_steps, tail, checkpoint),
-            flops=flops * gradient_accumulation_steps,
+            peak=footprint.peak(setup, micro_batch_size, num_micro_batches, tail, checkpoint),
+            flops=flops * num_micro_batches,
             sent_bytes=sum(entry.bytes_sent_per_rank for entry in sends),
             time=time,
         )
@@ -130,10 +128,8 @@ class Candidates:
                 returned.
         """
         if usable is None:
-            return (
-                self.configured(),
-                "as configured; auto compares plans only if a memory limit is known (limits.memory)",
-            )
+            why = "as configured; auto compares plans only if a memory limit is known (limits.memory)"
+            return self.configured(), why
         return choose(self.open(), usable)
 
     def configured(self) -> Candidate:
@@ -144,10 +140,8 @@ class Candidates:
         """
         accum = self._config.accum
         tail = 1 if accum.overlap_micro_batches == AUTO else accum.overlap_micro_batches
-        if accum.micro_batch_size == AUTO:
-            return self.weigh(setup_of(self._config, self._world_size), self.sizes()[-1], tail)
-        arithmetic = batch_arithmetic(self._config, self._task, self._world_size)
-        return self.weigh(setup_of(self._config, self._world_size), arithmetic.micro_batch_size, tail)
+        size = self.sizes()[-1] if accum.micro_batch_size == AUTO else self._configured_size()
+        return self.weigh(setup_of(self._config, self._world_size), size, tail)
 
     def open(self) -> list[Candidate]:
         """Return the plans among which `auto` chooses.
@@ -156,27 +150,23 @@ class Candidates:
         these to `auto`.
         """
         config, own = self._config, self.configured()
-        strategy = own.setup.strategy
+        strategies = [own.setup.strategy]
         if config.parallel.name is StrategyName.auto:
-            ways = self._ways()
-        else:
-            ways = [(strategy, policy) for policy in POLICIES[strategy] if (strategy, policy) != FOR_MEASUREMENT]
+            strategies = self._strategies()
+        setups = self._setups(strategies)
         if config.accum.sync is not Sync.auto:
-            ways = [way for way in ways if way[1] == own.setup.sync] or [(strategy, own.setup.sync)]
+            setups = [setup for setup in setups if setup.sync is own.setup.sync] or [own.setup]
         sizes = self.sizes() if config.accum.micro_batch_size == AUTO else [own.micro_batch_size]
-        tail = own.overlap_micro_batches
-        return [self.weigh(self._spread(*way), size, tail) for way in ways for size in sizes]
+        return [self.weigh(setup, size, own.overlap_micro_batches) for setup in setups for size in sizes]
 
     def all(self) -> list[Candidate]:
         """Return the plans for every strategy, policy, micro-batch size, overlap and checkpointing.
 
         Micro-batch sizes are those of `sizes` and the configured size.
         """
-        own = self.configured()
-        sizes = sorted({own.micro_batch_size, *self.sizes()})
+        sizes = sorted({self.configured().micro_batch_size, *self.sizes()})
         found = []
-        for way in self._ways():
-            setup = self._spread(*way)
+        for setup in self._setups(self._strategies()):
             tails = TAILS if self._machine is not None and self._has_tail(setup) else (1,)
             for size in sizes:
                 for checkpoint in (False, True) if self._blocks else (False,):
@@ -191,33 +181,35 @@ class Candidates:
         effective batch, it is the configured size only.
         """
         if self._batch is None:
-            return [batch_arithmetic(self._config, self._task, self._world_size).micro_batch_size]
+            return [self._configured_size()]
         most = -(-min(self._batch, len(self._task.train)) // self._world_size)
         sizes = [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
         if self._config.accum.ragged is Ragged.refuse:
             sizes = [size for size in sizes if self._batch % (size * self._world_size) == 0] or sizes[:1]
         return sizes
 
-    def _ways(self) -> list[tuple[Strategy, Policy]]:
-        ranks = self._world_size
-        if ranks == 1:
-            return [("single", "boundary")]
-        strategies: list[Strategy] = ["ddp", "fsdp"]
-        replicas = self._config.parallel.replicas or 2
-        if self._config.parallel.name is StrategyName.hsdp or (ranks % replicas == 0 and 1 < replicas < ranks):
-            strategies.append("hsdp")
-        return [(s, policy) for s in strategies for policy in POLICIES[s] if (s, policy) != FOR_MEASUREMENT]
+    def _configured_size(self) -> int:
+        return batch_arithmetic(self._config, self._task, self._world_size).micro_batch_size
 
-    def _spread(self, strategy: Strategy, policy: Policy) -> Setup:
-        return spread(self._config, self._world_size, strategy, policy)
+    def _strategies(self) -> list[StrategyName]:
+        ranks, parallel = self._world_size, self._config.parallel
+        if ranks == 1:
+            return [StrategyName.single]
+        replicas = parallel.replicas or 2
+        hsdp = parallel.name is StrategyName.hsdp or (ranks % replicas == 0 and 1 < replicas < ranks)
+        return [StrategyName.ddp, StrategyName.fsdp, *[StrategyName.hsdp] * hsdp]
+
+    def _setups(self, strategies: Iterable[StrategyName]) -> list[Setup]:
+        ways = [(strategy, sync) for strategy in strategies for sync in COMPARED[strategy]]
+        return [spread(self._config, self._world_size, *way) for way in ways]
 
     def _has_tail(self, setup: Setup) -> bool:
         """Return whether the last micro-batches can run block by block.
 
         The conditions are those of `Strategy.tail_obstacle`.
         """
-        whole = setup.strategy == "ddp" and not setup.own_sums(self._footprint.model)
-        return self._blocks > 1 and (whole or (setup.sharded and setup.sync == "gather_once"))
+        sends_at_once = setup.strategy is StrategyName.ddp and not setup.own_sums(self._footprint.model)
+        return self._blocks > 1 and (sends_at_once or setup.sync is Sync.gather_once)
 
 
 def pareto_front(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from distaccum.app.assembly import effective_batch_sizes
 from distaccum.app.auto.dry_run import DryRun, dry_run
-from distaccum.app.auto.limits import batches_for_auto, require_limit, usable_bytes
+from distaccum.app.auto.setups import batches_for_auto, require_limit, usable_bytes
 from distaccum.app.config import Config
 from distaccum.app.task import Task
 from distaccum.core.batch_size import Ragged, solve
@@ -29,8 +29,6 @@ class Found:
     """Describes the largest micro-batch that fits on every rank; it is the same on all ranks."""
 
     micro_batch_size: int  # samples
-    peak_bytes: int  # of a window of such micro-batches, on the rank with the least memory left
-    usable_bytes: int  # bytes that this rank may take: its limit minus the margin
     trials: tuple[int, ...]  # the sizes of the dry runs, in order
     text: str  # a message for the log
 
@@ -69,16 +67,15 @@ def find_max_micro_batch(config: Config, task: Task, world: World) -> Found:
     if place is None:
         raise ConfigError(_too_little(config, world, dry_runs[sizes[0]]))
     micro_batch_size = sizes[place - 1]
-    peak, usable = max(
-        ((seen.peak_bytes, most) for seen, most in dry_runs[micro_batch_size]), key=lambda row: row[0] / row[1]
-    )
+    # On the rank that has the least memory left.
+    seen, usable = max(dry_runs[micro_batch_size], key=lambda row: row[0].peak_bytes / row[1])
     beyond = f"{sizes[place]} did not" if place < len(sizes) else "a larger size would leave a rank without work"
     plural = "s" if micro_batch_size > 1 else ""
     text = (
-        f"accum.micro_batch_size=auto: {micro_batch_size} sample{plural} fit (peak {human(peak)} of "
+        f"accum.micro_batch_size=auto: {micro_batch_size} sample{plural} fit (peak {human(seen.peak_bytes)} of "
         f"{human(usable)}; {beyond}), found by {len(dry_runs)} dry run{'s' if len(dry_runs) > 1 else ''}"
     )
-    return Found(micro_batch_size, peak, usable, tuple(dry_runs), text)
+    return Found(micro_batch_size, tuple(dry_runs), text)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int | None:

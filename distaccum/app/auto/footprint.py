@@ -13,20 +13,10 @@ from distaccum.core.objectives import cast_inputs
 from distaccum.core.strategies import StrategyName
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
-from distaccum.planner import (
-    Memory,
-    MicroBatchTrace,
-    ModelShape,
-    Peak,
-    Setup,
-    Update,
-    describe,
-    memory,
-    peak,
-    states_of,
-    trace,
-    update,
-)
+from distaccum.planner.peak import peak
+from distaccum.planner.shapes import ModelShape, Setup, describe
+from distaccum.planner.timeline import Peak
+from distaccum.planner.trace import MicroBatchTrace, Update, trace, update
 from distaccum.step.overlap.schedule import AUTO
 
 # Samples of the two traced micro-batches. The line through these two predicts other sizes. The
@@ -47,8 +37,9 @@ class Footprint:
         self._config = config
         self._task = task
         self._device = torch.device("cuda" if torch.cuda.is_available() and config.device.value != "cpu" else "cpu")
+        # Whether FSDP2 casts gathered parameters; other strategies use autocast.
+        self._casts = config.precision.name.compute_dtype is not config.precision.name.parameter_dtype
         self._traces: dict[tuple[bool, bool], tuple[MicroBatchTrace, MicroBatchTrace]] = {}
-        self._micro_batches: dict[tuple[bool, bool, int], MicroBatchTrace] = {}
         self._updates: dict[int, Update] = {}
 
     def peak(
@@ -68,26 +59,15 @@ class Footprint:
             overlap_micro_batches: how many of the last micro-batches are computed block by block.
             checkpoint: whether blocks are checkpointed; None: as configured.
         """
-        micro_batch, device = self.micro_batch(samples, setup.sharded, checkpoint), self._device.type
         return peak(
-            self.model, setup, self._update(setup.shards), micro_batch, num_micro_batches, overlap_micro_batches, device
+            self.model,
+            setup,
+            self._update(setup.shards),
+            self.micro_batch(samples, setup.sharded, checkpoint),
+            num_micro_batches,
+            overlap_micro_batches,
+            self._device.type,
         )
-
-    def memory(self, setup: Setup, samples: int, num_micro_batches: int, checkpoint: bool | None = None) -> Memory:
-        """Predict the memory of a rank part by part; the parts are never all alive at once.
-
-        Args:
-            setup: how the model is distributed; its strategy may differ from the configured one.
-            samples: samples per micro-batch.
-            num_micro_batches: micro-batches per rank in a window.
-            checkpoint: whether blocks are checkpointed; None: as configured.
-        """
-        optim = self._config.optim
-        states = states_of(optim.name.value, optim.momentum)
-        parts = memory(
-            self.model, setup, states, num_micro_batches, self.micro_batch(samples, setup.sharded, checkpoint).saved
-        )
-        return replace(parts, optimizer=self._update(setup.shards).kept)
 
     def flops(self, samples: int, checkpoint: bool | None = None) -> int:
         """Count the FLOPs of matrix products in the forward and backward of one micro-batch.
@@ -113,9 +93,7 @@ class Footprint:
         if key not in self._traces:
             few, many = (self._traced(size, *key) for size in TRACED)
             self._traces[key] = few, many
-        if (*key, samples) not in self._micro_batches:
-            self._micro_batches[*key, samples] = MicroBatchTrace.between(*self._traces[key], samples)
-        return self._micro_batches[*key, samples]
+        return MicroBatchTrace.between(*self._traces[key], samples)
 
     @cached_property
     def model(self) -> ModelShape:
@@ -127,12 +105,6 @@ class Footprint:
     def configured_sharded(self) -> bool:
         """Return whether the configured strategy shards the model with FSDP2."""
         return self._config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
-
-    @property
-    def _casts(self) -> bool:
-        """Return whether FSDP2 casts gathered parameters; other strategies use autocast."""
-        precision = self._config.precision.name
-        return precision.compute_dtype is not precision.parameter_dtype
 
     def _traced(self, samples: int, checkpoint: bool, cast: bool) -> MicroBatchTrace:
         config, task = self._config, self._task

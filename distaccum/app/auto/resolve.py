@@ -8,7 +8,7 @@ from pathlib import Path
 from distaccum.app.auto.candidates import Candidates
 from distaccum.app.auto.finder import find_max_micro_batch
 from distaccum.app.auto.footprint import Footprint
-from distaccum.app.auto.limits import usable_bytes
+from distaccum.app.auto.setups import usable_bytes
 from distaccum.app.config import Config
 from distaccum.app.oom import Predicted
 from distaccum.app.task import Task
@@ -105,8 +105,8 @@ def resolved(
         keys.append(f"parallel=auto: {setup.strategy}")
     if config.accum.sync is Sync.auto and setup.sharded:
         keys.append(f"accum.sync=auto: {setup.sync}")
-    parallel = replace(config.parallel, name=StrategyName(setup.strategy))
-    accum = replace(config.accum, sync=Sync(setup.sync))
+    parallel = replace(config.parallel, name=setup.strategy)
+    accum = replace(config.accum, sync=setup.sync)
     return replace(config, parallel=parallel, accum=accum), [f"{', '.join(keys)}: {why}"]
 
 

@@ -1,26 +1,22 @@
-"""Derives from a configuration how its model is distributed over ranks, for the predictions."""
+"""Translates a configuration into what predictions and dry runs need.
+
+That is how its model is distributed over ranks, the memory that a rank may take, and the effective
+batches that `accum.micro_batch_size=auto` must keep.
+"""
 
 from __future__ import annotations
 
+import torch
+
+from distaccum.app.assembly import effective_batch_sizes
 from distaccum.app.config import Config
 from distaccum.app.oom import OnOutOfMemory
-from distaccum.core.strategies import StrategyName, Sync
+from distaccum.app.task import Task
+from distaccum.core.batch_schedule import Ramp
+from distaccum.core.strategies import POLICIES, StrategyName, Sync
 from distaccum.errors import ConfigError
 from distaccum.parallel.apply import chosen, mesh_shape
-from distaccum.planner.shapes import Policy, Setup, Strategy
-
-POLICIES: dict[Strategy, tuple[Policy, ...]] = {
-    "single": ("boundary",),
-    "ddp": ("boundary", "every"),
-    "fsdp": ("boundary", "gather_once", "every"),
-    "hsdp": ("boundary", "gather_once", "reduce_scatter", "every"),
-}
-_STRATEGIES: dict[StrategyName, Strategy] = {
-    StrategyName.single: "single",
-    StrategyName.ddp: "ddp",
-    StrategyName.fsdp: "fsdp",
-    StrategyName.hsdp: "hsdp",
-}
+from distaccum.planner.shapes import Setup
 
 
 def setup_of(config: Config, world_size: int) -> Setup:
@@ -37,15 +33,16 @@ def setup_of(config: Config, world_size: int) -> Setup:
         ConfigError: if the strategy does not support the policy, or if the number of replicas does
             not divide the number of ranks.
     """
-    strategy = _STRATEGIES[chosen(config.parallel.name, world_size)]
-    asked = "boundary" if config.accum.sync is Sync.auto or strategy == "single" else config.accum.sync.value
-    sync = next((policy for policy in POLICIES[strategy] if policy == asked), None)
-    if sync is None:
-        raise ConfigError(f"accum.sync={asked} is not supported by {strategy}. Use one of {list(POLICIES[strategy])}.")
+    strategy, sync = chosen(config.parallel.name, world_size), config.accum.sync
+    if sync is Sync.auto or strategy is StrategyName.single:
+        sync = Sync.boundary
+    if sync not in POLICIES[strategy]:
+        kept = [policy.value for policy in POLICIES[strategy]]
+        raise ConfigError(f"accum.sync={sync} is not supported by {strategy}. Use one of {kept}.")
     return spread(config, world_size, strategy, sync)
 
 
-def spread(config: Config, world_size: int, strategy: Strategy, sync: Policy) -> Setup:
+def spread(config: Config, world_size: int, strategy: StrategyName, sync: Sync) -> Setup:
     """Return how a given strategy and sync policy distribute the model of a configuration.
 
     Args:
@@ -55,7 +52,8 @@ def spread(config: Config, world_size: int, strategy: Strategy, sync: Policy) ->
         sync: the sync policy to use.
     """
     precision, parallel, accum = config.precision.name, config.parallel, config.accum
-    replicas = mesh_shape(StrategyName.hsdp, parallel.replicas, world_size)[0] if strategy == "hsdp" else 1
+    hsdp = strategy is StrategyName.hsdp
+    replicas = mesh_shape(strategy, parallel.replicas, world_size)[0] if hsdp else 1
     return Setup(
         strategy=strategy,
         sync=sync,
@@ -69,3 +67,73 @@ def spread(config: Config, world_size: int, strategy: Strategy, sync: Policy) ->
         bucket_mb=parallel.bucket_mb,
         apart=accum.on_oom is OnOutOfMemory.shrink,
     )
+
+
+def usable_bytes(config: Config, device: torch.device) -> int | None:
+    """Return the bytes that a rank may take of its device's memory; None: no limit is known.
+
+    The limit is limits.memory, or else the memory of a GPU that other processes do not use.
+    limits.margin is subtracted from it.
+
+    Args:
+        config: the configuration.
+        device: the device of the rank.
+    """
+    limit = config.limits.memory_bytes
+    if limit is None and device.type == "cuda":
+        limit = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return None if limit is None else int(limit * (1 - config.limits.margin))
+
+
+def require_limit(usable: int | None) -> int:
+    """Return the memory limit, or raise an error if there is none.
+
+    accum.micro_batch_size=auto needs a limit to know when a size does not fit.
+
+    Args:
+        usable: the result of `usable_bytes`.
+
+    Raises:
+        ConfigError: if no limit is known.
+    """
+    if usable is None:
+        raise ConfigError(
+            "accum.micro_batch_size=auto on the CPU needs a memory limit, because nothing else says how much memory a "
+            "rank may take. Set limits.memory, such as limits.memory=2GiB for each rank, or set "
+            "accum.micro_batch_size to a number."
+        )
+    return usable
+
+
+def batches_for_auto(config: Config, task: Task) -> list[int]:
+    """Return the effective batch sizes, which accum.micro_batch_size=auto must not change.
+
+    Args:
+        config: the configuration.
+        task: the task of the configuration.
+
+    Raises:
+        ConfigError: if the configuration does not fix the effective batch sizes, or makes them
+            depend on the micro-batch size.
+    """
+    accum, batches = config.accum, effective_batch_sizes(config, task)
+    if not batches or accum.gradient_accumulation_steps is not None:
+        others = (
+            f"accum.gradient_accumulation_steps={accum.gradient_accumulation_steps} and "
+            if accum.gradient_accumulation_steps is not None
+            else ""
+        )
+        raise ConfigError(
+            f"accum.micro_batch_size=auto is used with {others}{'an' if batches else 'no'} effective batch. It needs a "
+            "fixed effective batch, from which the number of micro-batches follows once the size is found. Set "
+            "accum.effective_batch_size (or effective_batch_tokens, or schedule), and leave "
+            "accum.gradient_accumulation_steps null; or set two of accum.effective_batch_size, "
+            "accum.micro_batch_size and accum.gradient_accumulation_steps to numbers."
+        )
+    if accum.schedule is not None and accum.ramp is Ramp.linear:
+        raise ConfigError(
+            "accum.micro_batch_size=auto cannot be used with accum.ramp=linear: the ramp rises in multiples of the "
+            "micro-batch size, so the effective batches would depend on the available memory. Set "
+            "accum.micro_batch_size to a number, or use accum.ramp=jump."
+        )
+    return batches

@@ -10,16 +10,15 @@ import torch
 from distaccum.app.assembly import batch_arithmetic
 from distaccum.app.auto.candidates import Candidate, Candidates, pareto_front
 from distaccum.app.auto.footprint import Footprint
-from distaccum.app.auto.limits import require_limit, usable_bytes
 from distaccum.app.auto.resolve import machine_of
-from distaccum.app.auto.setups import POLICIES
+from distaccum.app.auto.setups import require_limit, usable_bytes
 from distaccum.app.build import make_plan, num_steps, schedule_of, schedule_position
 from distaccum.app.config import Config, typed
 from distaccum.app.summary import batch_section, warmup
 from distaccum.app.task import Task, build_task
 from distaccum.core.batch_size import BatchArithmetic, nearest_batches
 from distaccum.core.plan import Plan
-from distaccum.core.strategies import StrategyName
+from distaccum.core.strategies import POLICIES, StrategyName
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
 from distaccum.metrics import Console, size
@@ -27,14 +26,25 @@ from distaccum.metrics.format import count
 from distaccum.metrics.table import Cell, table
 from distaccum.metrics.textplot import plot
 from distaccum.optim import LRSchedule, make_optimizer
-from distaccum.planner import CollectiveCost, ModelShape, Setup, control_sends, gradient_sends
 from distaccum.planner.hardware import HardwareProfile
+from distaccum.planner.shapes import ModelShape, Setup
+from distaccum.planner.traffic import control_sends, gradient_sends
 from distaccum.step.overlap.schedule import AUTO
 
 PLOTTED_STEPS = 400  # maximum number of points of a plotted schedule
 WORLDS = (1, 8, 64, 512, 4096, 16384)  # numbers of ranks for which the training is compared
 TIMES = ["step time", "exposed communication"]  # extra columns if a hardware profile is given
 MOST_ROWS = 12  # of the table of Pareto-optimal plans
+PARTS = {
+    "weights": "weights and buffers",
+    "gradients": "gradients",
+    "accumulation": "accumulation buffers",
+    "optimizer": "optimizer state",
+    "gathered": "gathered parameters",
+    "buckets": "DDP buckets",
+    "messages": "buffers of the reduction",
+    "activations": "activations for the backward",
+}
 
 
 def plan(job: Job) -> None:
@@ -80,7 +90,7 @@ def plan(job: Job) -> None:
         }
     )
     console.line(_memory(footprint, chosen))
-    console.line(_network(chosen.setup, footprint.model, arithmetic, world_size))
+    console.line(_network(chosen.setup, footprint.model, arithmetic.gradient_accumulation_steps))
     console.line(_plans(pareto_front(candidates.all()), chosen, why, usable))
     console.line(_worlds(asked, task, machine, footprint, usable))
     console.line(_schedules(config, task, windows, schedule, steps))
@@ -93,11 +103,10 @@ def as_chosen(config: Config, chosen: Candidate) -> Config:
         config: the configuration.
         chosen: the plan to take the values from.
     """
-    if config.accum.micro_batch_size == AUTO:
-        config = replace(config, accum=replace(config.accum, micro_batch_size=chosen.micro_batch_size))
-    if config.parallel.name is StrategyName.auto:
-        config = replace(config, parallel=replace(config.parallel, name=StrategyName(chosen.setup.strategy)))
-    return config
+    accum = config.accum
+    if accum.micro_batch_size == AUTO:
+        accum = replace(accum, micro_batch_size=chosen.micro_batch_size)
+    return replace(config, accum=accum, parallel=replace(config.parallel, name=chosen.setup.strategy))
 
 
 def _speeds(config: Config, model: ModelShape, machine: HardwareProfile) -> str:
@@ -118,72 +127,54 @@ def _nearest(arithmetic: BatchArithmetic) -> str:
 
 def _memory(footprint: Footprint, chosen: Candidate) -> str:
     """Format the memory by part, with accumulation and for the same effective batch without it."""
-    setup, micro_batches, micro_batch = chosen.setup, chosen.gradient_accumulation_steps, chosen.micro_batch_size
-    both = ((micro_batch, micro_batches), (micro_batch * micro_batches, 1))
-    accumulated, at_once = (footprint.memory(setup, samples, number) for samples, number in both)
-    peaks = [
-        footprint.peak(setup, micro_batch, micro_batches, chosen.overlap_micro_batches),
-        footprint.peak(setup, micro_batch * micro_batches, 1),
+    num_micro_batches, samples = chosen.gradient_accumulation_steps, chosen.micro_batch_size
+    peaks = [chosen.peak, footprint.peak(chosen.setup, samples * num_micro_batches, 1)]
+    rows: list[list[Cell]] = [
+        [text, *(size(peak.parts[part]) for peak in peaks)]
+        for part, text in PARTS.items()
+        if any(peak.parts[part] for peak in peaks)
     ]
-    names = {
-        "weights": "weights and buffers",
-        "gradients": "gradients",
-        "accumulation": "accumulation buffers",
-        "optimizer": "optimizer state",
-        "gathered": "gathered parameters",
-        "buckets": "DDP buckets",
-        "messages": "buffers of the reduction",
-        "activations": "activations for the backward",
-    }
-    rows: list[list[Cell]] = []
-    for name, text in names.items():
-        values = getattr(accumulated, name), getattr(at_once, name)
-        if any(values):
-            rows.append([text, *map(size, values)])
     rows.append(["peak (parts are not all alive at once)", *(size(peak.total) for peak in peaks)])
     rows.append(["  reached in", *(peak.moment for peak in peaks)])
-    accumulation = f"{micro_batches} micro-batch(es) x {micro_batch} samples"
-    columns = ["memory per rank", accumulation, f"1 micro-batch x {micro_batch * micro_batches} samples"]
+    accumulation = f"{num_micro_batches} micro-batch(es) x {samples} samples"
+    columns = ["memory per rank", accumulation, f"1 micro-batch x {samples * num_micro_batches} samples"]
     return table(columns, rows) + "\n"
 
 
-def _network(setup: Setup, model: ModelShape, arithmetic: BatchArithmetic, world_size: int) -> str:
-    if world_size == 1:
+def _network(setup: Setup, model: ModelShape, num_micro_batches: int) -> str:
+    """Format what is sent under every policy of the strategy."""
+    if setup.world_size == 1:
         return "network: one rank sends nothing\n"
-    rows = []
-    for policy in POLICIES[setup.strategy]:
-        sends = gradient_sends(model, replace(setup, sync=policy), arithmetic.gradient_accumulation_steps)
-        chosen_one = " (chosen)" if policy == setup.sync else ""
-        rows += [_row(f"{policy}{chosen_one}: {entry.what}", entry) for entry in sends]
-    rows += [
-        _row(f"any policy: {entry.what}", entry)
-        for entry in control_sends(world_size, num_terms=1, rows=1 + setup.apart)
+    sends = [
+        (f"{sync} (chosen)" if sync is setup.sync else sync.value, entry)
+        for sync in POLICIES[setup.strategy]
+        for entry in gradient_sends(model, replace(setup, sync=sync), num_micro_batches)
+    ]
+    sends += [("any policy", entry) for entry in control_sends(setup)]
+    rows: list[list[Cell]] = [
+        [f"{name}: {entry.what}", entry.count, size(entry.num_bytes), size(entry.bytes_sent_per_rank)]
+        for name, entry in sends
     ]
     columns = ["network per step and rank", "collectives", "bytes", "bytes sent (ring)"]
     return table(columns, rows) + "\n"
 
 
-def _row(name: str, entry: CollectiveCost) -> list[str | int]:
-    return [name, entry.count, size(entry.num_bytes), size(entry.bytes_sent_per_rank)]
-
-
 def _plans(others: Sequence[Candidate], chosen: Candidate, why: str, usable: int | None) -> str:
     """Format the Pareto-optimal plans, and mark the plan that would be run."""
-    rows = []
-    for one in [*others[:MOST_ROWS], *([] if chosen in others[:MOST_ROWS] else [chosen])]:
-        fits = "" if usable is None or one.peak.total <= usable else " (too much)"
-        rows.append(
-            [
-                f"{'>' if one == chosen else ' '} {one.setup.strategy} {one.setup.sync}",
-                one.overlap_micro_batches,
-                f"{one.gradient_accumulation_steps} x {one.micro_batch_size}",
-                "yes" if one.checkpoint else "no",
-                f"{size(one.peak.total)}{fits}",
-                count(one.flops),
-                size(one.sent_bytes),
-                *_time(one),
-            ]
-        )
+    shown = [*others[:MOST_ROWS], *([] if chosen in others[:MOST_ROWS] else [chosen])]
+    rows: list[list[Cell]] = [
+        [
+            f"{'>' if one == chosen else ' '} {one.setup}",
+            one.overlap_micro_batches,
+            _micro_batches(one),
+            "yes" if one.checkpoint else "no",
+            size(one.peak.total) + ("" if usable is None or one.peak.total <= usable else " (too much)"),
+            count(one.flops),
+            size(one.sent_bytes),
+            *_time(one),
+        ]
+        for one in shown
+    ]
     columns = [
         "Pareto-optimal plans",
         "overlap",
@@ -203,33 +194,26 @@ def _worlds(
     config: Config, task: Task, machine: HardwareProfile | None, footprint: Footprint, usable: int | None
 ) -> str:
     """Format the plans for the same effective batch on different numbers of ranks."""
+    columns = ["ranks", "plan", "micro-batches x samples", "idle ranks", "peak memory", "bytes sent (ring)"]
+    columns += TIMES if machine is not None else []
     rows: list[list[Cell]] = []
     for ranks in WORLDS:
         there = _on_ranks(config, ranks)
-        candidates = Candidates(there, task, ranks, machine, footprint)
         try:
-            one, _ = candidates.choice(usable)
+            one, _ = Candidates(there, task, ranks, machine, footprint).choice(usable)
         except ConfigError as error:
-            blank = [None] * (4 + 2 * (machine is not None))
+            blank = [None] * (len(columns) - 2)
             rows.append([f"{ranks:,}", f"refused: {str(error).split('. ')[0]}", *blank])
             continue
         arithmetic = batch_arithmetic(as_chosen(there, one), task, ranks)
-        idle = max(0, ranks - -(-arithmetic.effective_batch_size // arithmetic.micro_batch_size))
-        plan = f"{one.setup.strategy} {one.setup.sync}"
-        peak, sent = size(one.peak.total), size(one.sent_bytes)
-        rows.append(
-            [
-                f"{ranks:,}",
-                plan,
-                f"{one.gradient_accumulation_steps} x {one.micro_batch_size}",
-                idle,
-                peak,
-                sent,
-                *_time(one),
-            ]
-        )
-    columns = ["ranks", "plan", "micro-batches x samples", "idle ranks", "peak memory", "bytes sent (ring)"]
-    return table([*columns, *(TIMES if machine is not None else [])], rows) + "\n"
+        busy = -(-arithmetic.effective_batch_size // arithmetic.micro_batch_size)
+        row: list[Cell] = [f"{ranks:,}", str(one.setup), _micro_batches(one), max(0, ranks - busy)]
+        rows.append([*row, size(one.peak.total), size(one.sent_bytes), *_time(one)])
+    return table(columns, rows) + "\n"
+
+
+def _micro_batches(one: Candidate) -> str:
+    return f"{one.gradient_accumulation_steps} x {one.micro_batch_size}"
 
 
 def _time(one: Candidate) -> list[str]:

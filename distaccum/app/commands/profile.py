@@ -34,6 +34,7 @@ from distaccum.optim import make_optimizer
 from distaccum.parallel.world import World
 from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings, fit
 from distaccum.planner.trace import trace
+from distaccum.step.overlap.schedule import AUTO
 from distaccum.version import __version__
 
 MACHINE_FILE = "machine.json"
@@ -96,7 +97,12 @@ def measure(config: Config, world: World) -> HardwareProfile:
     if config.nn.checkpoint:
         checkpoint_blocks(blocks)
     micro_batches = [_micro_batch(task, samples, world) for samples in _sizes(config, task, world)]
-    flops = [_flops(model, task, objective, micro_batch, world) for micro_batch in micro_batches]
+    # Counted in the same way as by `distaccum plan`.
+    counted = (
+        trace(model, task.blocks_of, objective.loss_sum, micro_batch, samples=1, device=world.device)
+        for micro_batch in micro_batches
+    )
+    flops = [one.flops for one in counted]
     if flops[0] == flops[1]:
         raise ConfigError(
             f"{config.model.name}: torch counts {flops[0]} FLOPs in micro-batches of both measured sizes, so no speed "
@@ -126,10 +132,9 @@ def measure(config: Config, world: World) -> HardwareProfile:
 
 def _sizes(config: Config, task: Task, world: World) -> tuple[int, int]:
     """Return the micro-batch size of the training, and another size."""
-    micro_batch = None if config.accum.micro_batch_size == "auto" else config.accum.micro_batch_size
-    size = batch_arithmetic(
-        replace(config, accum=replace(config.accum, micro_batch_size=micro_batch)), task, world.size
-    ).micro_batch_size  # fmt: skip
+    if config.accum.micro_batch_size == AUTO:
+        config = replace(config, accum=replace(config.accum, micro_batch_size=None))
+    size = batch_arithmetic(config, task, world.size).micro_batch_size
     return size, size // 2 if size > 1 else 2
 
 
@@ -137,11 +142,6 @@ def _micro_batch(task: Task, samples: int, world: World) -> Any:
     """Return a micro-batch of training samples on the device."""
     indices = [index % len(task.train) for index in range(samples)]
     return to_device(task.train.batch(indices, torch.Generator().manual_seed(0)), world.device)
-
-
-def _flops(model: nn.Module, task: Task, objective: SupportsObjective, micro_batch: Any, world: World) -> int:
-    """Count the FLOPs of a micro-batch in the same way as `distaccum plan`."""
-    return trace(model, task.blocks_of, objective.loss_sum, micro_batch, samples=1, device=world.device).flops
 
 
 def _forward_backward(model: nn.Module, objective: SupportsObjective, micro_batch: Any) -> Work:

@@ -19,8 +19,8 @@ from distaccum.app.config import Config, config_dir, typed
 from distaccum.app.task import Task, build_task
 from distaccum.core.strategies import StrategyName, Sync
 from distaccum.parallel.world import World
-from distaccum.planner import Peak
 from distaccum.planner.step_time import StepTime
+from distaccum.planner.timeline import Peak
 
 SMALL = (
     "data=path", "data.seq_len=32", "data.validation_fraction=0.2", "model.num_layers=4", "model.width=128",
