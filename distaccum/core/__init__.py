@@ -1,4 +1,4 @@
-"""Decides which samples make which step, and what is divided by what.
+"""Decides which samples make which step, what is divided by what, and what a window sends.
 
 Nothing in here communicates with other ranks or uses private names of torch.
 """
