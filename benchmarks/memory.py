@@ -228,11 +228,9 @@ def _rank(rank: int, ranks: int, folder: str, ways: list[Way]) -> None:
     world = World.of(torch.device("cpu"))
     found = []
     for way in ways:
-        num_bytes = _measured(way, world)
+        row = _both(way, "cpu", world)
         if rank == 0:
-            predicted, parts = _predicted(way, ranks, "cpu")
-            found.append({**asdict(way), "ranks": ranks, "measured": num_bytes, "predicted": predicted.total,
-                          "moment": predicted.moment, "parts": parts})  # fmt: skip
+            found.append(row)
     dist.barrier()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))

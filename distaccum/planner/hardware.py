@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distaccum.errors import ConfigError
 
@@ -43,13 +44,9 @@ class LinkTimings:
         Between two measured sizes the time is interpolated linearly. Below the smallest size it is
         the time of the smallest. Above the largest size it grows in proportion to the bytes.
         """
-        if num_bytes <= self.sizes[0]:
-            return self.seconds[0]
-        if num_bytes >= self.sizes[-1]:
+        if num_bytes > self.sizes[-1]:
             return self.seconds[-1] * num_bytes / self.sizes[-1]
-        i = bisect_right(self.sizes, num_bytes)
-        share = (num_bytes - self.sizes[i - 1]) / (self.sizes[i] - self.sizes[i - 1])
-        return self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1])
+        return float(np.interp(num_bytes, self.sizes, self.seconds))
 
 
 @dataclass(frozen=True)

@@ -135,11 +135,10 @@ def _replicated(
 
 def _carried_s(machine: HardwareProfile, sends: Iterable[Collectives]) -> float:
     """Return the seconds that the link needs for these messages, one after another."""
-    seconds = 0.0
-    for entry in sends:
-        if entry.ranks > 1 and entry.count:
-            seconds += entry.count * _message_s(machine, entry.kind, entry.num_bytes / entry.count, entry.ranks)
-    return seconds
+    carried = [entry for entry in sends if entry.ranks > 1]
+    return sum(
+        (one.count * _message_s(machine, one.kind, one.num_bytes / one.count, one.ranks) for one in carried), 0.0
+    )
 
 
 def _message_s(machine: HardwareProfile, kind: str, num_bytes: float, ranks: int) -> float:

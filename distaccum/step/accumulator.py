@@ -95,9 +95,8 @@ class Accumulator:
             raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None for no clipping.")
         self.optimizer = surroundings.own_optimizer(optimizer)
         dtypes = GradientDtypes(accum_dtype, reduce_dtype)
-        self.strategy = strategy_for(
-            model, sync, dtypes, apart=agree_on_oom, others=outside(in_shards(model), self.optimizer)
-        )
+        others = outside(in_shards(model), self.optimizer)
+        self.strategy = strategy_for(model, sync, dtypes, apart=agree_on_oom, others=others)
         if agree_on_oom:
             oom.refuse(self.strategy)
         self.objective = surroundings.own_objective(objective)
