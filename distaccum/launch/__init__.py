@@ -5,6 +5,9 @@ own_ranks, rank, peers, grace, processes, failure, overrides. For SLURM: setting
 slurm_script, slurm_submit.
 """
 
+from distaccum.metrics.sweep import JobOutcome as JobOutcome
+from distaccum.metrics.sweep import Sweep as Sweep
+
 from .job import Job as Job
 from .job import read_result as read_result
 from .job import write_result as write_result
@@ -12,5 +15,3 @@ from .settings import LocalLaunch as LocalLaunch
 from .settings import SlurmLaunch as SlurmLaunch
 from .slurm_submit import Program as Program
 from .start import launch as launch
-from .sweep import JobOutcome as JobOutcome
-from .sweep import Sweep as Sweep

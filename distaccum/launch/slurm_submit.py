@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distaccum.metrics.sweep import Sweep
+
 from ..errors import ConfigError
 from .failure import say
 from .job import Check, Ended, Job, value_of
@@ -19,7 +21,6 @@ from .ranks import Place
 from .runner import composed_with, flags, sweeper_needs_results
 from .settings import Launcher, SlurmLaunch
 from .slurm_script import render
-from .sweep import Sweep
 
 _OUR_OWN = re.compile(r"[+~]*(launch|run_dir)([.=@]|$)")  # overrides that the script replaces
 

@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import hydra
 
+from distaccum.metrics.sweep import Sweep
+
 from ..errors import ConfigError
 from . import own_ranks, runner
 from .failure import first_line, leave, report, say, write_error_file
@@ -27,7 +29,7 @@ from .rank import clear_stacks, run_on_rank
 from .ranks import Place, detect_launcher, ranks_here, warn_without_srun
 from .run_lock import held
 from .slurm_submit import Program, Submission
-from .sweep import Outcomes, Summarise, Sweep
+from .sweep import Outcomes, Summarise
 
 
 def launch(

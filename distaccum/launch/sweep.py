@@ -4,36 +4,15 @@ import contextlib
 import math
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
 
+from distaccum.metrics.sweep import JobOutcome, Sweep
+
 from .failure import exit_code, first_line, one_line, report
-from .job import RESULT, Ended, Result, read_result
+from .job import RESULT, Ended, read_result
 from .processes import SIGNALS
-
-
-@dataclass(frozen=True)
-class JobOutcome:
-    """Describes what became of one job of a sweep."""
-
-    number: int
-    overrides: tuple[str, ...]  # "key=value": what was swept, and what all jobs have in common
-    run_dir: Path
-    status: Literal["done", "failed", "interrupted"]
-    exit_code: int
-    error: str | None  # one line: the error of the first rank that failed
-    result: Result  # from `write_result`; empty without a result
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Describes a sweep that has ended. Jobs that were not started are not in it."""
-
-    folder: Path  # absolute
-    jobs: tuple[JobOutcome, ...]
-
 
 Summarise = Callable[[Sweep], None]
 

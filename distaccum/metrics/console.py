@@ -17,7 +17,7 @@ from typing import TextIO
 from distaccum.metrics.format import duration
 
 LOG_WIDTH = 100  # columns when the output is not a terminal
-MIN_WIDTH = 40  # columns; a narrower terminal gets lines that are too long, not one word per line
+MIN_WIDTH = 40  # columns; in a narrower terminal lines are too long, but not one word per line
 REDRAW_S = 0.1  # least time between two drawings of the progress bar
 BAR_COLUMNS = 24
 
@@ -53,19 +53,23 @@ class Console:
         Args:
             sections: for each title, the values by name, in the order in which to show them.
         """
-        names = [name for values in sections.values() for name in values]
-        indent = 2 + max((len(name) for name in names), default=0) + 2
-        width = max(self._columns(), MIN_WIDTH)
-        lines = ["-" * min(width, LOG_WIDTH)]
+        indent = 4 + max((len(name) for values in sections.values() for name in values), default=0)
+        width = max(self._columns(), indent + MIN_WIDTH // 2)
+        rule = "-" * min(width, LOG_WIDTH)
+        lines = [rule]
         for title, values in sections.items():
             lines.append(title)
             for name, value in values.items():
-                paragraphs = value.splitlines() or [""]
-                for index, paragraph in enumerate(paragraphs):
-                    head = f"  {name}" if index == 0 else ""
-                    lines += _wrapped(head.ljust(indent), paragraph, width)
-        lines.append(lines[0])
-        self.line("\n".join(lines))
+                # Long words are paths and digests. They are not split, so that they can be copied.
+                lines += textwrap.wrap(
+                    value or "-",
+                    width,
+                    initial_indent=f"  {name}".ljust(indent),
+                    subsequent_indent=" " * indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        self.line("\n".join([*lines, rule]))
 
     def progress(self, step: int, total_steps: int, fields: Mapping[str, str]) -> None:
         """Show the current step, the fields in the given order, and an estimate of the time left.
@@ -80,17 +84,16 @@ class Console:
             fields: texts by the name that is shown before each of them.
         """
         now = self._clock()
-        self._first = self._first or (step, now)
-        shown_fields = {**fields, **self._time_left(step, total_steps, now)}
-        shown = "  ".join(f"{name} {value}" for name, value in shown_fields.items())
-        digits = len(str(total_steps))
+        first_step, first_time = self._first = self._first or (step, now)
+        if first_step < step < total_steps:
+            left_s = (now - first_time) / (step - first_step) * (total_steps - step)
+            fields = {**fields, "left": duration(left_s)}
+        text = f"step {step:>{len(str(total_steps))}}/{total_steps}{_joined(fields)}"
         if not self.is_terminal:
-            self._write(f"step {step:>{digits}}/{total_steps}  {shown}\n")
+            self._write(text + "\n")
             return
-        share = min(max(step / total_steps, 0.0), 1.0) if total_steps else 1.0
-        filled = int(share * BAR_COLUMNS)
-        bar = "#" * filled + "." * (BAR_COLUMNS - filled)
-        self._bar = f"[{bar}] {share:4.0%} step {step:>{digits}}/{total_steps}  {shown}"
+        share = min(step / total_steps, 1.0)
+        self._bar = f"[{'#' * int(share * BAR_COLUMNS):.<{BAR_COLUMNS}}] {share:4.0%} {text}"
         if step >= total_steps:
             self._leave_bar()
         elif now - self._drawn_at >= REDRAW_S:
@@ -106,14 +109,7 @@ class Console:
 
     def end(self, reason: str, fields: Mapping[str, str]) -> None:
         """Write the last line: why the run ended, followed by the fields."""
-        self.line("  ".join([f"end: {reason}", *(f"{name} {value}" for name, value in fields.items())]))
-
-    def _time_left(self, step: int, total_steps: int, now: float) -> dict[str, str]:
-        assert self._first is not None
-        first_step, first_time = self._first
-        if step <= first_step or step >= total_steps:
-            return {}
-        return {"left": duration((now - first_time) / (step - first_step) * (total_steps - step))}
+        self.line(f"end: {reason}{_joined(fields)}")
 
     def _draw(self, now: float) -> None:
         # One column less: some terminals wrap a full line, and then each redraw would start a new
@@ -133,12 +129,11 @@ class Console:
     def _columns(self) -> int:
         if not self.is_terminal:
             return LOG_WIDTH
-        try:
-            # Asked for each time, because the window may have been resized.
-            columns = os.get_terminal_size(self._stream.fileno()).columns
-        except OSError:
-            columns = 0
-        return columns or 80  # a new pseudo-terminal reports 0
+        with contextlib.suppress(OSError):
+            # Asked for each time, because the window may have been resized. A new pseudo-terminal
+            # reports 0.
+            return os.get_terminal_size(self._stream.fileno()).columns or 80
+        return 80
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk or a closed pipe must not end the run
@@ -146,15 +141,5 @@ class Console:
             self._stream.flush()
 
 
-def _wrapped(head: str, text: str, width: int) -> list[str]:
-    room = max(width, len(head) + MIN_WIDTH // 2)
-    # Long words are paths and digests. They are not split, so that they can be copied.
-    lines = textwrap.wrap(
-        text,
-        room,
-        initial_indent=head,
-        subsequent_indent=" " * len(head),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.rstrip() for line in lines] or [head.rstrip()]
+def _joined(fields: Mapping[str, str]) -> str:
+    return "".join(f"  {name} {value}" for name, value in fields.items())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distaccum.metrics.picture import open_picture, save_picture
 from distaccum.metrics.run_log import read_metrics, standing
 
 Points = list[tuple[int, float]]  # (step, value) with ascending steps and finite values
@@ -37,28 +38,16 @@ def draw_curve(metrics_path: Path, out: Path, baseline: float | None = None, uni
     records = standing(read_metrics(metrics_path)) if metrics_path.exists() else []
     train = _points(records, "step", "loss")
     validation = _points(records, "validation", "loss")
-    rates = _points(records, "step", "lr")
     if not train and not validation:
         return False
-
-    # Not pyplot, because it keeps a global list of figures and may need a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = open_picture(9, 7)
     loss_axis, rate_axis = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _draw_losses(loss_axis, train, validation, baseline, unit)
-    _draw_rates(rate_axis, rates)
-    for axis in (loss_axis, rate_axis):
-        axis.grid(True, color="#dddddd", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=12)
+    _draw_losses(loss_axis, train, validation, baseline)
+    loss_axis.set_ylabel(f"loss ({unit})", fontsize=13)
+    _draw_rates(rate_axis, _points(records, "step", "lr"))
     # The legend is above the axes, where it cannot hide a curve.
     figure.legend(fontsize=12, loc="outside upper center", ncols=2, frameon=False)
-    figure.align_ylabels()
-    figure.savefig(out, dpi=150)
+    save_picture(figure, out)
     return True
 
 
@@ -66,53 +55,46 @@ def _points(records: Sequence[dict[str, object]], kind: str, field: str) -> Poin
     newest: dict[int, float] = {}
     for record in records:
         step, value = record.get("step"), record.get(field)
-        if record.get("skipped"):  # a skipped window has the number of the previous step
-            continue
-        if record["kind"] == kind and isinstance(step, int) and isinstance(value, (int, float)):
-            newest[step] = float(value)
+        # A skipped window has the number of the previous step.
+        if record["kind"] == kind and not record.get("skipped") and isinstance(value, (int, float)):
+            assert isinstance(step, int), record
+            newest[step] = value
     return sorted((step, value) for step, value in newest.items() if math.isfinite(value))
 
 
 def _plot(axis: Any, points: Points, **style: Any) -> None:
     if len(points) == 1:
-        style.setdefault("marker", "o")  # a line through a single point is invisible
+        style["marker"] = "o"  # a line through a single point is invisible
     axis.plot([step for step, _ in points], [value for _, value in points], **style)
 
 
-def _draw_losses(axis: Any, train: Points, validation: Points, baseline: float | None, unit: str) -> None:
-    if len(train) < MIN_POINTS_FOR_MEDIAN:
-        _plot(axis, train, color=TRAIN, linewidth=1.6, **({"label": "training loss"} if train else {}))
-    else:
+def _draw_losses(axis: Any, train: Points, validation: Points, baseline: float | None) -> None:
+    losses, marks = [value for _, value in train], [value for _, value in validation]
+    if len(train) >= MIN_POINTS_FOR_MEDIAN:
         window = len(train) // 25 | 1
-        median = _running_median(train, window)
         _plot(axis, train, color=TRAIN, linewidth=1.2, alpha=0.35, label="training loss, each step")
-        _plot(axis, median, color=TRAIN, linewidth=2.2, label=f"training loss, median of {window} steps")
+        smooth = _running_median(train, window)
+        _plot(axis, smooth, color=TRAIN, linewidth=2.2, label=f"training loss, median of {window} steps")
+    elif train:
+        _plot(axis, train, color=TRAIN, linewidth=1.6, label="training loss")
     if validation:
-        label = f"validation loss (last {validation[-1][1]:.3f})"
+        label = f"validation loss (last {marks[-1]:.3f})"
         _plot(axis, validation, color=VALIDATION, linewidth=1.8, marker="o", markersize=6, label=label)
     if baseline is not None:
-        axis.axhline(
-            baseline,
-            color=BASELINE,
-            linestyle="--",
-            linewidth=1.6,
-            label=f"baseline by frequency alone ({baseline:.3f})",
-        )
-    marks = [value for _, value in validation] + ([baseline] if baseline is not None else [])
-    low, high, num_above = loss_limits([value for _, value in train], marks)
+        marks.append(baseline)
+        label = f"baseline by frequency alone ({baseline:.3f})"
+        axis.axhline(baseline, color=BASELINE, linestyle="--", linewidth=1.6, label=label)
+    low, high, num_above = loss_limits(losses, marks)
     axis.set_ylim(low, high)
-    axis.set_ylabel(f"loss ({unit})", fontsize=13)
     if num_above:
-        axis.set_title(
-            f"{num_above} training losses are above the plotted range", fontsize=11, loc="right", color="#555555"
-        )
+        text = f"{num_above} training losses are above the plotted range"
+        axis.set_title(text, fontsize=11, loc="right", color="#555555")
 
 
 def _draw_rates(axis: Any, rates: Points) -> None:
     _plot(axis, rates, color=RATE, linewidth=2)
-    axis.set_ylim(0, 1.1 * max((value for _, value in rates), default=0.0) or 1.0)
+    axis.set_ylim(bottom=0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    axis.yaxis.get_offset_text().set_fontsize(11)
     axis.set_ylabel("learning rate", fontsize=13)
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axis.set_xlabel("step (optimizer updates)", fontsize=13)
@@ -134,8 +116,7 @@ def loss_limits(train: Sequence[float], marks: Sequence[float]) -> tuple[float, 
     """
     values = [*train, *marks]
     low = min(values)
-    ordered = sorted(train)
-    usual = max([*marks, ordered[math.ceil(0.98 * len(ordered)) - 1]] if ordered else marks)
+    usual = max([*marks, *sorted(train)[: math.ceil(0.98 * len(train))]])
     high = max(value for value in values if value - low <= 2 * (usual - low))
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - margin, high + margin, sum(value > high + margin for value in train)

@@ -5,18 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-Field = float | int | str | None  # the value of a record's field
+Field = float | int | str | None  # the value of a record's field, or of a cell in a table
+
+
+def text(value: Field, digits: int = 3) -> str:
+    """Format a value: whole numbers with thousands separators, others with this many digits.
+
+    None becomes "-", and a text is not changed.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.{digits}g}"
 
 
 def count(number: float) -> str:
     """Format a count: 999 -> "999", 1234 -> "1.23K", 12345678 -> "12.3M", and then G, T and P."""
-    return _scaled(number, 1000.0, ("", "K", "M", "G", "T", "P"))
+    value, unit = _reduced(number, 1000.0, ("", "K", "M", "G", "T", "P"), digits=0)
+    return f"{value:.3g}{unit}"
 
 
 def size(num_bytes: float) -> str:
     """Format bytes in powers of 1024: 512 -> "512 B", 4300000 -> "4.1 MiB"."""
-    value, unit = _reduce(num_bytes, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
-    return f"{value:.0f} {unit}" if unit == "B" or not math.isfinite(value) else f"{value:.1f} {unit}"
+    value, unit = _reduced(num_bytes, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"), digits=1)
+    return f"{value:.{0 if unit == 'B' else 1}f} {unit}"
 
 
 def rate(per_second: float) -> str:
@@ -26,9 +39,7 @@ def rate(per_second: float) -> str:
 
 def duration(seconds: float) -> str:
     """Format a time span: 0.25 -> "0.25s", 92 -> "1m 32s", 7500 -> "2h 05m", 100000 -> "1d 03h"."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return f"{seconds:.3g}s"
-    if seconds < 9.995:
+    if seconds < 9.995 or not math.isfinite(seconds):
         return f"{seconds:.2f}s"
     whole = round(seconds)
     if whole < 60:
@@ -58,21 +69,13 @@ def step_texts(fields: Mapping[str, Field]) -> dict[str, str]:
     return texts
 
 
-def _scaled(number: float, base: float, units: tuple[str, ...]) -> str:
-    value, unit = _reduce(number, base, units, digits=0)
-    if not unit and float(value).is_integer():
-        return f"{value:.0f}"
-    return f"{value:.3g}{unit}"
-
-
-def _reduce(number: float, base: float, units: tuple[str, ...], digits: int) -> tuple[float, str]:
+def _reduced(value: float, base: float, units: tuple[str, ...], digits: int) -> tuple[float, str]:
     """Divide by `base` until the number, rounded as it will be printed, is below `base`.
 
     So 999999 becomes "1M" and not "1e+03K".
     """
-    value = float(number)
     for unit in units[:-1]:
-        if not math.isfinite(value) or abs(round(value, digits if unit else 0)) < base:
+        if not math.isfinite(value) or abs(round(value, digits)) < base:
             return value, unit
         value /= base
     return value, units[-1]

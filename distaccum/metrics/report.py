@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import TextIO
 
-from distaccum.errors import ConfigError, RecordError
+from distaccum.errors import ConfigError, RecordError, in_one_line
 from distaccum.metrics.console import Console
 from distaccum.metrics.curve import draw_curve
-from distaccum.metrics.format import Field, duration, step_texts
+from distaccum.metrics.format import Field, duration, step_texts, text
 from distaccum.metrics.run_log import RESUME, MetricsFile
-from distaccum.metrics.wandb_run import WandbMode, WandbRun, allowed
+from distaccum.metrics.wandb_run import LoggerConfig, WandbRun
 
 _AXES = ("step", "loss", "samples", "tokens")
-
-
-class LoggerName(Enum):
-    """Names the logger that runs beside `metrics.jsonl`, which is always written."""
-
-    none = "none"
-    wandb = "wandb"
-
-
-@dataclass
-class LoggerConfig:
-    """Holds the configuration group `logger`, whose defaults are in conf/logger/.
-
-    Attributes:
-        name: the logger that runs beside `metrics.jsonl`.
-        project: project in W&B.
-        entity: user or team in W&B; None: the owner of the API key.
-        run_name: name of the run in W&B; None: W&B makes one up.
-        group: group of runs in W&B, such as the runs of a sweep.
-        mode: whether W&B writes files only or also sends to a server.
-        init_timeout_s: seconds that an online start waits for the server.
-    """
-
-    name: LoggerName
-    project: str
-    entity: str | None
-    run_name: str | None
-    group: str | None
-    mode: WandbMode
-    init_timeout_s: float
 
 
 class Report:
@@ -58,7 +25,7 @@ class Report:
     Args:
         run_dir: an existing folder, which receives `metrics.jsonl` and `curve.png`.
         console: where progress and messages are shown.
-        wandb: a started W&B run, or None.
+        wandb: a started W&B run, or one that is off.
         go_on: True: records that cannot be written are counted, and `end` shows how many there
             were. False: the first of them raises RecordError.
 
@@ -66,7 +33,7 @@ class Report:
         ConfigError: `metrics.jsonl` cannot be opened for writing.
     """
 
-    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun | None, *, go_on: bool = False) -> None:
+    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun, *, go_on: bool = False) -> None:
         self.run_dir = run_dir
         self.metrics_path = run_dir / "metrics.jsonl"
         self._console = console
@@ -92,10 +59,9 @@ class Report:
         """
         self._console.start_block(sections)
         self._record("start", facts)
-        if self._wandb is not None:
-            self._wandb.update_config(facts)
-            if self._wandb.active:
-                self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
+        self._wandb.update_config(facts)
+        if self._wandb.active:
+            self._console.line(f"W&B {self._wandb.where}")
 
     def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
         """Record one window and the step that it made.
@@ -113,10 +79,11 @@ class Report:
                 gets one. The progress bar of a terminal follows every step in any case.
         """
         self._record("step", fields)
-        if self._wandb is not None:
-            self._wandb.log("train", fields)
+        self._wandb.log("train", fields)
+        step = fields["step"]
+        assert isinstance(step, int), step
         if show or self._console.is_terminal:
-            self._console.progress(_whole(fields, "step"), total_steps, step_texts(fields))
+            self._console.progress(step, total_steps, step_texts(fields))
 
     def validation(self, fields: Mapping[str, Field]) -> None:
         """Record and show the result of a validation.
@@ -126,17 +93,16 @@ class Report:
                 W&B uses as x-axes. Other numbers are recorded and shown too.
         """
         self._record("validation", fields)
-        if self._wandb is not None:
-            self._wandb.log("validation", fields)
+        self._wandb.log("validation", fields)
         loss = fields.get("loss")
-        text = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
+        shown = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
         others = [f", {name} {value:.4f}" for name, value in fields.items() if name not in _AXES and value is not None]
-        self._console.line(f"validation loss {text}{''.join(others)} at step {_whole(fields, 'step')}")
+        self._console.line(f"validation loss {shown}{''.join(others)} at step {fields['step']}")
 
-    def note(self, text: str) -> None:
+    def note(self, line: str) -> None:
         """Show one line of text and write it to a "note" record."""
-        self._record("note", {"text": text})
-        self._console.line(text)
+        self._record("note", {"text": line})
+        self._console.line(line)
 
     def resume(self, step: int, windows: int, texts: Sequence[str]) -> None:
         """Record and show where the run resumes.
@@ -150,8 +116,8 @@ class Report:
             texts: the lines to show.
         """
         self._record(RESUME, {"step": step, "window": windows, "text": " ".join(texts)})
-        for text in texts:
-            self._console.line(text)
+        for line in texts:
+            self._console.line(line)
 
     def end(
         self,
@@ -182,15 +148,17 @@ class Report:
         final = {"baseline": baseline, **fields, "reason": reason, "exit_code": exit_code}
         self._record("end", final | ({"not_written": list(not_written)} if not_written else {}))
         self._metrics.close()
-        shown = {name: _plain_text(value) for name, value in fields.items() if value is not None}
+        shown = {name: text(value, 4) for name, value in fields.items() if value is not None}
         self._console.end(reason, shown | {"time": duration(time.monotonic() - self._started_at)})
         records = [f"{self._num_lost} record(s) of metrics.jsonl"] if self._num_lost else []
         if lost := [*not_written, *records]:
             self._console.line(f"not written: {'; '.join(lost)}")
-        self._draw_curve(baseline, loss_unit)
-        if self._wandb is not None:
-            self._wandb.update_summary({f"end/{name}": value for name, value in final.items() if value is not None})
-            self._wandb.finish(exit_code)
+        try:
+            draw_curve(self.metrics_path, self.run_dir / "curve.png", baseline, loss_unit)
+        except Exception as error:  # metrics.jsonl has all numbers, so a plot must not fail the run
+            self._console.line(f"curve.png was not drawn ({in_one_line(error)}); the numbers are in metrics.jsonl")
+        self._wandb.update_summary({f"end/{name}": value for name, value in final.items() if value is not None})
+        self._wandb.finish(exit_code)
         self._console.line(f"run folder: {self.run_dir}")
 
     def _record(self, kind: str, fields: Mapping[str, object]) -> None:
@@ -208,14 +176,6 @@ class Report:
                 self._console.line(
                     f"{self.metrics_path} cannot be written ({error.strerror}); the run continues without these records"
                 )
-
-    def _draw_curve(self, baseline: float | None, loss_unit: str) -> None:
-        try:
-            draw_curve(self.metrics_path, self.run_dir / "curve.png", baseline, loss_unit)
-        except Exception as error:  # metrics.jsonl has all numbers, so a plot must not fail the run
-            self._console.line(
-                f"curve.png was not drawn ({type(error).__name__}: {error}); the numbers are in metrics.jsonl"
-            )
 
 
 def make_report(
@@ -243,32 +203,4 @@ def make_report(
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
-    wandb = None
-    mode, message = allowed(config.mode, os.environ) if config.name is LoggerName.wandb else (None, "")
-    if message:
-        console.line(message)
-    if mode is not None:
-        wandb = WandbRun(
-            run_dir=run_dir,
-            project=config.project,
-            entity=config.entity,
-            name=config.run_name,
-            group=config.group,
-            mode=mode,
-            config=run_config,
-            init_timeout_s=config.init_timeout_s,
-            warn=console.line,
-        )
-    return Report(run_dir, console, wandb, go_on=go_on)
-
-
-def _whole(fields: Mapping[str, Field], name: str) -> int:
-    value = fields[name]
-    assert isinstance(value, int), f"{name} must be an int, got {value!r}"
-    return value
-
-
-def _plain_text(value: Field) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return Report(run_dir, console, WandbRun(run_dir, config, run_config, console.line), go_on=go_on)

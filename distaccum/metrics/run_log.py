@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from distaccum.metrics.plain import to_plain
@@ -65,11 +65,10 @@ class MetricsFile:
         non_finite = {
             name: repr(float(x)) for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)
         }
-        record: dict[str, object] = {"kind": kind}
-        record.update((name, None if name in non_finite else to_plain(x)) for name, x in fields.items())
+        record = {"kind": kind, **fields, **dict.fromkeys(non_finite)}
         if non_finite:
             record[NON_FINITE] = non_finite
-        line = memoryview((json.dumps(record, allow_nan=False) + "\n").encode())
+        line = memoryview((json.dumps(to_plain(record), allow_nan=False) + "\n").encode())
         end = self._file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -97,7 +96,20 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
             the line.
         OSError: the file cannot be read.
     """
-    return list(_records(path))
+    records = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is not None:
+            records.append(record)
+        elif number == len(lines) and line:  # no newline follows: the run was killed while writing
+            records.append({"kind": TORN, "bytes": len(line)})
+        elif line.strip():
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. A run leaves at most its last line "
+                "incomplete, so another program has written to this file. Remove the line to read the rest."
+            )
+    return records
 
 
 def standing(records: Iterable[dict[str, object]]) -> list[dict[str, object]]:
@@ -122,50 +134,27 @@ def _is_later(record: dict[str, object], resumed: dict[str, object]) -> bool:
     return isinstance(step, int) and isinstance(last, int) and step > last
 
 
-def _records(path: Path) -> Iterator[dict[str, object]]:
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _parse(line)
-        if record is not None:
-            yield _restored(record)
-        elif number == len(lines):  # no newline follows: the run was killed while it wrote this line
-            yield {"kind": TORN, "bytes": len(line)}
-        else:
-            raise ValueError(
-                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. A run leaves at most its last line "
-                "incomplete, so another program has written to this file. Remove the line to read the rest."
-            )
-
-
-def _parse(line: bytes) -> dict[str, object] | None:
+def _parsed(line: bytes) -> dict[str, object] | None:
+    """Return the record of a line with its floats restored, or None if it is not a JSON object."""
     try:
         record = json.loads(line)
     except ValueError:  # includes UnicodeDecodeError
         return None
-    return record if isinstance(record, dict) else None
-
-
-def _restored(record: dict[str, object]) -> dict[str, object]:
+    if not isinstance(record, dict):
+        return None
     non_finite = record.pop(NON_FINITE, {})
-    assert isinstance(non_finite, dict), non_finite
-    record.update((name, float(text)) for name, text in non_finite.items())
-    return record
+    return record | {name: float(text) for name, text in non_finite.items()}
 
 
 def _cut_torn_line(path: Path) -> int:
     """Cut an incomplete last line off the file, and return the number of bytes that were cut."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b""
     tail = content[content.rfind(b"\n") + 1 :]
     if not tail:
         return 0
-    with path.open("r+b") as file:
-        if _parse(tail) is not None:  # complete, only its newline is missing
-            file.seek(0, 2)
+    if _parsed(tail) is not None:  # complete, only its newline is missing
+        with path.open("ab") as file:
             file.write(b"\n")
-            return 0
-        file.truncate(len(content) - len(tail))
+        return 0
+    os.truncate(path, len(content) - len(tail))
     return len(tail)

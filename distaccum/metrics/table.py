@@ -4,34 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-Cell = str | int | float | None
+from distaccum.metrics.format import Field, text
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[Field]], *, texts: int = 1) -> str:
     """Format a table with a header line, a rule and aligned columns that are two spaces apart.
-
-    The first column is aligned left, the others are aligned right. An int is written with thousands
-    separators, a float with three significant digits, None as "-", and a text is not changed.
 
     Args:
         columns: the headers, with units.
-        rows: the cells of each row, as many as `columns` has headers.
+        rows: the cells of each row, as many as `columns` has headers; see `text`.
+        texts: this many columns hold texts and are aligned left; the others are aligned right.
     """
-    lines = [list(columns), *([_text(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    lines = [list(columns), *([text(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "-"
-    if isinstance(cell, str):
-        return cell
-    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.3g}"
+    aligned = ["<"] * texts + [">"] * (len(columns) - texts)
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
+    return "\n".join(form.format(*line).rstrip() for line in lines)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distaccum.errors import in_one_line
 from distaccum.metrics.plain import to_plain
 
 T = TypeVar("T")
@@ -18,11 +22,41 @@ AXES = ("step", "samples", "tokens")
 FINISH_TIMEOUT_S = 60.0
 
 
+class LoggerName(Enum):
+    """Names the logger that runs beside `metrics.jsonl`, which is always written."""
+
+    none = "none"
+    wandb = "wandb"
+
+
 class WandbMode(Enum):
     """Selects where rows go: to files of the run folder only, or also to a server."""
 
     offline = "offline"
     online = "online"
+
+
+@dataclass
+class LoggerConfig:
+    """Holds the configuration group `logger`, whose defaults are in conf/logger/.
+
+    Attributes:
+        name: the logger that runs beside `metrics.jsonl`.
+        project: project in W&B.
+        entity: user or team in W&B; None: the owner of the API key.
+        run_name: name of the run in W&B; None: W&B makes one up.
+        group: group of runs in W&B, such as the runs of a sweep.
+        mode: whether W&B writes files only or also sends to a server.
+        init_timeout_s: seconds that an online start waits for the server.
+    """
+
+    name: LoggerName
+    project: str
+    entity: str | None
+    run_name: str | None
+    group: str | None
+    mode: WandbMode
+    init_timeout_s: float
 
 
 def allowed(mode: WandbMode, environment: Mapping[str, str]) -> tuple[WandbMode | None, str]:
@@ -51,7 +85,7 @@ def allowed(mode: WandbMode, environment: Mapping[str, str]) -> tuple[WandbMode 
 
 
 class WandbRun:
-    """Logs to one run of W&B, on rank 0 only.
+    """Logs to one run of W&B, on rank 0 only; does nothing if W&B is not wanted.
 
     Making this object starts the run. That takes about one second, and at most about
     `init_timeout_s` seconds more. If the server cannot be reached or the API key is missing,
@@ -63,55 +97,44 @@ class WandbRun:
 
     Args:
         run_dir: an existing folder. All files go to `run_dir/wandb`.
-        project, entity, name, group: as in `wandb.init`; None lets W&B choose.
-        mode: `online` needs a network and an API key, `offline` needs neither.
+        logger: the configuration group `logger`.
         config: the composed configuration, plan and forecast, with values of any type, which are
             converted to plain JSON.
-        init_timeout_s: seconds to wait for the server.
         warn: called with one line of text, possibly from another thread.
 
     Attributes:
-        mode: the mode in use, which is `offline` after `online` failed.
         active: False once logging is off.
-        where: the web address of the run, or the folder for `wandb sync`; "" if there is neither.
+        where: the mode and the web address of the run, or the folder for `wandb sync`.
     """
 
     def __init__(
-        self,
-        *,
-        run_dir: Path,
-        project: str,
-        entity: str | None,
-        name: str | None,
-        group: str | None,
-        mode: WandbMode,
-        config: Mapping[str, object],
-        init_timeout_s: float,
-        warn: Callable[[str], None],
+        self, run_dir: Path, logger: LoggerConfig, config: Mapping[str, object], warn: Callable[[str], None]
     ) -> None:
         self._warn = warn
         self._run: Any = None  # wandb.Run, half of whose methods carry no types
-        self.mode = mode
-        self.active = True
+        self.active = logger.name is LoggerName.wandb
         self.where = ""
+        if not self.active:
+            return
+        mode, message = allowed(logger.mode, os.environ)
+        if message:
+            warn(message)
+        if mode is None:
+            self.active = False
+            return
         earlier = len(list((run_dir / "wandb").glob("*run-*")))
         if earlier:
             warn(
                 f"W&B: {run_dir / 'wandb'} already holds {earlier} run(s); this start is recorded as a separate run. "
                 "metrics.jsonl holds all starts in one file"
             )
-
-        identity = {"dir": run_dir, "project": project, "entity": entity, "name": name, "group": group}
-
-        def start(as_mode: WandbMode) -> Any:
-            return _start(identity, as_mode, _plain_dict(config), init_timeout_s, self._stop_pressed)
-
+        start = partial(_start, run_dir, logger, _plain_dict(config), self._stop_pressed)
         if mode is WandbMode.online:
-            self._run = self._guard("init", "falling back to offline", lambda: start(WandbMode.online))
+            self._run = self._guarded("init", partial(start, mode), "falling back to offline")
         if self._run is None:
-            self.mode, self.active = WandbMode.offline, True
-            self._run = self._guard("init offline", "no W&B in this run", lambda: start(WandbMode.offline))
-        self._guarded("define_metric", self._define_axes)
+            mode, self.active = WandbMode.offline, True
+            self._run = self._guarded("init offline", partial(start, mode), "no W&B in this run")
+        self._guarded("define_metric", partial(self._define_axes, mode))
 
     def log(self, kind: str, fields: Mapping[str, float | int | str | None]) -> None:
         """Add one row to the run, which takes about 0.1 ms.
@@ -143,32 +166,34 @@ class WandbRun:
         Args:
             exit_code: exit code of the process, which W&B shows as finished (0) or failed.
         """
-        if self._run is not None:  # even if logging is off, to keep the rows before the failure
-            run, self._run = self._run, None
-            self._guard(
-                "finish", f"rows that were not sent are in {self.where}", lambda: run.finish(exit_code=exit_code)
+        # Also if logging is off, to keep the rows before the failure.
+        run, self._run = self._run, None
+        if run is not None:
+            self._call(
+                "finish", lambda: run.finish(exit_code=exit_code), f"rows that were not sent are in {self.where}"
             )
         self.active = False
 
-    def _define_axes(self) -> None:
+    def _define_axes(self, mode: WandbMode) -> None:
         for axis in AXES:
             self._run.define_metric(axis)
         for group in ("train", "validation"):
             self._run.define_metric(f"{group}/*", step_metric="step")
-        self.where = self._run.url or str(Path(self._run.dir).parent)
+        self.where = f"{mode.value}: {self._run.url or Path(self._run.dir).parent}"
 
-    def _guarded(self, what: str, call: Callable[[], object]) -> None:
-        if self.active:
-            self._guard(what, "W&B is off from here on, metrics.jsonl continues", call)
+    def _guarded(
+        self, what: str, call: Callable[[], T], consequence: str = "W&B is off from here on, metrics.jsonl continues"
+    ) -> T | None:
+        """Call W&B unless logging is off, and return the result."""
+        return self._call(what, call, consequence) if self.active else None
 
-    def _guard(self, what: str, consequence: str, call: Callable[[], T]) -> T | None:
+    def _call(self, what: str, call: Callable[[], T], consequence: str) -> T | None:
         """Call W&B and return the result; after an exception, turn logging off and return None."""
         try:
             return call()
         except Exception as error:
             if self.active:  # warn only once
-                cause = (str(error).strip().splitlines() or [""])[0]
-                self._warn(f"W&B: {what} failed ({type(error).__name__}: {cause}): {consequence}")
+                self._warn(f"W&B: {what} failed ({in_one_line(error)}): {consequence}")
             self.active = False
             return None
 
@@ -184,12 +209,8 @@ def _plain_dict(fields: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _start(
-    identity: Mapping[str, Any],  # folder and names
-    mode: WandbMode,
-    config: dict[str, Any],
-    init_timeout_s: float,
-    stop_fn: Callable[[], None],
-) -> Any:
+    run_dir: Path, logger: LoggerConfig, config: dict[str, Any], stop_fn: Callable[[], None], mode: WandbMode
+) -> Any:  # fmt: skip
     import wandb
 
     # Silent for the whole process, not only for the run. Otherwise an online start asks for a key
@@ -198,7 +219,7 @@ def _start(
     wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",  # do not capture the trainer's output
-        "init_timeout": init_timeout_s,
+        "init_timeout": logger.init_timeout_s,
         "finish_timeout": FINISH_TIMEOUT_S,
         "finish_timeout_raises": True,
         # By default, the stop button on the web page sends SIGINT to this rank alone.
@@ -206,7 +227,11 @@ def _start(
     }
     known = wandb.Settings.model_fields  # the oldest supported wandb lacks the last three
     return wandb.init(
-        **identity,
+        dir=run_dir,
+        project=logger.project,
+        entity=logger.entity,
+        name=logger.run_name,
+        group=logger.group,
         mode=mode.value,
         config=config,
         reinit="create_new",  # leaves alone any run that the user's own code has open

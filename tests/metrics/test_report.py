@@ -36,14 +36,13 @@ from distaccum.metrics import (
     MetricsFile,
     WandbMode,
     count,
-    draw_curve,
     duration,
     make_report,
     rate,
     read_metrics,
     size,
 )
-from distaccum.metrics.curve import loss_limits
+from distaccum.metrics.curve import draw_curve, loss_limits
 from distaccum.metrics.plain import to_plain
 from distaccum.metrics.wandb_run import allowed
 

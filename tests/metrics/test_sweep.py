@@ -5,31 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from matplotlib.figure import Figure
 
-from distaccum.metrics import sweep_picture
-from distaccum.metrics.sweep import report_sweep, swept_keys, table, write_csv
+from distaccum.metrics.sweep import JobOutcome, Sweep, described, draw_sweep, report_sweep, swept_keys, write_csv
 
 
-@dataclass
-class Job:
-    number: int
-    overrides: tuple[str, ...]
-    result: dict[str, float | int | str | None] = field(default_factory=dict)
-    status: str = "done"
-    exit_code: int = 0
-    error: str | None = None
-    run_dir: Path = Path("somewhere")
-
-
-@dataclass
-class Sweep:
-    folder: Path
-    jobs: tuple[Job, ...]
+def job(
+    number: int,
+    overrides: tuple[str, ...],
+    result: dict[str, float | int | str | None] | None = None,
+    status: Literal["done", "failed", "interrupted"] = "done",
+    exit_code: int = 0,
+    error: str | None = None,
+) -> JobOutcome:
+    return JobOutcome(number, overrides, Path("somewhere"), status, exit_code, error, result or {})
 
 
 def of(loss: float, rate: float = 10.0) -> dict[str, float | int | str | None]:
@@ -37,18 +30,19 @@ def of(loss: float, rate: float = 10.0) -> dict[str, float | int | str | None]:
 
 
 JOBS = (
-    Job(0, ("lr=0.001", "model=gpt", "a.b=1"), of(2.5, 123.44)),
-    Job(1, ("lr=0.00012345678901234", "model=gpt", "a.b=1"), of(math.nan)),
-    Job(2, ("lr=10", "model=gpt", "a.b=1"), {}, "failed", 1, 'OSError: no "disk", none'),
-    Job(3, ("lr=0.1", "model=gpt", "a.b=1"), of(1.25), "interrupted", 143),
-    Job(4, ("lr=1", "model=gpt", "a.b=1"), of(2.25)),
+    job(0, ("lr=0.001", "model=gpt", "a.b=1"), of(2.5, 123.44)),
+    job(1, ("lr=0.00012345678901234", "model=gpt", "a.b=1"), of(math.nan)),
+    job(2, ("lr=10", "model=gpt", "a.b=1"), {}, "failed", 1, 'OSError: no "disk", none'),
+    job(3, ("lr=0.1", "model=gpt", "a.b=1"), of(1.25), "interrupted", 143),
+    job(4, ("lr=1", "model=gpt", "a.b=1"), of(2.25)),
 )
 
 
 def test_table() -> None:
-    assert table(JOBS).splitlines() == [
+    assert described(JOBS).splitlines() == [
         "sweep: 5 jobs, 3 done, 1 failed, 1 interrupted",
         "job  lr          validation loss  samples/s  status",
+        "---  ----------  ---------------  ---------  --------------------------------",
         "0    0.001       2.5000           123.4      done",
         "1    0.00012346  nan              10.0       done",
         '2    10          -                -          failed: OSError: no "disk", none',
@@ -59,15 +53,17 @@ def test_table() -> None:
 
 
 def test_keys_that_are_added_deleted_or_left_out() -> None:
-    jobs = (Job(0, ("+a=1", "~b", "c=x=y", "d=1")), Job(1, ("+a=1", "c=x=z", "d=1")))
+    jobs = (job(0, ("+a=1", "~b", "c=x=y", "d=1")), job(1, ("+a=1", "c=x=z", "d=1")))
     assert swept_keys(jobs) == ["b", "c"]
-    assert table(jobs).splitlines()[1:] == [
+    assert described(jobs).splitlines()[1:] == [
         "job  b        c    status",
+        "---  -------  ---  ------",
         "0    deleted  x=y  done",
         "1    -        x=z  done",
     ]
-    assert table(jobs[:1]).splitlines()[1:] == [
+    assert described(jobs[:1]).splitlines()[1:] == [
         "job  status",
+        "---  ------",
         "0    done",
     ]
 
@@ -94,8 +90,12 @@ def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure) or save(figure, *args, **kwargs)
     )
-    overrides = [{"lr": "0.01", "optim": "sgd"}, {"lr": "1", "optim": "adamw"}, {"lr": "0.1", "optim": "sgd"}]
-    sweep_picture.draw_sweep(tmp_path / "a.png", overrides, [3.0, 2.0, None], [10.0, 20.0, None], ["lr", "optim"])
+    jobs = (
+        job(0, ("lr=0.01", "optim=sgd"), of(3.0, 10.0)),
+        job(1, ("lr=1", "optim=adamw"), of(2.0, 20.0)),
+        job(2, ("lr=0.1", "optim=sgd"), {}, "failed"),
+    )
+    draw_sweep(tmp_path / "a.png", jobs)
     (loss_lr, loss_optim, rate_lr, _) = drawn[0].axes
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert loss_lr.lines[0].get_xydata().tolist() == [[0.01, 3.0], [1.0, 2.0]]
@@ -107,12 +107,12 @@ def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("jobs", [JOBS, JOBS[:1], JOBS[2:3]], ids=["five", "one", "one-failed"])
-def test_all_of_it(tmp_path: Path, jobs: tuple[Job, ...]) -> None:
+def test_all_of_it(tmp_path: Path, jobs: tuple[JobOutcome, ...]) -> None:
     out = io.StringIO()
     report_sweep(Sweep(tmp_path, jobs), out)
     drawn = ["sweep.png"] if any(job.result for job in jobs) else []
     assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.csv", *drawn]
-    assert out.getvalue() == f"{table(jobs)}\nsweep folder: {tmp_path}\n"
+    assert out.getvalue() == f"{described(jobs)}\nsweep folder: {tmp_path}\n"
 
 
 def test_a_picture_that_fails_is_told_in_a_line(tmp_path: Path) -> None:

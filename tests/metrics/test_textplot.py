@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from distaccum.metrics.table import table
 from distaccum.metrics.textplot import plot
 
@@ -41,23 +39,6 @@ def test_panels_share_the_axis() -> None:
     assert all(any(row[i] == "*" for row in columns) for i in range(74))
     heights = [max(5 - r for r, row in enumerate(columns) if row[i] == "*") for i in range(74)]
     assert heights == sorted(heights)
-
-
-def test_a_series_may_begin_later() -> None:
-    lines = plot({"a": [(0, 1)], "b": [(5, 2)]}, "steps", 10, width=13, height=2).splitlines()
-    assert lines[1] == "1 |**********"
-    assert lines[3] == "2 |     *****"
-
-
-@pytest.mark.parametrize("points", [[], [(0, 1), (0, 2)], [(0, 1), (10, 1)]])
-def test_points_out_of_order(points: list[tuple[float, float]]) -> None:
-    with pytest.raises(ValueError, match="points whose x increase and stay below until=10"):
-        plot({"y": points}, "steps", 10)
-
-
-def test_too_little_room() -> None:
-    with pytest.raises(ValueError, match="no room to plot in 12 columns"):
-        plot({"y": [(0, 1)]}, "steps", 10, width=12)
 
 
 def test_table() -> None:

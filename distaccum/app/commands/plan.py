@@ -22,8 +22,9 @@ from distaccum.core.strategies import POLICIES, StrategyName
 from distaccum.errors import ConfigError
 from distaccum.launch import Job
 from distaccum.metrics import Console, size
+from distaccum.metrics.format import Field as Cell
 from distaccum.metrics.format import count
-from distaccum.metrics.table import Cell, table
+from distaccum.metrics.table import table
 from distaccum.metrics.textplot import plot
 from distaccum.optim import LRSchedule, make_optimizer
 from distaccum.planner.hardware import HardwareProfile
