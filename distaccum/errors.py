@@ -89,3 +89,12 @@ def choice(kind: type[E], value: E | str, name: str) -> E:
         return kind(value)
     except ValueError:
         raise ConfigError(f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}.") from None
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with a message unless a condition holds.
+
+    The message says what was got, why it is refused, and what to write instead.
+    """
+    if not holds:
+        raise ConfigError(message)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from distaccum.app.names import no_key
 from distaccum.app.oom import OnOutOfMemory
@@ -19,20 +19,21 @@ from distaccum.core.batch_size import Ragged
 from distaccum.core.plan import LastWindow
 from distaccum.core.strategies import Sync
 from distaccum.data.images import ImagesConfig
+from distaccum.data.loader import LoaderConfig
 from distaccum.data.text import TextConfig
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, require
 from distaccum.grads.accumulate import SumDtype
 from distaccum.huggingface.models import HFConfig
 from distaccum.launch import LocalLaunch, SlurmLaunch
 from distaccum.metrics import LoggerConfig
 from distaccum.models.gpt import GPTConfig
 from distaccum.models.resnet import ResNetConfig
-from distaccum.nn.batchnorm_layers import BatchNormMode
+from distaccum.nn.blocks import NNConfig
 from distaccum.optim import OptimConfig
 from distaccum.parallel.apply import ParallelConfig
 from distaccum.parallel.ledger import Audit
-from distaccum.parallel.precision import Precision
-from distaccum.planner.meter import parse_bytes
+from distaccum.parallel.precision import PrecisionConfig
+from distaccum.planner.meter import LimitsConfig
 from distaccum.step.record import NonFinite
 
 
@@ -65,48 +66,42 @@ class AccumConfig:
     overlap_memory_mb: int | None
     on_oom: OnOutOfMemory
 
+    def validate(self) -> None:
+        """Refuse values that are wrong for any data and any number of ranks."""
+        overlap, memory_mb = self.overlap_micro_batches, self.overlap_memory_mb
+        require(
+            overlap == "auto" or (type(overlap) is int and overlap >= 1),
+            f"accum.overlap_micro_batches is {overlap!r}; give a number of micro-batches of at least 1, or auto.",
+        )
+        require(
+            memory_mb is None or memory_mb >= 0,
+            f"accum.overlap_memory_mb is {memory_mb}; give at least 0 (MiB), or null for no limit.",
+        )
+        require(
+            self.micro_batch_size in (None, "auto") or type(self.micro_batch_size) is int,
+            f"accum.micro_batch_size is {self.micro_batch_size!r}; give a number of samples, auto for the most that "
+            "fit, or null.",
+        )
+        require(
+            self.effective_batch_size is None or self.effective_batch_tokens is None,
+            f"accum.effective_batch_size={self.effective_batch_size} and accum.effective_batch_tokens="
+            f"{self.effective_batch_tokens} are both given. They set the same size in two units: set one to null.",
+        )
+        if self.schedule is not None:
+            self._validate_schedule()
 
-@dataclass
-class LimitsConfig:
-    """Limits how much memory a rank may use on its device."""
-
-    memory: Any  # such as 2GiB, a number of bytes, or null
-    margin: float  # share of the memory that automatic choices leave free
-
-    @property
-    def memory_bytes(self) -> int | None:
-        """Return the limit in bytes, or None for the memory of the device (no limit on the CPU).
-
-        Raises:
-            ConfigError: if `memory` is not a positive amount.
-        """
-        return None if self.memory is None else parse_bytes(self.memory, "limits.memory")
-
-
-@dataclass
-class PrecisionConfig:
-    """Configures the dtype in which the model computes and, for fp16, the loss scale."""
-
-    name: Precision
-    loss_scale: float
-    loss_scale_growth_windows: int
-
-
-@dataclass
-class NNConfig:
-    """Configures BatchNorm, compilation and activation checkpointing inside the model."""
-
-    batchnorm: BatchNormMode
-    compile: bool
-    checkpoint: bool
-
-
-@dataclass
-class LoaderConfig:
-    """Configures how samples are read."""
-
-    workers: int
-    pin_memory: bool | None
+    def _validate_schedule(self) -> None:
+        for name in ("effective_batch_size", "effective_batch_tokens", "gradient_accumulation_steps"):
+            require(
+                getattr(self, name) is None,
+                f"accum.schedule and accum.{name}={getattr(self, name)} are both given. The schedule sets the "
+                f"effective batch size, and the micro-batches per rank follow from it. Set accum.{name}=null.",
+            )
+        require(
+            self.ramp is Ramp.jump or self.ragged is Ragged.allow,
+            "accum.ragged=refuse contradicts accum.ramp=linear: the sizes of a ramp are multiples of the micro-batch "
+            "size, which do not always divide evenly among the ranks. Use accum.ragged=allow, or accum.ramp=jump.",
+        )
 
 
 @dataclass
@@ -123,13 +118,26 @@ class TrainConfig:
     max_minutes: float | None
     deterministic: bool
 
+    def validate(self) -> None:
+        """Refuse values out of range."""
+        for name in ("log_every_steps", "validate_every_steps", "validation_samples"):
+            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+        require(
+            self.max_minutes is None or self.max_minutes > 0,
+            f"train.max_minutes is {self.max_minutes}; give a positive number, or null.",
+        )
+        require(
+            (self.steps is None) != (self.epochs is None),
+            f"train.steps={self.steps} and train.epochs={self.epochs}: give one of them and set the other to null, "
+            "because exactly one of them sets the length of the training.",
+        )
+
 
 @dataclass
 class Config:
     """Configures one run.
 
-    The types of `model`, `data` and `launch` depend on their `name`, see `MODELS`, `DATA` and
-    `LAUNCH`.
+    The types of `model`, `data` and `launch` depend on their `name`, see `CHOICES`.
     """
 
     model: Any
@@ -154,11 +162,11 @@ class Config:
     experiment: str | None = None
 
 
-MODELS: dict[str, type] = {"gpt": GPTConfig, "hf": HFConfig, "resnet": ResNetConfig}
-DATA: dict[str, type] = {"text": TextConfig, "images": ImagesConfig}
-LAUNCH: dict[str, type] = {"local": LocalLaunch, "slurm": SlurmLaunch}
-
-T = TypeVar("T")
+CHOICES: dict[str, dict[str, type]] = {
+    "model": {"gpt": GPTConfig, "hf": HFConfig, "resnet": ResNetConfig},
+    "data": {"text": TextConfig, "images": ImagesConfig},
+    "launch": {"local": LocalLaunch, "slurm": SlurmLaunch},
+}
 
 
 def typed(composed: dict[str, Any]) -> Config:
@@ -168,95 +176,33 @@ def typed(composed: dict[str, Any]) -> Config:
         ConfigError: for an unknown key (also one that `+` added), a missing value, a wrong type, or
             a value out of range.
     """
-    composed = dict(composed)
-    model = _choose(composed.pop("model", None), MODELS, "model")
-    data = _choose(composed.pop("data", None), DATA, "data")
-    launch = _choose(composed.pop("launch", None), LAUNCH, "launch")
-    config = _convert(Config, composed, "")
-    config.model, config.data, config.launch = model, data, launch
-    if not config.run_dir.strip():
-        raise ConfigError(
-            "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out."
+    schema = OmegaConf.structured(Config)
+    for section, kinds in CHOICES.items():
+        chosen = composed.get(section)
+        name = chosen.get("name") if isinstance(chosen, dict) else None
+        require(
+            name in kinds,
+            f"{section}.name is {name!r}. Known: {', '.join(kinds)}. Choose a file of conf/{section}/ with "
+            f"{section}=NAME.",
         )
-    for name in ("log_every_steps", "validate_every_steps", "validation_samples"):
-        if getattr(config.train, name) < 1:
-            raise ConfigError(f"train.{name} is {getattr(config.train, name)}; it must be at least 1.")
-    for name, value in (
-        ("train.max_minutes", config.train.max_minutes),
-        ("checkpoint.every.steps", config.checkpoint.every.steps),
-        ("checkpoint.every.minutes", config.checkpoint.every.minutes),
-    ):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} is {value}; give a positive number, or null.")
-    overlap, memory_mb = config.accum.overlap_micro_batches, config.accum.overlap_memory_mb
-    if overlap != "auto" and (isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 1):
-        raise ConfigError(
-            f"accum.overlap_micro_batches is {overlap!r}; give a number of micro-batches of at least 1, or auto."
-        )
-    if memory_mb is not None and memory_mb < 0:
-        raise ConfigError(f"accum.overlap_memory_mb is {memory_mb}; give at least 0 (MiB), or null for no limit.")
-    micro_batch = config.accum.micro_batch_size
-    if micro_batch not in (None, "auto") and (isinstance(micro_batch, bool) or not isinstance(micro_batch, int)):
-        raise ConfigError(
-            f"accum.micro_batch_size is {micro_batch!r}; give a number of samples, auto for the most that fit, or null."
-        )
-    warmup = config.optim.schedule.warmup
-    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int)):
-        raise ConfigError(
-            f"optim.schedule.warmup is {warmup!r}; give a whole number in optim.schedule.unit, 0 for none, or auto."
-        )
-    if not 0 <= config.limits.margin < 1:
-        raise ConfigError(
-            f"limits.margin is {config.limits.margin}; it is a share of the memory and must be at least 0 and below 1."
-        )
-    _ = config.limits.memory_bytes  # raises ConfigError if it is not an amount
-    if config.checkpoint.keep < 0:
-        raise ConfigError(
-            f"checkpoint.keep is {config.checkpoint.keep}; give the number of checkpoints to keep, or 0 to save none."
-        )
-    if (config.train.steps is None) == (config.train.epochs is None):
-        raise ConfigError(
-            f"train.steps={config.train.steps} and train.epochs={config.train.epochs}: give one of them and set the "
-            "other to null, because exactly one of them sets the length of the training."
-        )
-    return config
-
-
-def _choose(node: Any, kinds: dict[str, type], where: str) -> Any:
-    name = node.get("name") if isinstance(node, dict) else None
-    if name not in kinds:
-        raise ConfigError(
-            f"{where}.name is {name!r}. Known: {', '.join(kinds)}. Choose a file of conf/{where}/ with {where}=NAME."
-        )
-    return _convert(kinds[name], node, f"{where}.")
-
-
-def _convert(kind: type[T], node: dict[str, Any], prefix: str) -> T:
-    _refuse_unknown(kind, node, prefix)
+        schema[section] = OmegaConf.structured(kinds[str(name)])
     try:
-        schema = OmegaConf.structured(kind)
-        if kind is Config:
-            node = {"model": None, "data": None, "launch": None, **node}
-        result = OmegaConf.to_object(OmegaConf.merge(schema, node))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
+    except ConfigKeyError as error:
+        known = [field.name for field in fields(error.object_type)]
+        raise ConfigError(no_key(str(error.full_key), known)) from None
     except OmegaConfBaseException as error:
-        key = prefix + str(getattr(error, "full_key", None) or getattr(error, "key", None) or "")
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: {reason}.") from None
-    assert isinstance(result, kind)
-    return result
-
-
-def _refuse_unknown(kind: Any, node: Any, prefix: str) -> None:
-    """Raise ConfigError for an unknown key; OmegaConf's own error would not list the known ones."""
-    if not isinstance(node, dict) or not hasattr(kind, "__dataclass_fields__"):
-        return
-    known = [field.name for field in fields(kind)]
-    for key, value in node.items():
-        if key not in known:
-            raise ConfigError(no_key(f"{prefix}{key}", known))
-        inner = _dataclass_of(kind, key)
-        if inner is not None:
-            _refuse_unknown(inner, value, f"{prefix}{key}.")
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None
+    assert isinstance(config, Config)
+    require(
+        bool(config.run_dir.strip()),
+        "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out.",
+    )
+    for field in fields(config):
+        section = getattr(config, field.name)
+        if hasattr(section, "validate"):
+            section.validate()
+    return config
 
 
 def missing(key: str, kinds: Sequence[Any] = (Config,)) -> list[str] | None:
@@ -272,14 +218,9 @@ def missing(key: str, kinds: Sequence[Any] = (Config,)) -> list[str] | None:
     known = {field.name: kind for kind in kinds for field in fields(kind)}
     if name not in known:
         return list(known)
-    choices = {"model": MODELS, "data": DATA, "launch": LAUNCH}
-    inner = [*choices[name].values()] if kinds == (Config,) and name in choices else [_dataclass_of(known[name], name)]
-    return None if not rest or None in inner else missing(rest, inner)
-
-
-def _dataclass_of(kind: Any, name: str) -> Any:
-    hint = get_type_hints(kind)[name]
-    return hint if hasattr(hint, "__dataclass_fields__") else None
+    hint = get_type_hints(known[name])[name]
+    inner = [*CHOICES[name].values()] if kinds == (Config,) and name in CHOICES else [hint]
+    return missing(rest, inner) if rest and all(map(is_dataclass, inner)) else None
 
 
 def config_dir() -> Path:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from distaccum.checkpoint.state import model_tensors, optimizer_tensors, optimizer_values
 from distaccum.checkpoint.store import Checkpoints
-from distaccum.errors import CheckpointError
+from distaccum.errors import CheckpointError, require
 
 # Whether a checkpoint that cannot be written stops the training; earlier checkpoints are kept in
 # both cases. (A class body cannot have a member `continue`, which is a keyword.)
@@ -42,6 +42,18 @@ class CheckpointConfig:
     def goes_on(self) -> bool:
         """Return whether the training continues when something cannot be written."""
         return self.on_failure is not OnFailure.stop
+
+    def validate(self) -> None:
+        """Refuse numbers out of range."""
+        for name, value in (("steps", self.every.steps), ("minutes", self.every.minutes)):
+            require(
+                value is None or value > 0,
+                f"checkpoint.every.{name} is {value}; give a positive number, or null.",
+            )
+        require(
+            self.keep >= 0,
+            f"checkpoint.keep is {self.keep}; give the number of checkpoints to keep, or 0 to save none.",
+        )
 
 
 class Saver:

@@ -22,6 +22,14 @@ from distaccum.data.base import Dataset
 from distaccum.launch.processes import tie_to_parent
 
 
+@dataclass
+class LoaderConfig:
+    """Configures how samples are read."""
+
+    workers: int
+    pin_memory: bool | None
+
+
 class Loader:
     """Yields the micro-batches of one rank, window by window, from any position of the plan.
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from distaccum.nn.batchnorm_layers import BatchNormMode
+
+
+@dataclass
+class NNConfig:
+    """Configures BatchNorm, compilation and activation checkpointing inside the model."""
+
+    batchnorm: BatchNormMode
+    compile: bool
+    checkpoint: bool
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

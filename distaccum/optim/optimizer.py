@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distaccum.errors import ConfigError
-from distaccum.optim.schedule import ScaleConfig, ScheduleConfig
+from distaccum.errors import ConfigError, require
+from distaccum.optim.schedule import AUTO, ScaleConfig, ScheduleConfig
 
 
 class OptimName(Enum):
@@ -73,6 +73,25 @@ class OptimConfig:
     schedule: ScheduleConfig
     scale: ScaleConfig
 
+    def validate(self) -> None:
+        """Refuse numbers outside their ranges."""
+        for key in ("beta1", "beta2", "momentum"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"optim.{key} ({value}) must be in [0, 1).")
+        for key in ("lr", "weight_decay"):
+            value = getattr(self, key)
+            require(0 <= value < math.inf, f"optim.{key} ({value}) must be finite and at least 0.")
+        require(0 < self.eps < math.inf, f"optim.eps ({self.eps}) must be finite and above 0.")
+        require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm ({self.clip_norm}) must be above 0. Write null for no clipping.",
+        )
+        warmup = self.schedule.warmup
+        require(
+            warmup == AUTO or type(warmup) is int,
+            f"optim.schedule.warmup is {warmup!r}; give a whole number in optim.schedule.unit, 0 for none, or auto.",
+        )
+
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into those with weight decay and those without.
@@ -110,7 +129,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     Raises:
         ConfigError: if a number is outside its range, or the model has no trainable parameters.
     """
-    _check_optim(config)
+    config.validate()
     groups = decay_groups(model, config.weight_decay)
     if not groups:
         frozen = len(list(model.parameters()))
@@ -130,18 +149,3 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         return torch.optim.SGD(groups, momentum=config.momentum, **options)
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, betas=betas, eps=config.eps, **options)
-
-
-def _check_optim(config: OptimConfig) -> None:
-    """Refuse numbers outside their ranges."""
-    for key, fits, range_ in (
-        ("beta1", 0 <= config.beta1 < 1, "in [0, 1)"),
-        ("beta2", 0 <= config.beta2 < 1, "in [0, 1)"),
-        ("momentum", 0 <= config.momentum < 1, "in [0, 1)"),
-        ("lr", 0 <= config.lr < math.inf, "finite and at least 0"),
-        ("weight_decay", 0 <= config.weight_decay < math.inf, "finite and at least 0"),
-        ("eps", 0 < config.eps < math.inf, "finite and above 0"),
-        ("clip_norm", config.clip_norm is None or config.clip_norm > 0, "above 0. Write null for no clipping"),
-    ):
-        if not fits:
-            raise ConfigError(f"optim.{key} ({getattr(config, key)}) must be {range_}.")

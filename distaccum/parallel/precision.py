@@ -5,6 +5,7 @@ The dtype in which gradients are summed is a separate choice, see `distaccum.gra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -53,3 +54,12 @@ class Precision(Enum):
         return MixedPrecisionPolicy(
             param_dtype=compute if compute is not stored else None, reduce_dtype=reduce_dtype
         )  # fmt: skip
+
+
+@dataclass
+class PrecisionConfig:
+    """Configures the dtype in which the model computes and, for fp16, the loss scale."""
+
+    name: Precision
+    loss_scale: float
+    loss_scale_growth_windows: int

@@ -6,6 +6,7 @@ import re
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distaccum._torch import storage_resizes
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, require
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _UNITS |= {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -38,6 +39,31 @@ def parse_bytes(text: str | int, name: str) -> int:
             f"{name} is {text!r}, which is not an amount of memory. Use one such as 2GiB, 512MiB or 80GB."
         )
     return int(size)
+
+
+@dataclass
+class LimitsConfig:
+    """Limits how much memory a rank may use on its device."""
+
+    memory: Any  # such as 2GiB, a number of bytes, or null
+    margin: float  # share of the memory that automatic choices leave free
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Return the limit in bytes, or None for the memory of the device (no limit on the CPU).
+
+        Raises:
+            ConfigError: if `memory` is not a positive amount.
+        """
+        return None if self.memory is None else parse_bytes(self.memory, "limits.memory")
+
+    def validate(self) -> None:
+        """Refuse a margin that is no share, and a memory that is no amount."""
+        require(
+            0 <= self.margin < 1,
+            f"limits.margin is {self.margin}; it is a share of the memory and must be at least 0 and below 1.",
+        )
+        _ = self.memory_bytes
 
 
 class Tracker(TorchDispatchMode):
