@@ -29,7 +29,7 @@ from distaccum.core.batch_size import BatchArithmetic
 from distaccum.core.plan import Plan
 from distaccum.core.strategies import StrategyName
 from distaccum.data.loader import Loader
-from distaccum.errors import ConfigError, in_one_line
+from distaccum.errors import in_one_line, require
 from distaccum.launch import Job
 from distaccum.metrics import Report, make_report
 from distaccum.optim import MOST_WARMUP_STEPS, LRSchedule, ScheduleUnit, with_warmup
@@ -157,8 +157,7 @@ def num_steps(config: Config, plan: Plan) -> int:
         ConfigError: if it is less than 1.
     """
     steps = config.train.steps if config.train.steps is not None else plan.num_steps(config.train.epochs or 0)
-    if steps < 1:
-        raise ConfigError(f"The training has {steps} steps. Set train.steps or train.epochs to at least 1.")
+    require(steps >= 1, f"The training has {steps} steps. Set train.steps or train.epochs to at least 1.")
     return steps
 
 
@@ -171,11 +170,11 @@ def schedule_of(config: Config, task: Task, plan: Plan, optimizer: Optimizer, st
     """
     schedule, scale = config.optim.schedule, config.optim.scale
     total = schedule_position(schedule.unit, task, plan, steps)
-    if total is None and schedule.total is None:
-        raise ConfigError(
-            "optim.schedule.unit=tokens needs the number of tokens in the training, which is unknown because samples "
-            "differ in length. Set optim.schedule.total in tokens, or use optim.schedule.unit=steps or samples."
-        )
+    require(
+        total is not None or schedule.total is not None,
+        "optim.schedule.unit=tokens needs the number of tokens in the training, which is unknown because samples "
+        "differ in length. Set optim.schedule.total in tokens, or use optim.schedule.unit=steps or samples.",
+    )
     tenth = schedule_position(schedule.unit, task, plan, min(MOST_WARMUP_STEPS, steps // 10))
     scale = replace(scale, base_batch=plan.effective_batch_size if scale.base_batch is None else scale.base_batch)
     return LRSchedule(optimizer, with_warmup(schedule, total, tenth), total, scale)
@@ -197,41 +196,33 @@ def schedule_position(unit: ScheduleUnit, task: Task, plan: Plan, step: int) -> 
 def ranks(config: Config, job: Job) -> Iterator[World]:
     """Set up the process group of a job, and yield the world of its ranks.
 
-    Call it on every rank.
+    Call it on every rank. A single process may need no group.
     """
     device = _device(config.device, job.gpu_index)
-    with _process_group(config, job, device):
-        yield World.of(device)
+    alone = job.world_size == 1 and config.parallel.name in (StrategyName.auto, StrategyName.single)
+    if not alone:
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            store=job.store or dist.HashStore(),  # type: ignore[attr-defined]
+            rank=job.rank,
+            world_size=job.world_size,
+            timeout=timedelta(seconds=config.train.timeout_s),
+            device_id=gpu,
+        )
+        # The warning is about changing a module's output in place, which our models and objectives
+        # never do.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    yield World.of(device)
+    if not alone:
+        # Reached only on success: a rank that failed exits without communicating with the others.
+        dist.destroy_process_group()
 
 
 def _device(asked: Device, local_rank: int) -> torch.device:
     if asked is Device.cpu or (asked is Device.auto and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no GPU here. Use device=auto or device=cpu.")
+    require(torch.cuda.is_available(), "device=cuda, but torch sees no GPU here. Use device=auto or device=cpu.")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-@contextmanager
-def _process_group(config: Config, job: Job, device: torch.device) -> Iterator[None]:
-    """Initialize the process group, and destroy it on success; a single process may need none."""
-    if job.world_size == 1 and config.parallel.name in (StrategyName.auto, StrategyName.single):
-        yield
-        return
-    gpu = device if device.type == "cuda" else None
-    dist.init_process_group(
-        "nccl" if gpu else "gloo",
-        store=job.store or dist.HashStore(),  # type: ignore[attr-defined]
-        rank=job.rank,
-        world_size=job.world_size,
-        timeout=timedelta(seconds=config.train.timeout_s),
-        device_id=gpu,
-    )
-    # The warning is about changing a module's output in place, which our models and objectives
-    # never do.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    yield
-    # Reached only on success: a rank that failed exits without communicating with the others.
-    dist.destroy_process_group()

@@ -17,8 +17,8 @@ from distaccum.app.task import Task
 from distaccum.checkpoint.state import make_optimizer_state, model_tensors, optimizer_tensors
 from distaccum.checkpoint.store import Checkpoint, Checkpoints
 from distaccum.core.plan import Plan
-from distaccum.errors import CheckpointError, ConfigError
-from distaccum.metrics.plain import to_plain
+from distaccum.errors import CheckpointError, require
+from distaccum.metrics.plain import plain_dict
 from distaccum.parallel.world import World
 from distaccum.step.accumulator import Accumulator
 from distaccum.version import __version__
@@ -52,22 +52,18 @@ def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) 
             "Nothing was changed. Use another run_dir to start from step 0, or another run_dir with resume=PATH to "
             "continue from another checkpoint."
         )
-    if config.resume == "none" and (newest is not None or checkpoints.passed_over):
-        raise ConfigError(
-            f"resume=none, but {run_dir} has checkpoints of an earlier run, and the checkpoints of two runs would be "
-            "mixed. Use another run_dir, or resume=auto to continue that run."
-        )
-    if newest is not None or config.resume in ("auto", "none"):
-        return None if newest is None else _with_current_names(newest)
-    path = Path(config.resume)
-    if not path.exists():
-        raise ConfigError(f"resume={config.resume}: there is no such folder. Give a run folder or a checkpoint.")
-    return _with_current_names(Checkpoint.open(path, world))
-
-
-def _with_current_names(checkpoint: Checkpoint) -> Checkpoint:
-    checkpoint.facts = renamed(checkpoint.facts)
-    return checkpoint
+    require(
+        config.resume != "none" or (newest is None and not checkpoints.passed_over),
+        f"resume=none, but {run_dir} has checkpoints of an earlier run, and the checkpoints of two runs would be "
+        "mixed. Use another run_dir, or resume=auto to continue that run.",
+    )
+    if newest is None and config.resume not in ("auto", "none"):
+        path = Path(config.resume)
+        require(path.exists(), f"resume={path}: there is no such folder. Give a run folder or a checkpoint.")
+        newest = Checkpoint.open(path, world)
+    if newest is not None:
+        newest.facts = renamed(newest.facts)
+    return newest
 
 
 def facts_of(
@@ -95,9 +91,7 @@ def facts_of(
             "python": platform.python_version(),
         },
     }
-    plain = to_plain(facts)
-    assert isinstance(plain, dict)
-    return plain
+    return plain_dict(facts)
 
 
 def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, world_size: int) -> AccumConfig:
@@ -165,18 +159,18 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
     here = {name: (tensor.shape, tensor.dtype) for name, tensor in model_tensors(model).items()}
     there = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
     differ = [*_other_plan(checkpoint.facts["identity"], facts["identity"]), *_other_model(there, here)]
-    if differ:
-        raise ConfigError(
-            f"{checkpoint.path} cannot be continued with these settings: {'; '.join(differ)}. Use the settings of the "
-            "checkpoint (its manifest.json holds the configuration), or start from step 0 with another run_dir. To "
-            "change the effective batch size during a training, use accum.schedule."
-        )
+    require(
+        not differ,
+        f"{checkpoint.path} cannot be continued with these settings: {'; '.join(differ)}. Use the settings of the "
+        "checkpoint (its manifest.json holds the configuration), or start from step 0 with another run_dir. To "
+        "change the effective batch size during a training, use accum.schedule.",
+    )
     progress = _progress(checkpoint.facts)
-    if progress.windows > steps:
-        raise ConfigError(
-            f"{checkpoint.path} already has {progress}, but the training has only {steps} (train.steps or "
-            "train.epochs). Set a larger number, or start from step 0 with another run_dir."
-        )
+    require(
+        progress.windows <= steps,
+        f"{checkpoint.path} already has {progress}, but the training has only {steps} (train.steps or "
+        "train.epochs). Set a larger number, or start from step 0 with another run_dir.",
+    )
     make_optimizer_state(model, optimizer, there, checkpoint.facts["optimizer"])
     checkpoint.load({**model_tensors(model), **optimizer_tensors(model, optimizer)})
     accumulator.load_state_dict(checkpoint.facts["accumulator"])

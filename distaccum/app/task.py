@@ -17,7 +17,7 @@ from distaccum.core.strategies import StrategyName
 from distaccum.data.base import Dataset
 from distaccum.data.images import ImageDataset, ImagesConfig, frequency_loss, load_images
 from distaccum.data.text import TextConfig, TextDataset, load_text, unigram_loss
-from distaccum.errors import ConfigError
+from distaccum.errors import ConfigError, require
 from distaccum.huggingface import HuggingFaceCausalLM
 from distaccum.huggingface.models import HFConfig, allow_float64, build_hf, configuration
 from distaccum.models.gpt import GPT, GPTConfig
@@ -118,8 +118,10 @@ def _text(config: Config, data: TextConfig) -> Task:
 
 def _images(config: Config, data: ImagesConfig) -> Task:
     train, validation = load_images(data)
-    if not isinstance(config.model, ResNetConfig):
-        raise ConfigError(f"model={config.model.name} does not read images. Use model=resnet, or data=text.")
+    require(
+        isinstance(config.model, ResNetConfig),
+        f"model={config.model.name} does not read images. Use model=resnet, or data=text.",
+    )
     resnet = _fitted_to_images(config.model, train)
     return Task(
         train=train,
@@ -179,22 +181,22 @@ def _blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 def _fitted(model: GPTConfig, text: TextDataset) -> GPTConfig:
     vocab_size, max_seq_len = model.vocab_size or text.vocab_size, model.max_seq_len or text.seq_len
-    if vocab_size < text.vocab_size or max_seq_len < text.seq_len:
-        raise ConfigError(
-            f"The model has {vocab_size} token ids and {max_seq_len} positions; the data needs {text.vocab_size} and "
-            f"{text.seq_len}. Leave model.vocab_size and model.max_seq_len null, or set "
-            f"data.seq_len={min(max_seq_len, text.seq_len)}."
-        )
+    require(
+        vocab_size >= text.vocab_size and max_seq_len >= text.seq_len,
+        f"The model has {vocab_size} token ids and {max_seq_len} positions; the data needs {text.vocab_size} and "
+        f"{text.seq_len}. Leave model.vocab_size and model.max_seq_len null, or set "
+        f"data.seq_len={min(max_seq_len, text.seq_len)}.",
+    )
     return replace(model, vocab_size=vocab_size, max_seq_len=max_seq_len)
 
 
 def _fitted_to_images(model: ResNetConfig, images: ImageDataset) -> ResNetConfig:
     num_classes, in_channels = model.num_classes or images.num_classes, model.in_channels or images.shape[0]
-    if num_classes < images.num_classes or in_channels != images.shape[0]:
-        raise ConfigError(
-            f"The model has {num_classes} classes and {in_channels} input channels; the data has "
-            f"{images.num_classes} and {images.shape[0]}. Leave model.num_classes and model.in_channels null."
-        )
+    require(
+        num_classes >= images.num_classes and in_channels == images.shape[0],
+        f"The model has {num_classes} classes and {in_channels} input channels; the data has "
+        f"{images.num_classes} and {images.shape[0]}. Leave model.num_classes and model.in_channels null.",
+    )
     return replace(model, num_classes=num_classes, in_channels=in_channels)
 
 

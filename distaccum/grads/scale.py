@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distaccum.errors import ConfigError
+from distaccum.errors import require
 
 
 class LossScale:
@@ -31,11 +31,11 @@ class LossScale:
         Raises:
             ConfigError: unless 0 < smallest <= initial and growth_windows is at least 1.
         """
-        if not 0 < smallest <= initial < float("inf") or growth_windows < 1:
-            raise ConfigError(
-                f"LossScale(initial={initial}, growth_windows={growth_windows}, smallest={smallest}) "
-                "is not valid. Give 0 < smallest <= initial < inf, and growth_windows of at least 1."
-            )
+        require(
+            0 < smallest <= initial < float("inf") and growth_windows >= 1,
+            f"LossScale(initial={initial}, growth_windows={growth_windows}, smallest={smallest}) "
+            "is not valid. Give 0 < smallest <= initial < inf, and growth_windows of at least 1.",
+        )
         self.value = initial
         self.growth_windows = growth_windows
         self.smallest = smallest

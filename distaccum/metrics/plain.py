@@ -7,6 +7,12 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from enum import Enum
 from pathlib import Path
+from typing import Any
+
+
+def plain_dict(fields: Mapping[str, object]) -> dict[str, Any]:
+    """Convert the values of a mapping by `to_plain`."""
+    return {str(name): to_plain(value) for name, value in fields.items()}
 
 
 def to_plain(value: object) -> object:
@@ -17,10 +23,10 @@ def to_plain(value: object) -> object:
     that is not finite becomes "nan", "inf" or "-inf", because JSON has no such number. The argument
     itself is not changed.
     """
-    if value is None or (isinstance(value, (str, bool, int)) and not isinstance(value, Enum)):
-        return value
     if isinstance(value, Enum):
         return to_plain(value.value)
+    if value is None or isinstance(value, (str, int)):
+        return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else repr(float(value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distaccum.errors import in_one_line
-from distaccum.metrics.plain import to_plain
+from distaccum.metrics.plain import plain_dict
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ class WandbRun:
                 f"W&B: {run_dir / 'wandb'} already holds {earlier} run(s); this start is recorded as a separate run. "
                 "metrics.jsonl holds all starts in one file"
             )
-        start = partial(_start, run_dir, logger, _plain_dict(config), self._stop_pressed)
+        start = partial(_start, run_dir, logger, plain_dict(config), self._stop_pressed)
         if mode is WandbMode.online:
             self._run = self._guarded("init", partial(start, mode), "falling back to offline")
         if self._run is None:
@@ -152,11 +152,11 @@ class WandbRun:
 
     def update_config(self, fields: Mapping[str, object]) -> None:
         """Add values to the run's config that were not known when the run started."""
-        self._guarded("config", lambda: self._run.config.update(_plain_dict(fields), allow_val_change=True))
+        self._guarded("config", lambda: self._run.config.update(plain_dict(fields), allow_val_change=True))
 
     def update_summary(self, fields: Mapping[str, object]) -> None:
         """Set final values, which W&B shows in its table of runs."""
-        self._guarded("summary", lambda: self._run.summary.update(_plain_dict(fields)))
+        self._guarded("summary", lambda: self._run.summary.update(plain_dict(fields)))
 
     def finish(self, exit_code: int) -> None:
         """Upload the remaining rows for at most FINISH_TIMEOUT_S seconds and close the run.
@@ -202,10 +202,6 @@ class WandbRun:
             "W&B: somebody pressed the stop button on the web page. The run continues, because a rank that stopped "
             "alone would leave the others waiting. Send SIGTERM to the job to stop it"
         )
-
-
-def _plain_dict(fields: Mapping[str, object]) -> dict[str, Any]:
-    return {str(name): to_plain(value) for name, value in fields.items()}
 
 
 def _start(

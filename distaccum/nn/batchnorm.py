@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distaccum.errors import ConfigError, choice
+from distaccum.errors import choice, require
 from distaccum.nn.batch_stats import (
     buffers_of,
     is_served,
@@ -56,30 +56,28 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
             and for `frozen` layers without running statistics. The model is then unchanged.
     """
     mode = choice(BatchNormMode, mode, "mode")
+    modules = {name or "the model": module for name, module in model.named_modules()}
+    layers: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, (*CONVERTED, *LAZY))}
     if mode is BatchNormMode.micro_batch:
-        for layer in unconverted(model).modules():
-            if isinstance(layer, (*CONVERTED, *LAZY)):
-                layer.left_alone = True  # type: ignore[assignment]  # it was chosen, so no warning is given
-        return model
-    layers = [(name or "the model", module) for name, module in model.named_modules()]
-    layers = [(name, module) for name, module in layers if isinstance(module, (*CONVERTED, *LAZY))]
-    for name, layer in layers:
-        if isinstance(layer, LAZY):
-            raise ConfigError(
-                f"{name} is a {type(layer).__name__} and does not know its channels yet. Run a forward on one "
-                "micro-batch before you convert it, or give its number of channels."
-            )
-        if type(layer) not in CONVERTED and not isinstance(layer, Windowed):
-            raise ConfigError(
-                f"{name} is a {type(layer).__name__}, a BatchNorm with code of its own, which would be lost. Convert "
-                "before fully_shard, use torch's nn.BatchNorm, or keep the layers unchanged with mode 'micro_batch'."
-            )
-        if mode is BatchNormMode.frozen and layer.running_mean is None:
-            raise ConfigError(
-                f"{name} has no running statistics to be frozen (track_running_stats=False). Use mode 'pooled' or "
-                "'sync'."
-            )
-    for _, layer in layers:
+        for layer in layers.values():
+            layer.left_alone = True  # it was chosen, so no warning is given
+        return unconverted(model)
+    for name, layer in layers.items():
+        require(
+            not isinstance(layer, LAZY),
+            f"{name} is a {type(layer).__name__} and does not know its channels yet. Run a forward on one "
+            "micro-batch before you convert it, or give its number of channels.",
+        )
+        require(
+            type(layer) in CONVERTED or isinstance(layer, Windowed),
+            f"{name} is a {type(layer).__name__}, a BatchNorm with code of its own, which would be lost. Convert "
+            "before fully_shard, use torch's nn.BatchNorm, or keep the layers unchanged with mode 'micro_batch'.",
+        )
+        require(
+            mode is not BatchNormMode.frozen or layer.running_mean is not None,
+            f"{name} has no running statistics to be frozen (track_running_stats=False). Use mode 'pooled' or 'sync'.",
+        )
+    for layer in layers.values():
         layer.__class__ = CONVERTED.get(type(layer), type(layer))
         layer.mode = mode
     return model
@@ -95,12 +93,12 @@ def mode_of(model: nn.Module) -> BatchNormMode | None:
     """
     layers = [(name, m) for name, m in model.named_modules() if m.training and isinstance(m, tuple(CONVERTED))]
     modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro_batch: name for name, layer in layers}
-    if len(modes) > 1:
-        found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
-        raise ConfigError(
-            f"verify() needs one BatchNorm mode for all layers, but {found}. Call convert_batchnorm(model, mode) on "
-            "the whole model."
-        )
+    found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
+    require(
+        len(modes) <= 1,
+        f"verify() needs one BatchNorm mode for all layers, but {found}. Call convert_batchnorm(model, mode) on "
+        "the whole model.",
+    )
     return next(iter(modes), None)
 
 

@@ -19,18 +19,9 @@ def explained(error: ValueError, index: int) -> ValueError:
         error: the error that the forward raised.
         index: the number of its micro-batch in this rank's window, from 0.
     """
-    if one_value_per_channel(error):
-        return ConfigError(f"Micro-batch {index} of this rank's window has one sample. {CURES}")
+    cause: BaseException | None = error
+    while cause is not None:
+        if "Expected more than 1 value per channel" in str(cause):  # torch's words
+            return ConfigError(f"Micro-batch {index} of this rank's window has one sample. {CURES}")
+        cause = cause.__cause__ or cause.__context__
     return error
-
-
-def one_value_per_channel(error: BaseException | None) -> bool:
-    """Return whether an exception or its cause is BatchNorm's error about a single value.
-
-    torch raises that error if a channel has only one value to take statistics over.
-    """
-    while error is not None:
-        if "Expected more than 1 value per channel" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

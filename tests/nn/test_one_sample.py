@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from distaccum.errors import ConfigError
 from distaccum.nn.batchnorm import convert_batchnorm
-from distaccum.nn.one_sample import CURES, one_value_per_channel
+from distaccum.nn.one_sample import CURES, explained
 
 
 @pytest.mark.parametrize("mode", ["micro_batch", "pooled"])
@@ -16,11 +17,12 @@ def test_one_value_per_channel_is_recognised(layer: nn.Module, mode: str) -> Non
     x = torch.ones(1, 3) if isinstance(layer, nn.BatchNorm1d) else torch.ones(1, 3, 1, 1)
     with pytest.raises(ValueError, match="1 value per channel") as caught:
         convert_batchnorm(layer, mode)(x)
-    assert one_value_per_channel(caught.value)
+    assert isinstance(explained(caught.value, 0), ConfigError)
     around = RuntimeError("compiled code")
     around.__cause__ = caught.value
-    assert one_value_per_channel(around)
-    assert not one_value_per_channel(ValueError("Expected more than 1 spatial element when training"))
+    assert isinstance(explained(around, 0), ConfigError)
+    other = ValueError("Expected more than 1 spatial element when training")
+    assert explained(other, 0) is other
 
 
 @pytest.mark.parametrize("mode", ["sync", "frozen"])

@@ -13,6 +13,7 @@ from distaccum.errors import RecordError
 from distaccum.launch import Job, write_result
 from distaccum.launch.job import write_whole
 from distaccum.launch.overrides import to_paste
+from distaccum.metrics import Report
 
 # This file marks a run folder whose run was stopped and can be resumed. Launchers only check
 # whether it exists.
@@ -44,46 +45,42 @@ def train(job: Job) -> None:
                 report.end(reason, {"step": trainer.progress.step}, 1, training.baseline)
             raise
         if report is not None and stopped is not None:
-            _end_stopped(job.run_dir, training, stopped)
+            _end_stopped(job.run_dir, training, report, stopped)
         elif report is not None:
-            _end(job.run_dir, training, config.checkpoint.goes_on)
+            _end(job.run_dir, training, report, config.checkpoint.goes_on)
 
 
-def _end(run_dir: Path, training: Training, goes_on: bool) -> None:
-    trainer, report, baseline = training.trainer, training.report, training.baseline
-    assert report is not None
+def _end(run_dir: Path, training: Training, report: Report, goes_on: bool) -> None:
+    trainer, baseline = training.trainer, training.baseline
     means = trainer.progress.validation
     report.note(message(training.task, means, baseline, training.evaluated))
     validation = {f"validation_{name}": value for name, value in means.items()}
-    unit = f"nats per {training.task.unit}"
     not_written = [] if trainer.saver is None else list(trainer.saver.failed)
-    trouble = None
+    code = 0
     try:
         write_result(run_dir, {**validation, **trainer.totals()})
     except OSError as error:
-        trouble = f"result.json ({error.strerror})"
-        not_written.append(trouble)
-    code = 0 if trouble is None or goes_on else 1
+        not_written.append(f"result.json ({error.strerror})")
+        code = 0 if goes_on else 1
+    unit = f"nats per {training.task.unit}"
     report.end(f"all {trainer.progress} done", validation, code, baseline, unit, not_written)
     if code:
         raise RecordError(
-            f"The training finished ({trainer.progress}), but {run_dir}/{trouble} could not be written. Its numbers "
-            "are printed above."
+            f"The training finished ({trainer.progress}), but {run_dir}/{not_written[-1]} could not be written. Its "
+            "numbers are printed above."
         )
 
 
-def _end_stopped(run_dir: Path, training: Training, reason: str) -> None:
-    trainer, report = training.trainer, training.report
-    assert report is not None
-    step = trainer.progress.step
-    if trainer.saver is None:
+def _end_stopped(run_dir: Path, training: Training, report: Report, reason: str) -> None:
+    step, baseline = training.trainer.progress.step, training.baseline
+    if training.trainer.saver is None:
         text = f"Stopped by {reason} after step {step}; no checkpoint saved (checkpoint.keep=0)."
     else:
-        text = f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with "
-        text += to_paste("run_dir", str(run_dir))
+        again = to_paste("run_dir", str(run_dir))
+        text = f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with {again}"
         try:
             write_whole(run_dir / PREEMPTED, json.dumps({"step": step, "reason": reason}) + "\n")
         except OSError as error:
-            report.end(text, {"step": step}, 1, training.baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
+            report.end(text, {"step": step}, 1, baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
             raise RecordError(f"{run_dir / PREEMPTED} could not be written ({error.strerror}). {text}") from None
-    report.end(text, {"step": step}, 0, training.baseline)
+    report.end(text, {"step": step}, 0, baseline)
