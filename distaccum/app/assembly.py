@@ -12,13 +12,13 @@ from distaccum.app.task import Task, in_precision, make_model
 from distaccum.checkpoint.export import load_weights
 from distaccum.core.batch_schedule import BatchSchedule, entries_of
 from distaccum.core.batch_size import BatchArithmetic, samples_of_tokens, solve
-from distaccum.core.strategies import Sync
+from distaccum.core.strategies import StrategyName, Sync
 from distaccum.grads.accumulate import SumDtype
 from distaccum.grads.scale import LossScale
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 from distaccum.optim import make_optimizer
-from distaccum.parallel.apply import StrategyName, chosen, wrap
+from distaccum.parallel.apply import chosen, wrap
 from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
 from distaccum.step.accumulator import Accumulator

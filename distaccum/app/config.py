@@ -189,7 +189,8 @@ def typed(composed: dict[str, Any]) -> Config:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except ConfigKeyError as error:
-        known = [field.name for field in fields(error.object_type)]
+        section_type: Any = error.object_type
+        known = [field.name for field in fields(section_type)]
         raise ConfigError(no_key(str(error.full_key), known)) from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}.") from None

@@ -92,8 +92,9 @@ class Console:
         if not self.is_terminal:
             self._write(text + "\n")
             return
-        share = min(step / total_steps, 1.0)
-        self._bar = f"[{'#' * int(share * BAR_COLUMNS):.<{BAR_COLUMNS}}] {share:4.0%} {text}"
+        share = min(step / total_steps, 1.0) if total_steps else 1.0  # 0: all windows were skipped
+        filled = "#" * int(share * BAR_COLUMNS)
+        self._bar = f"[{filled:.<{BAR_COLUMNS}}] {share:4.0%} {text}"
         if step >= total_steps:
             self._leave_bar()
         elif now - self._drawn_at >= REDRAW_S:

@@ -61,7 +61,7 @@ class Report:
         self._record("start", facts)
         self._wandb.update_config(facts)
         if self._wandb.active:
-            self._console.line(f"W&B {self._wandb.where}")
+            self._console.line(f"W&B {self._wandb.mode.value}: {self._wandb.where}")
 
     def step(self, fields: Mapping[str, Field], total_steps: int, show: bool) -> None:
         """Record one window and the step that it made.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,8 @@ def described(jobs: Sequence[JobOutcome]) -> str:
         numbers = [job.figure(name, figures[name][1]) for name in shown]
         status = job.status if job.error is None else f"{job.status}: {job.error}"
         rows.append([str(job.number), *values, *numbers, status])
-    statuses = [job.status for job in jobs]
-    counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+    statuses = Counter(job.status for job in jobs)
+    counts = ", ".join(f"{count} {status}" for status, count in statuses.items())
     lines = [
         f"sweep: {len(jobs)} {'job' if len(jobs) == 1 else 'jobs'}, {counts}",
         table(columns, rows, texts=len(columns)),

@@ -104,7 +104,8 @@ class WandbRun:
 
     Attributes:
         active: False once logging is off.
-        where: the mode and the web address of the run, or the folder for `wandb sync`.
+        mode: the mode in use, which is `offline` after `online` failed.
+        where: the web address of the run, or the folder for `wandb sync`; "" if there is neither.
     """
 
     def __init__(
@@ -112,29 +113,28 @@ class WandbRun:
     ) -> None:
         self._warn = warn
         self._run: Any = None  # wandb.Run, half of whose methods carry no types
-        self.active = logger.name is LoggerName.wandb
-        self.where = ""
-        if not self.active:
+        self.mode, self.active, self.where = logger.mode, False, ""
+        if logger.name is LoggerName.none:
             return
         mode, message = allowed(logger.mode, os.environ)
         if message:
             warn(message)
         if mode is None:
-            self.active = False
             return
+        self.mode, self.active = mode, True
         earlier = len(list((run_dir / "wandb").glob("*run-*")))
         if earlier:
             warn(
                 f"W&B: {run_dir / 'wandb'} already holds {earlier} run(s); this start is recorded as a separate run. "
                 "metrics.jsonl holds all starts in one file"
             )
-        start = partial(_start, run_dir, logger, plain_dict(config), self._stop_pressed)
+        start = partial(_start, run_dir, logger, config, self._stop_pressed)
         if mode is WandbMode.online:
             self._run = self._guarded("init", partial(start, mode), "falling back to offline")
         if self._run is None:
-            mode, self.active = WandbMode.offline, True
-            self._run = self._guarded("init offline", partial(start, mode), "no W&B in this run")
-        self._guarded("define_metric", partial(self._define_axes, mode))
+            self.mode, self.active = WandbMode.offline, True
+            self._run = self._guarded("init offline", partial(start, self.mode), "no W&B in this run")
+        self._guarded("define_metric", self._define_axes)
 
     def log(self, kind: str, fields: Mapping[str, float | int | str | None]) -> None:
         """Add one row to the run, which takes about 0.1 ms.
@@ -174,12 +174,12 @@ class WandbRun:
             )
         self.active = False
 
-    def _define_axes(self, mode: WandbMode) -> None:
+    def _define_axes(self) -> None:
         for axis in AXES:
             self._run.define_metric(axis)
         for group in ("train", "validation"):
             self._run.define_metric(f"{group}/*", step_metric="step")
-        self.where = f"{mode.value}: {self._run.url or Path(self._run.dir).parent}"
+        self.where = self._run.url or str(Path(self._run.dir).parent)
 
     def _guarded(
         self, what: str, call: Callable[[], T], consequence: str = "W&B is off from here on, metrics.jsonl continues"
@@ -205,7 +205,7 @@ class WandbRun:
 
 
 def _start(
-    run_dir: Path, logger: LoggerConfig, config: dict[str, Any], stop_fn: Callable[[], None], mode: WandbMode
+    run_dir: Path, logger: LoggerConfig, config: Mapping[str, object], stop_fn: Callable[[], None], mode: WandbMode
 ) -> Any:  # fmt: skip
     import wandb
 
@@ -229,7 +229,7 @@ def _start(
         name=logger.run_name,
         group=logger.group,
         mode=mode.value,
-        config=config,
+        config=plain_dict(config),
         reinit="create_new",  # leaves alone any run that the user's own code has open
         save_code=False,
         settings=wandb.Settings(**{key: value for key, value in wanted.items() if key in known}),
