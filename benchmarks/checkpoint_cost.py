@@ -45,7 +45,9 @@ def main() -> None:
         dist.init_process_group("gloo")
     world = World.of(torch.device("cpu"))
     rounds = 1 if asked.smoke else asked.rounds
-    found = _measure(world, rounds, 4 if asked.smoke else asked.steps, width=32 if asked.smoke else 320)
+    found = _measure(
+        world, rounds, 4 if asked.smoke else asked.steps, width=32 if asked.smoke else 320
+    )
     if world.rank == 0:
         _show(found)
         if asked.out is not None:
@@ -74,7 +76,10 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
     tokens = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(world.rank))
     window = [{"input_ids": tokens, "labels": tokens}] * 4
     folder = Path(world.broadcast_object(tempfile.mkdtemp() if world.rank == 0 else "", 0))
-    stores = {name: Checkpoints(folder / name, world, keep=1, asynchronous=name == "behind") for name in _WAYS[1:]}
+    stores = {
+        name: Checkpoints(folder / name, world, keep=1, asynchronous=name == "behind")
+        for name in _WAYS[1:]
+    }
     seconds: dict[str, list[float]] = {name: [] for name in _WAYS}
     blocked: dict[str, list[float]] = {name: [] for name in _WAYS[1:]}
     collectives: dict[str, set[str]] = {name: set() for name in _WAYS}
@@ -89,7 +94,10 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
                 assert record.verdict is not None
                 collectives[name].add(str(record.verdict.counted))
                 if step == 0 and name in stores:
-                    tensors = {**model_tensors(model), **optimizer_tensors(model, accumulator.optimizer)}
+                    tensors = {
+                        **model_tensors(model),
+                        **optimizer_tensors(model, accumulator.optimizer),
+                    }
                     stores[name].save(record.step, tensors, {})
             if name in stores:
                 stores[name].wait()
@@ -111,7 +119,11 @@ def _measure(world: World, rounds: int, steps: int, width: int) -> dict[str, obj
         "seconds": seconds,
         "blocked_s": blocked,
         "collectives_of_a_window": collectives["none"].pop(),
-        "machine": {"cpus": os.cpu_count(), "torch": str(torch.__version__), "python": platform.python_version()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
     }
 
 
@@ -124,26 +136,37 @@ def _barrier(world: World) -> None:
 
 
 def _show(found: dict[str, object]) -> None:
-    seconds, blocked, steps = found["seconds"], found["blocked_s"], found["steps_between_checkpoints"]
+    seconds, blocked, steps = (
+        found["seconds"],
+        found["blocked_s"],
+        found["steps_between_checkpoints"],
+    )
     print(
-        f"{found['parameters']:,} parameters, checkpoint of {found['checkpoint_bytes']:,} bytes, {found['ranks']} "
-        f"rank(s), {steps} steps, {len(seconds['none'])} rounds"
+        f"{found['parameters']:,} parameters, checkpoint of {found['checkpoint_bytes']:,} bytes, "
+        f"{found['ranks']} rank(s), {steps} steps, {len(seconds['none'])} rounds"
     )
     step_s = statistics.median(seconds["none"]) / steps
     print(f"a step without checkpoints: {step_s * 1e3:.1f} ms (median)")
     for name in _WAYS[1:]:
         cost = [ours - plain for ours, plain in zip(seconds[name], seconds["none"], strict=True)]
         share = [each / plain for each, plain in zip(cost, seconds["none"], strict=True)]
-        percent = [100 * value for value in (statistics.median(share), min(share), max(share))]
+        median, low, high = (100 * f(share) for f in (statistics.median, min, max))
         print(
-            f"{name:10}  blocked for {_spread(blocked[name], step_s)} steps, total cost {_spread(cost, step_s)} steps: "
-            "{:.1f} % of the step time ({:.1f} to {:.1f})".format(*percent)
+            f"{name:10}  blocked for {_spread(blocked[name], step_s)} steps, total cost "
+            f"{_spread(cost, step_s)} steps: {median:.1f} % of the step time ({low:.1f} to "
+            f"{high:.1f})"
         )
-    print(f"collectives of every window, with and without checkpoints: {found['collectives_of_a_window']}")
+    print(
+        "collectives of every window, with and without checkpoints: "
+        f"{found['collectives_of_a_window']}"
+    )
 
 
 def _spread(values: list[float], unit: float) -> str:
-    return f"{statistics.median(values) / unit:.2f} ({min(values) / unit:.2f} to {max(values) / unit:.2f})"
+    return (
+        f"{statistics.median(values) / unit:.2f} ({min(values) / unit:.2f} to "
+        f"{max(values) / unit:.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -99,19 +99,29 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _arguments(arguments)
     if asked.device == "cuda":
         # One GPU even if there are more, because some of the peers would use all of them.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[
+            0
+        ]
         if not torch.cuda.is_available():
             print("There is no GPU here. To try the program without one: --device cpu --smoke")
             return 2
     began = time.monotonic()
     preload(asked.device)
     if asked.smoke:
-        setting = Setting(asked.device, TINY, 4, rounds=2, turn_windows=1, backend="eager", limit_s=asked.limit_s)
+        setting = Setting(
+            asked.device, TINY, 4, rounds=2, turn_windows=1, backend="eager", limit_s=asked.limit_s
+        )
     else:
         sizes = replace(GPT2_124M, micro_batch_size=asked.micro_batch_size)
         num_micro_batches = WINDOW_SAMPLES // asked.micro_batch_size
         setting = Setting(
-            asked.device, sizes, num_micro_batches, asked.rounds, 2, backend="inductor", limit_s=asked.limit_s
+            asked.device,
+            sizes,
+            num_micro_batches,
+            asked.rounds,
+            2,
+            backend="inductor",
+            limit_s=asked.limit_s,
         )
     peers = sorted({name.split(".")[0] for names in NEEDS.values() for name in names})
     machine = describe(asked.device, *peers)
@@ -127,8 +137,15 @@ def main(arguments: list[str] | None = None) -> int:
         left_s = setting.limit_s - (time.monotonic() - began)
         groups[group] = measure(setting, backend, left_s / (len(compiled) - index))
         problems += [f"{group}: {problem}" for problem in judge(groups[group])]
-        print(f"\nthe model {group}\n{table(groups[group], setting.window_tokens, flops, peak)}", flush=True)
-    print("\n" + "".join(f"FAILED: {problem}\n" for problem in problems) + f"{time.monotonic() - began:.0f} s in total")
+        print(
+            f"\nthe model {group}\n{table(groups[group], setting.window_tokens, flops, peak)}",
+            flush=True,
+        )
+    print(
+        "\n"
+        + "".join(f"FAILED: {problem}\n" for problem in problems)
+        + f"{time.monotonic() - began:.0f} s in total"
+    )
     if asked.out is not None:
         found = {
             "smoke": asked.smoke,
@@ -155,7 +172,9 @@ def measure(setting: Setting, backend: str | None, limit_s: float) -> list[Row]:
                 row.drop("not installed", f"needs {', '.join(packages)}")
                 continue
             log = str(Path(folder, f"{number}.log"))
-            job = Job(row.arm, setting.device_type, setting.sizes, setting.num_micro_batches, backend, log)
+            job = Job(
+                row.arm, setting.device_type, setting.sizes, setting.num_micro_batches, backend, log
+            )
             arms[row.arm] = Arm(job)
         try:
             _in_turns([row for row in rows if row.arm in arms], arms, setting, deadline)
@@ -198,7 +217,11 @@ def _in_turns(rows: list[Row], arms: dict[str, Arm], setting: Setting, deadline:
         # Start an arm only if two rounds with one more arm, and the windows that count syncs, still
         # fit. The first arm compiles what the others find in the cache.
         slowest_s = max((other.first_s for other in warm[1:] or warm), default=0.0)
-        rounds_s = (2 * needed_s(whole, warm) + needed_s(short, warm)) * (len(warm) + 1) / max(1, len(warm))
+        rounds_s = (
+            (2 * needed_s(whole, warm) + needed_s(short, warm))
+            * (len(warm) + 1)
+            / max(1, len(warm))
+        )
         if deadline - time.monotonic() < slowest_s + rounds_s:
             row.drop("no time left", "not started")
         elif take(row, short) is not None:
@@ -228,29 +251,52 @@ def judge(rows: list[Row]) -> list[str]:
     problems = [f"{row.arm}: {row.reason}" for row in rows if row.status == "failed"]
     hand = rows[0]
     if not hand.samples_s:
-        problems.append("the hand-written loop was not measured, so there is nothing to compare with")
+        problems.append(
+            "the hand-written loop was not measured, so there is nothing to compare with"
+        )
     if len(hand.losses) > 1 and not hand.losses[-1] < hand.losses[0] * (1 - 4 * LOSS_LIMIT):
         problems.append(f"the hand-written loop learned too little to compare with: {hand.losses}")
     for row in rows[1:]:
         for what, limit, right, own in (
-            ("loss", LOSS_LIMIT, hand.losses, row.losses), ("gradient norm", NORM_LIMIT, hand.norms, row.norms)
+            ("loss", LOSS_LIMIT, hand.losses, row.losses), ("gradient norm", NORM_LIMIT, hand.norms,
+            row.norms)
         ):  # fmt: skip
             errors = [abs(b / a - 1) for a, b in zip(right, own, strict=False)]
             if not all(error <= limit for error in errors):  # also for nan
-                problems.append(f"{row.arm}: its {what} is not that of the hand-written loop: {own} and {right}")
+                problems.append(
+                    f"{row.arm}: its {what} is not that of the hand-written loop: {own} and {right}"
+                )
         if row.arm == "distaccum" and row.window_syncs not in (None, 1):
-            problems.append(f"{row.arm}: {row.window_syncs} host syncs per window, expected 1 at its end")
+            problems.append(
+                f"{row.arm}: {row.window_syncs} host syncs per window, expected 1 at its end"
+            )
     return problems
 
 
 def known_peak(device: str) -> float | None:
     """Return the dense bf16 TFLOP/s of a GPU by its name, or None if it is not known here."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if device == name or device.startswith(f"{name}-")), None)
+    return next(
+        (
+            peak
+            for name, peak in PEAK_TFLOPS.items()
+            if device == name or device.startswith(f"{name}-")
+        ),
+        None,
+    )
 
 
 def table(rows: list[Row], window_tokens: int, window_flops: int, peak_tflops: float | None) -> str:
     """Format the rows as a table."""
-    head = ["arm", "tokens/s (min, max)", "vs by hand", "MFU", "peak MiB", "host syncs", "first turn s", ""]
+    head = [
+        "arm",
+        "tokens/s (min, max)",
+        "vs by hand",
+        "MFU",
+        "peak MiB",
+        "host syncs",
+        "first turn s",
+        "",
+    ]
     lines = [head]
     hand_s = statistics.median(rows[0].samples_s) if rows[0].samples_s else None
     for row in rows:
@@ -258,7 +304,10 @@ def table(rows: list[Row], window_tokens: int, window_flops: int, peak_tflops: f
             lines.append([row.arm, "-", "-", "-", "-", "-", "-", f"{row.status}: {row.reason}"])
             continue
         median_s = statistics.median(row.samples_s)
-        rates = [window_tokens / seconds for seconds in (median_s, max(row.samples_s), min(row.samples_s))]
+        rates = [
+            window_tokens / seconds
+            for seconds in (median_s, max(row.samples_s), min(row.samples_s))
+        ]
         peaks = [turn.peak_bytes for turn in row.turns if turn.peak_bytes is not None]
         lines.append([
             row.arm,
@@ -272,7 +321,8 @@ def table(rows: list[Row], window_tokens: int, window_flops: int, peak_tflops: f
         ])  # fmt: skip
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
     )
 
 
@@ -281,26 +331,40 @@ def _explained(setting: Setting, window_flops: int, peak: float | None) -> str:
     unknown = "unknown, give the peak of this GPU with --peak-tflops"
     mfu = unknown if peak is None else f"relative to {peak:g} TFLOP/s"
     return (
-        f"\nGPT of {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary {sizes.vocab:,}; "
-        f"{setting.num_micro_batches} micro-batches of {sizes.micro_batch_size} x {sizes.length} tokens: "
-        f"{setting.window_tokens:,} per window, {window_flops / 1e12:,.4g} TFLOP; MFU {mfu}"
+        f"\nGPT of {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary"
+        f" {sizes.vocab:,}; {setting.num_micro_batches} micro-batches of {sizes.micro_batch_size} x"
+        f" {sizes.length} tokens: {setting.window_tokens:,} per window, {window_flops / 1e12:,.4g}"
+        f" TFLOP; MFU {mfu}"
     )
 
 
 def _arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --smoke")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --smoke"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few windows")
-    parser.add_argument("--micro-batch-size", type=int, default=GPT2_124M.micro_batch_size, help="samples; divides 480")
+    parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        default=GPT2_124M.micro_batch_size,
+        help="samples; divides 480",
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit-s", type=float, default=570.0, help="seconds for the whole program")
+    parser.add_argument(
+        "--limit-s", type=float, default=570.0, help="seconds for the whole program"
+    )
     parser.add_argument("--peak-tflops", type=float, help="the GPU's dense bf16 peak, for MFU")
     parser.add_argument("--out", type=Path, help="JSON file to write all samples to")
     asked = parser.parse_args(arguments)
     if asked.device == "cpu" and not asked.smoke:
         parser.error("--device cpu needs --smoke, because the full model is too slow on a CPU")
     if asked.micro_batch_size < 1 or WINDOW_SAMPLES % asked.micro_batch_size:
-        parser.error(f"--micro-batch-size must divide {WINDOW_SAMPLES} samples, got {asked.micro_batch_size}")
+        parser.error(
+            f"--micro-batch-size must divide {WINDOW_SAMPLES} samples, got {asked.micro_batch_size}"
+        )
     return asked
 
 

@@ -38,7 +38,8 @@ def alarm() -> Iterator[tuple[Callable[[], None], list[int]]]:
                 raise
         else:
             raise AssertionError(
-                "torch.cuda.set_sync_debug_mode('error') did not detect .item(), so it cannot prove anything here"
+                "torch.cuda.set_sync_debug_mode('error') did not detect .item(), so it cannot "
+                "prove anything here"
             )
 
     def read(self: PendingRows, *others: Tensor) -> Any:

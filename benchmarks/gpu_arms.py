@@ -46,8 +46,8 @@ class Sizes:
         torch.manual_seed(0)
         return GPT(
             GPTConfig(
-                "gpt", self.vocab, self.length, num_layers=self.layers, num_heads=self.heads, width=self.width,
-                dropout=0.0, bias=True,
+                "gpt", self.vocab, self.length, num_layers=self.layers, num_heads=self.heads,
+                width=self.width, dropout=0.0, bias=True,
             )
         )  # fmt: skip
 
@@ -60,7 +60,10 @@ class Sizes:
         of weights in all matrices, with the head and without the embedding of positions.
         """
         with torch.device("meta"):
-            model, tokens = self.model(), torch.zeros(self.micro_batch_size, self.length, dtype=torch.int64)
+            model, tokens = (
+                self.model(),
+                torch.zeros(self.micro_batch_size, self.length, dtype=torch.int64),
+            )
         # SDPBackend.MATH, because the fused kernels compute the scores again in the backward.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(tokens).sum().backward()
@@ -77,16 +80,23 @@ class MicroBatchSet(Sequence[MicroBatch]):
     Small token ids are far more frequent than large ones, so that there is something to learn.
     """
 
-    def __init__(self, sizes: Sizes, num_distinct: int, num_micro_batches: int, device: torch.device) -> None:
+    def __init__(
+        self, sizes: Sizes, num_distinct: int, num_micro_batches: int, device: torch.device
+    ) -> None:
         generator = torch.Generator().manual_seed(5)
         self._length = num_micro_batches
         self._distinct: list[MicroBatch] = []
         for _ in range(num_distinct):
             uniform = torch.rand(sizes.micro_batch_size, sizes.length + 1, generator=generator)
             tokens = (uniform**4 * sizes.vocab).long()
-            micro_batch = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+            micro_batch = {
+                "input_ids": tokens[:, :-1].contiguous(),
+                "labels": tokens[:, 1:].contiguous(),
+            }
             pinned = device.type == "cuda"
-            self._distinct.append({key: part.pin_memory() if pinned else part for key, part in micro_batch.items()})
+            self._distinct.append(
+                {key: part.pin_memory() if pinned else part for key, part in micro_batch.items()}
+            )
 
     def __len__(self) -> int:
         return self._length
@@ -112,12 +122,16 @@ class Training:
 
     def compiled(self) -> nn.Module:
         """Return the model, compiled if there is a backend."""
-        return self.model if self.backend is None else torch.compile(self.model, backend=self.backend)  # type: ignore[return-value]
+        return (
+            self.model if self.backend is None else torch.compile(self.model, backend=self.backend)
+        )  # type: ignore[return-value]
 
 
 def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Make the optimizer of all arms."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +147,9 @@ def by_hand(training: Training) -> None:
         total = torch.zeros((), device=device)
         for index in range(start, start + num_micro_batches):
             micro_batch = training.micro_batches[index]
-            inputs, labels = (micro_batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels"))
+            inputs, labels = (
+                micro_batch[key].to(device, non_blocking=True) for key in ("input_ids", "labels")
+            )
             with torch.autocast(device.type, torch.bfloat16):
                 loss = mean_loss(model(inputs), labels) / num_micro_batches
             loss.backward()
@@ -141,14 +157,19 @@ def by_hand(training: Training) -> None:
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        training.report(*torch.stack([total, norm]).tolist())  # one host sync per window, as distaccum
+        # one host sync per window, as distaccum
+        training.report(*torch.stack([total, norm]).tolist())
 
 
 def ours(training: Training) -> None:
     """Train with an Accumulator of distaccum."""
     objective = da.autocast(da.CausalLM(shift=False), torch.bfloat16)
-    accumulator = da.Accumulator(training.compiled(), training.optimizer, objective, clip_norm=CLIP_NORM)
-    for window in da.windows(training.micro_batches, gradient_accumulation_steps=training.num_micro_batches):
+    accumulator = da.Accumulator(
+        training.compiled(), training.optimizer, objective, clip_norm=CLIP_NORM
+    )
+    for window in da.windows(
+        training.micro_batches, gradient_accumulation_steps=training.num_micro_batches
+    ):
         record = accumulator.step(window)
         training.report(record.loss, record.grad_norm)
 
@@ -161,9 +182,12 @@ def accelerate(training: Training) -> None:
     accelerator = Accelerator(
         mixed_precision="bf16", cpu=training.device.type == "cpu",
         gradient_accumulation_steps=training.num_micro_batches,
-        dataloader_config=DataLoaderConfiguration(non_blocking=True), dynamo_backend=training.backend or "no",
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        dynamo_backend=training.backend or "no",
     )  # fmt: skip
-    model, optimizer, loader = accelerator.prepare(training.model, training.optimizer, _loader(training))
+    model, optimizer, loader = accelerator.prepare(
+        training.model, training.optimizer, _loader(training)
+    )
     total = torch.zeros((), device=training.device)
     norm = total
     for micro_batch in loader:
@@ -191,11 +215,16 @@ def fabric(training: Training) -> None:
     for index, micro_batch in enumerate(loader, 1):
         last = index % training.num_micro_batches == 0
         with made.no_backward_sync(model, enabled=not last):
-            loss = mean_loss(model(micro_batch["input_ids"]), micro_batch["labels"]) / training.num_micro_batches
+            loss = (
+                mean_loss(model(micro_batch["input_ids"]), micro_batch["labels"])
+                / training.num_micro_batches
+            )
             made.backward(loss)
         total += loss.detach()
         if last:
-            norm = made.clip_gradients(model, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False)
+            norm = made.clip_gradients(
+                model, optimizer, max_norm=CLIP_NORM, error_if_nonfinite=False
+            )
             optimizer.step()
             optimizer.zero_grad()
             training.report(*torch.stack([total, norm]).tolist())
@@ -222,7 +251,9 @@ def lightning(training: Training) -> None:
 
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             if (batch_idx + 1) % training.num_micro_batches == 0:
-                training.report(*torch.stack([self.total / training.num_micro_batches, self.norm]).tolist())
+                training.report(
+                    *torch.stack([self.total / training.num_micro_batches, self.norm]).tolist()
+                )
                 self.total = torch.zeros_like(self.total)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -230,9 +261,10 @@ def lightning(training: Training) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
-            accelerator=_kind(training), devices=1, precision="bf16-mixed", max_epochs=1, default_root_dir=folder,
-            accumulate_grad_batches=training.num_micro_batches, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
+            accelerator=_kind(training), devices=1, precision="bf16-mixed", max_epochs=1,
+            default_root_dir=folder, accumulate_grad_batches=training.num_micro_batches,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
         ).fit(Module(), _loader(training))  # fmt: skip
 
 
@@ -250,20 +282,22 @@ def hf_trainer(training: Training) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder, bf16=True, use_cpu=training.device.type == "cpu", max_grad_norm=CLIP_NORM,
+            output_dir=folder, bf16=True, use_cpu=training.device.type == "cpu",
+            max_grad_norm=CLIP_NORM,
             # An item of the data set is a complete micro-batch.
             per_device_train_batch_size=1, gradient_accumulation_steps=training.num_micro_batches,
-            max_steps=len(training.micro_batches) // training.num_micro_batches, train_sampling_strategy="sequential",
-            remove_unused_columns=False, logging_steps=1, logging_nan_inf_filter=False,
-            report_to=[], save_strategy="no", disable_tqdm=True,
-            accelerator_config={"non_blocking": True}, dataloader_pin_memory=training.device.type == "cuda",
+            max_steps=len(training.micro_batches) // training.num_micro_batches,
+            train_sampling_strategy="sequential", remove_unused_columns=False, logging_steps=1,
+            logging_nan_inf_filter=False, report_to=[], save_strategy="no", disable_tqdm=True,
+            accelerator_config={"non_blocking": True},
+            dataloader_pin_memory=training.device.type == "cuda",
             torch_compile=training.backend is not None, torch_compile_backend=training.backend,
         )  # fmt: skip
         Trainer(
             training.model, arguments, data_collator=_only, train_dataset=training.micro_batches,
             compute_loss_func=share,
-            optimizers=(training.optimizer, torch.optim.lr_scheduler.LambdaLR(training.optimizer, lambda _: 1.0)),
-            callbacks=[ReportLogs()],
+            optimizers=(training.optimizer, torch.optim.lr_scheduler.LambdaLR(training.optimizer,
+            lambda _: 1.0)), callbacks=[ReportLogs()],
         ).train()  # fmt: skip
 
 

@@ -27,7 +27,9 @@ def main() -> int:
     arguments = _arguments()
     if _version(torch.__version__) < NEEDED_TORCH:
         needed = ".".join(map(str, NEEDED_TORCH))
-        print(f"This check needs torch {needed} or later, and torch {torch.__version__} is installed.")
+        print(
+            f"This check needs torch {needed} or later, and torch {torch.__version__} is installed."
+        )
         return 1
     begin = time.monotonic()
     described = describe(arguments.device)
@@ -41,8 +43,15 @@ def main() -> int:
         "checks": checks,
         "seconds": round(time.monotonic() - begin, 1),
     }
-    counts = {status: sum(c["status"] == status for c in checks) for status in ("passed", "failed", "not run")}
-    print("\n" + ", ".join(f"{n} {status}" for status, n in counts.items()) + f", {report['seconds']:.0f} s")
+    counts = {
+        status: sum(c["status"] == status for c in checks)
+        for status in ("passed", "failed", "not run")
+    }
+    print(
+        "\n"
+        + ", ".join(f"{n} {status}" for status, n in counts.items())
+        + f", {report['seconds']:.0f} s"
+    )
     for check in failed:
         print(f"FAILED: {check['check']} on {check['ranks']} rank(s)")
     if counts["passed"] or failed:
@@ -76,8 +85,18 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
         ]
     checks = []
 
-    def note(name: str, ranks: int, status: str, figures: dict[str, Any], reasons: list[str]) -> None:
-        checks.append({"check": name, "ranks": ranks, "status": status, "figures": figures, "reasons": reasons})
+    def note(
+        name: str, ranks: int, status: str, figures: dict[str, Any], reasons: list[str]
+    ) -> None:
+        checks.append(
+            {
+                "check": name,
+                "ranks": ranks,
+                "status": status,
+                "figures": figures,
+                "reasons": reasons,
+            }
+        )
         _print_check(checks[-1])
 
     for index, job in enumerate(jobs):
@@ -89,7 +108,13 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
         left_s = arguments.limit_s - (time.monotonic() - begin)
         limited = replace(job, limit_s=max(5.0, min(job.limit_s, left_s)))
         for name, found in gpu_ranks.run(limited, arguments.device, tiny).items():
-            note(name, job.ranks, "failed" if found.failures else "passed", found.figures, found.failures)
+            note(
+                name,
+                job.ranks,
+                "failed" if found.failures else "passed",
+                found.figures,
+                found.failures,
+            )
     if not on_gpu:
         note("host syncs", 1, "not run", {}, ["torch.cuda.set_sync_debug_mode needs CUDA"])
     return checks
@@ -97,7 +122,9 @@ def run_all(arguments: argparse.Namespace, begin: float) -> list[dict[str, Any]]
 
 def describe(device: str, *packages: str) -> dict[str, Any]:
     """Describe the machine and the versions that the figures depend on."""
-    found: dict[str, Any] = {"device": "CPU"} | machine.describe(*packages) | {"torch": torch.__version__}
+    found: dict[str, Any] = (
+        {"device": "CPU"} | machine.describe(*packages) | {"torch": torch.__version__}
+    )
     if device == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         query = machine.output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -108,7 +135,11 @@ def describe(device: str, *packages: str) -> dict[str, Any]:
             "compute capability": f"{properties.major}.{properties.minor}",
             "driver": query.splitlines()[0] if query else "unknown",
             "CUDA": torch.version.cuda,
-            "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
+            "NCCL": (
+                ".".join(map(str, torch.cuda.nccl.version()))
+                if dist.is_nccl_available()
+                else "none"
+            ),
         }
     return found
 
@@ -141,7 +172,9 @@ def _print_check(check: dict[str, Any]) -> None:
 
 def _readable(value: Any) -> str:
     if isinstance(value, dict) and "median" in value:
-        return f"median {value['median']:,.0f} (min {value['least']:,.0f}, max {value['most']:,.0f})"
+        return (
+            f"median {value['median']:,.0f} (min {value['least']:,.0f}, max {value['most']:,.0f})"
+        )
     if isinstance(value, dict):
         return ", ".join(f"{name} {_readable(one)}" for name, one in value.items())
     if isinstance(value, list):
@@ -166,10 +199,19 @@ def _write(report: dict[str, Any], out: Path | None) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run and implies --tiny")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu is a dry run and implies --tiny",
+    )
     parser.add_argument("--tiny", action="store_true", help="a dry run with small sizes")
-    parser.add_argument("--out", type=Path, help="folder of the report; default: benchmarks/results")
-    parser.add_argument("--limit-s", type=float, default=570.0, help="seconds for all checks together")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report; default: benchmarks/results"
+    )
+    parser.add_argument(
+        "--limit-s", type=float, default=570.0, help="seconds for all checks together"
+    )
     return parser.parse_args()
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from gpu_alarm import alarm
 from gpu_ranks import Found, Place
-from setting import KINDS, RecordingSGD, make_model, make_window, masked_objective, reference, relative, whole
+from setting import (
+    KINDS,
+    RecordingSGD,
+    make_model,
+    make_window,
+    masked_objective,
+    reference,
+    relative,
+    whole,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,12 +44,18 @@ def cases(ranks: int) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
     if ranks == 1:
         found.insert(0, ("single", (), ("boundary",)))
     elif ranks % 2 == 0:
-        found.append(("hsdp", (2, ranks // 2), ("boundary", "gather_once", "every", "reduce_scatter")))
+        found.append(
+            ("hsdp", (2, ranks // 2), ("boundary", "gather_once", "every", "reduce_scatter"))
+        )
     return found
 
 
 def spread(
-    model: nn.Module, strategy: str, mesh: tuple[int, ...], place: Place, policy: MixedPrecisionPolicy | None = None
+    model: nn.Module,
+    strategy: str,
+    mesh: tuple[int, ...],
+    place: Place,
+    policy: MixedPrecisionPolicy | None = None,
 ) -> nn.Module:
     """Move the model to the device and wrap it as a user would.
 
@@ -63,7 +78,9 @@ def spread(
 @cache
 def _mesh(device_type: str, shape: tuple[int, ...]) -> DeviceMesh:
     """Make a mesh only once, because each of its groups has a communicator, which takes memory."""
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    return init_device_mesh(
+        device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]
+    )
 
 
 def numerics(place: Place) -> Found:
@@ -82,9 +99,12 @@ def numerics(place: Place) -> Found:
             worst = {name: _largest([error[name] for error in errors]) for name in errors[0]}
             found.figures[f"{strategy} {policy}"] = worst
             found.require(
-                _largest(list(worst.values())) <= EXACT, f"{strategy} {policy}: relative errors {worst}, limit {EXACT}"
+                _largest(list(worst.values())) <= EXACT,
+                f"{strategy} {policy}: relative errors {worst}, limit {EXACT}",
             )
-    found.figures["worst"] = _largest([error for worst in found.figures.values() for error in worst.values()])
+    found.figures["worst"] = _largest(
+        [error for worst in found.figures.values() for error in worst.values()]
+    )
     found.figures["windows, each as the ledger forecast"] = num_windows
     return found
 
@@ -94,7 +114,9 @@ def _one_case(
 ) -> dict[str, float]:
     """Train on one window of each kind in turn, and return the largest relative errors."""
     lr = 0.1
-    windows = [make_window(kind, num_micro_batches, place.ranks, seed) for seed, kind in enumerate(KINDS)]
+    windows = [
+        make_window(kind, num_micro_batches, place.ranks, seed) for seed, kind in enumerate(KINDS)
+    ]
     model = spread(make_model(), strategy, mesh, place)
     optimizer = RecordingSGD(model.parameters(), lr=lr)
     accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always")
@@ -106,7 +128,9 @@ def _one_case(
             or record.verdict is None
             or record.num_micro_batches != sum(len(micro_batches) for micro_batches in dealt)
         ):
-            raise AssertionError(f"{strategy} {policy}: the record does not belong to the given window: {record}")
+            raise AssertionError(
+                f"{strategy} {policy}: the record does not belong to the given window: {record}"
+            )
         for gradient, expected in zip(optimizer.gradients, right["gradients"], strict=True):
             errors["gradient"].append(relative(gradient.cpu(), expected))
         for parameter, expected in zip(model.parameters(), right["parameters"], strict=True):
@@ -131,18 +155,27 @@ def bf16(place: Place) -> Found:
             if place.tiny and policy != policies[0]:
                 continue
             update = _constant_update(strategy, mesh, policy, num_micro_batches, place)
-            found.figures[f"update of {num_micro_batches} equal micro-batches, {strategy} {policy}"] = update
-            found.require(update == 1.0, f"bf16 parameters, {strategy} {policy}: the update is {update}, not 1.0")
+            found.figures[
+                f"update of {num_micro_batches} equal micro-batches, {strategy} {policy}"
+            ] = update
+            found.require(
+                update == 1.0,
+                f"bf16 parameters, {strategy} {policy}: the update is {update}, not 1.0",
+            )
     _against_float32(place, found)
     return found
 
 
-def _constant_update(strategy: str, mesh: tuple[int, ...], policy: str, num_micro_batches: int, place: Place) -> float:
+def _constant_update(
+    strategy: str, mesh: tuple[int, ...], policy: str, num_micro_batches: int, place: Place
+) -> float:
     model: nn.Module = nn.Sequential(nn.Linear(1, 2, bias=False)).to(torch.bfloat16)
     nn.init.zeros_(next(model.parameters()))
     model = spread(model, strategy, mesh, place, MixedPrecisionPolicy(reduce_dtype=torch.float32))
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy
+    )
     accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     weight = whole(next(model.parameters())).float()
     return -float(weight.mean()) if bool((weight == weight[0]).all()) else float("nan")
@@ -152,7 +185,11 @@ def small_gpt(tiny: bool, dropout: float = 0.0) -> GPT:
     """Build a small GPT with the same weights in every process."""
     torch.manual_seed(11)
     layers, width = (2, 32) if tiny else (4, 256)
-    return GPT(GPTConfig("gpt", 256, 64, num_layers=layers, num_heads=4, width=width, dropout=dropout, bias=True))
+    return GPT(
+        GPTConfig(
+            "gpt", 256, 64, num_layers=layers, num_heads=4, width=width, dropout=dropout, bias=True
+        )
+    )
 
 
 def token_micro_batches(
@@ -180,7 +217,11 @@ def _against_float32(place: Place, found: Found) -> None:
     objective, num_micro_batches = da.CausalLM(shift=False), 8
     dealt = [token_micro_batches(num_micro_batches, seed=rank) for rank in range(place.ranks)]
     batch = {
-        key: torch.cat([micro_batch[key] for micro_batches in dealt for micro_batch in micro_batches]).to(place.device)
+        key: (
+            torch.cat(
+                [micro_batch[key] for micro_batches in dealt for micro_batch in micro_batches]
+            ).to(place.device)
+        )
         for key in ("input_ids", "labels")
     }
 
@@ -193,17 +234,28 @@ def _against_float32(place: Place, found: Found) -> None:
     found.figures["gradient error of one big bf16 batch"] = relative(one_big_batch(in_bf16), right)
     for strategy, mesh, policies in cases(place.ranks):
         sharded = mesh != ()
-        model = spread(small_gpt(place.tiny), strategy, mesh, place, Precision.bf16.sharded_policy(None))
+        model = spread(
+            small_gpt(place.tiny), strategy, mesh, place, Precision.bf16.sharded_policy(None)
+        )
         optimizer = RecordingSGD(model.parameters(), lr=0.0)
-        accumulator = da.Accumulator(model, optimizer, objective if sharded else in_bf16, sync=policies[0])
+        accumulator = da.Accumulator(
+            model, optimizer, objective if sharded else in_bf16, sync=policies[0]
+        )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            warnings.filterwarnings(
+                "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+            )
             accumulator.step(dealt[place.rank])
         error = relative(_flat(optimizer.gradients), right)
-        found.figures[f"gradient error of {num_micro_batches} bf16 micro-batches, {strategy} {policies[0]}"] = error
+        found.figures[
+            f"gradient error of {num_micro_batches} bf16 micro-batches, {strategy} {policies[0]}"
+        ] = error
         # bf16 rounds each number by up to 2^-9, and some dozen independent roundings in a row make
         # a few times that. A micro-batch that is lost or counted twice makes 1/8 or more.
-        found.require(error <= 16 * 2**-9, f"bf16 {strategy}: the gradient differs from float32's by {error:.2e}")
+        found.require(
+            error <= 16 * 2**-9,
+            f"bf16 {strategy}: the gradient differs from float32's by {error:.2e}",
+        )
 
 
 def _flat(tensors: Any) -> Tensor:
@@ -221,7 +273,8 @@ def host_syncs(place: Place) -> Found:
             counts = _syncs_by_window(strategy, mesh, policy, place)
             found.figures[f"{strategy} {policy}"] = counts
             found.require(
-                counts == [1] * 4, f"{strategy} {policy}: host syncs per window are {counts}, expected 1 each"
+                counts == [1] * 4,
+                f"{strategy} {policy}: host syncs per window are {counts}, expected 1 each",
             )
     return found
 
@@ -230,7 +283,13 @@ def _syncs_by_window(strategy: str, mesh: tuple[int, ...], policy: str, place: P
     warm_up, num_windows, num_micro_batches = 3, 4, 4
     objective = da.CausalLM(shift=False)
     sharded = mesh != ()
-    model = spread(small_gpt(place.tiny, dropout=0.1), strategy, mesh, place, Precision.bf16.sharded_policy(None))
+    model = spread(
+        small_gpt(place.tiny, dropout=0.1),
+        strategy,
+        mesh,
+        place,
+        Precision.bf16.sharded_policy(None),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     in_bf16 = objective if sharded else da.autocast(objective, torch.bfloat16)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
@@ -239,7 +298,9 @@ def _syncs_by_window(strategy: str, mesh: tuple[int, ...], policy: str, place: P
     )  # fmt: skip
     micro_batches = [
         {key: value.pin_memory() for key, value in micro_batch.items()}
-        for micro_batch in token_micro_batches((warm_up + num_windows) * num_micro_batches, seed=place.rank)
+        for micro_batch in token_micro_batches(
+            (warm_up + num_windows) * num_micro_batches, seed=place.rank
+        )
     ]
     counts: list[int] = []
     with warnings.catch_warnings(), alarm() as (arm, reads):

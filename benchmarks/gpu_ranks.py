@@ -67,17 +67,22 @@ def run(job: Job, device_type: str, tiny: bool) -> dict[str, Found]:
     with tempfile.TemporaryDirectory(prefix="gpu_check") as folder:
         context = mp.get_context(job.start)
         processes = [
-            context.Process(target=_rank, args=(job, rank, device_type, tiny, folder)) for rank in range(job.ranks)
+            context.Process(target=_rank, args=(job, rank, device_type, tiny, folder))
+            for rank in range(job.ranks)
         ]
         for process in processes:
             process.start()
         waiting = set(processes)
         while waiting and time.monotonic() < deadline:
-            wait([process.sentinel for process in waiting], timeout=max(0.0, deadline - time.monotonic()))
+            wait(
+                [process.sentinel for process in waiting],
+                timeout=max(0.0, deadline - time.monotonic()),
+            )
             ended = {process for process in waiting if not process.is_alive()}
             waiting -= ended
             if any(process.exitcode for process in ended):
-                deadline = min(deadline, time.monotonic() + 5.0)  # the others may wait for it forever
+                # the others may wait for it forever
+                deadline = min(deadline, time.monotonic() + 5.0)
         for process in processes:
             if process.is_alive():
                 process.kill()
@@ -91,7 +96,9 @@ def _gather(folder: Path, name: str, job: Job, codes: list[int | None]) -> Found
     for rank in range(job.ranks):
         file = folder / f"{name}.{rank}.json"
         if not file.exists():
-            found.failures.append(f"rank {rank} gave no answer within {job.limit_s:.0f} s (exit code {codes[rank]})")
+            found.failures.append(
+                f"rank {rank} gave no answer within {job.limit_s:.0f} s (exit code {codes[rank]})"
+            )
             continue
         answer = json.loads(file.read_text())
         found.figures = answer["figures"] if rank == 0 else found.figures
@@ -111,8 +118,9 @@ def _rank(job: Job, rank: int, device_type: str, tiny: bool, folder: str) -> Non
             if job.group and not dist.is_initialized():
                 dist.init_process_group(
                     "nccl" if device.type == "cuda" else "gloo",
-                    store=dist.FileStore(str(Path(folder) / "store"), job.ranks), rank=rank, world_size=job.ranks,
-                    timeout=timedelta(seconds=120), device_id=device if device.type == "cuda" else None,
+                    store=dist.FileStore(str(Path(folder) / "store"), job.ranks), rank=rank,
+                    world_size=job.ranks, timeout=timedelta(seconds=120),
+                    device_id=device if device.type == "cuda" else None,
                 )  # fmt: skip
             found = part(Place(rank, job.ranks, device, tiny))
         except BaseException as error:
@@ -136,6 +144,8 @@ def _write(folder: str, name: str, rank: int, found: Found) -> None:
 def in_short(error: BaseException) -> str:
     """Return the error and its origin, without folders of this machine: reports are published."""
     frames = traceback.extract_tb(error.__traceback__)[-5:]
-    where = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+    where = " > ".join(
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames
+    )
     message = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {message} [{where}]"

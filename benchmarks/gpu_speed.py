@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_arms import GPT2_124M, TINY, MicroBatch, MicroBatchSet, Sizes, Training, adamw, by_hand, ours
+from gpu_arms import (
+    GPT2_124M,
+    TINY,
+    MicroBatch,
+    MicroBatchSet,
+    Sizes,
+    Training,
+    adamw,
+    by_hand,
+    ours,
+)
 from gpu_ranks import Found, Place
 from torch import nn
 
@@ -22,11 +32,15 @@ NUM_MICRO_BATCHES = 8
 # adds noise.
 SLOWEST, LARGEST = 0.95, 1.05
 
-Loop = Callable[[Sequence[MicroBatch]], list[tuple[float, float]]]  # loss and gradient norm of each window
+# loss and gradient norm of each window
+Loop = Callable[[Sequence[MicroBatch]], list[tuple[float, float]]]
 
 
 def loop_of(
-    arm: Callable[[Training], None], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    arm: Callable[[Training], None],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
 ) -> Loop:
     """Return a loop that trains the model on windows of NUM_MICRO_BATCHES micro-batches."""
 
@@ -50,17 +64,21 @@ def speed(place: Place) -> Found:
     model = asked.model().to(device)
     # Both loops share model and optimizer, so that speed and memory differ by the loop alone.
     optimizer = adamw(model, lr=0.0)
-    loops = {name: loop_of(arm, model, optimizer, device) for name, arm in (("by hand", by_hand), ("ours", ours))}
+    loops = {
+        name: loop_of(arm, model, optimizer, device)
+        for name, arm in (("by hand", by_hand), ("ours", ours))
+    }
 
     sizes = _largest_micro_batch(asked, loops["by hand"], device)
     one_window = MicroBatchSet(sizes, NUM_MICRO_BATCHES, NUM_MICRO_BATCHES, device)
     tokens = NUM_MICRO_BATCHES * sizes.micro_batch_size * sizes.length
     found.figures |= {
-        "model": f"GPT {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, vocabulary {sizes.vocab}, "
-        f"sequences of {sizes.length}",
+        "model": f"GPT {sizes.layers} layers, {sizes.heads} heads, width {sizes.width}, "
+        f"vocabulary {sizes.vocab}, sequences of {sizes.length}",
         "data": "random tokens",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "micro": sizes.micro_batch_size, "micro-batches per window": NUM_MICRO_BATCHES, "tokens per window": tokens,
+        "micro": sizes.micro_batch_size, "micro-batches per window": NUM_MICRO_BATCHES,
+        "tokens per window": tokens,
     }  # fmt: skip
 
     # With a learning rate of 0 both see the same weights and must compute the same numbers.
@@ -70,7 +88,8 @@ def speed(place: Place) -> Found:
         found.figures[f"{what}, by hand and ours"] = [hand, own]
         # float32 sums of bf16 products in two orders
         found.require(
-            abs(own / hand - 1) <= 1e-3, f"the loops differ: {what} {hand} in the hand-written one, {own} in ours"
+            abs(own / hand - 1) <= 1e-3,
+            f"the loops differ: {what} {hand} in the hand-written one, {own} in ours",
         )
 
     for group in optimizer.param_groups:
@@ -94,12 +113,18 @@ def speed(place: Place) -> Found:
     ratio = statistics.median(rates["ours"]) / statistics.median(rates["by hand"])
     found.figures["ratio of tokens/s, ours to by hand"] = ratio
     if device.type == "cuda":
-        found.figures |= {f"peak memory in MiB {name}": max(values) / 2**20 for name, values in peaks.items()}
+        found.figures |= {
+            f"peak memory in MiB {name}": max(values) / 2**20 for name, values in peaks.items()
+        }
         memory = max(peaks["ours"]) / max(peaks["by hand"])
         found.figures["ratio of peak memory, ours to by hand"] = memory
-        found.require(ratio >= SLOWEST, f"ours has {ratio:.3f} of the hand-written loop's tokens/s, at least {SLOWEST}")
         found.require(
-            memory <= LARGEST, f"ours takes {memory:.3f} of the hand-written loop's memory, at most {LARGEST}"
+            ratio >= SLOWEST,
+            f"ours has {ratio:.3f} of the hand-written loop's tokens/s, at least {SLOWEST}",
+        )
+        found.require(
+            memory <= LARGEST,
+            f"ours takes {memory:.3f} of the hand-written loop's memory, at most {LARGEST}",
         )
     return found
 
@@ -123,7 +148,10 @@ def _largest_micro_batch(sizes: Sizes, loop: Loop, device: torch.device) -> Size
         if fits:
             return sizes
         if sizes.micro_batch_size == 1:
-            raise RuntimeError("GPT-2 124M does not fit into this GPU's memory with a micro-batch of 1 x 1024 tokens")
+            raise RuntimeError(
+                "GPT-2 124M does not fit into this GPU's memory with a micro-batch of 1 x 1024 "
+                "tokens"
+            )
         sizes = replace(sizes, micro_batch_size=sizes.micro_batch_size // 2)
 
 
@@ -138,4 +166,9 @@ def _seconds(loop: Loop, micro_batches: Sequence[MicroBatch], device: torch.devi
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values), "blocks": values}
+    return {
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "blocks": values,
+    }

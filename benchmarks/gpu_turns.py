@@ -75,7 +75,10 @@ def start_method(device_type: str) -> str:
 def preload(device_type: str) -> None:
     """Import in the parent what the process of each arm would import, if they are forked."""
     if start_method(device_type) == "fork":
-        for module in ("torch._dynamo", *sorted({name for names in NEEDS.values() for name in names})):
+        for module in (
+            "torch._dynamo",
+            *sorted({name for names in NEEDS.values() for name in names}),
+        ):
             if find_spec(module.split(".")[0]) is not None:
                 import_module(module)
         torch.set_num_threads(1)
@@ -118,11 +121,17 @@ class Arm:
             for order in orders:
                 self._pipe.send(order)
             answered = self._pipe.poll(max(0.0, limit_s))
-            answer: Any = self._pipe.recv() if answered else f"no answer within the {limit_s:.0f} s that were left"
+            answer: Any = (
+                self._pipe.recv()
+                if answered
+                else f"no answer within the {limit_s:.0f} s that were left"
+            )
         except (EOFError, OSError):
             self._process.join(5)
             last = Path(self.job.log).read_text(errors="replace").strip().splitlines()[-1:]
-            answer = " | ".join([f"its process ended with exit code {self._process.exitcode}", *last])
+            answer = " | ".join(
+                [f"its process ended with exit code {self._process.exitcode}", *last]
+            )
         if isinstance(answer, str):  # an error
             self.end()
             raise GoneError(answer)
@@ -141,12 +150,17 @@ def work(job: Job, pipe: Connection) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     try:
-        device = torch.device(job.device_type, 0) if job.device_type == "cuda" else torch.device("cpu")
+        device = (
+            torch.device(job.device_type, 0) if job.device_type == "cuda" else torch.device("cpu")
+        )
         if device.type == "cpu":
             torch.set_num_threads(1)
         model, turns = job.sizes.model(), Turns(job, pipe, device)
         micro_batches = MicroBatchSet(
-            job.sizes, NUM_DISTINCT_WINDOWS * job.num_micro_batches, MOST_WINDOWS * job.num_micro_batches, device
+            job.sizes,
+            NUM_DISTINCT_WINDOWS * job.num_micro_batches,
+            MOST_WINDOWS * job.num_micro_batches,
+            device,
         )
         for module in NEEDS.get(job.arm, []):
             import_module(module)
@@ -154,7 +168,8 @@ def work(job: Job, pipe: Connection) -> None:
         turns.wait()  # the model is on the host until the first order
         model = model.to(device)
         training = Training(
-            model, adamw(model, LR), device, micro_batches, job.num_micro_batches, turns.report, job.backend
+            model, adamw(model, LR), device, micro_batches, job.num_micro_batches, turns.report,
+            job.backend
         )  # fmt: skip
         ARMS[job.arm](training)
         raise RuntimeError("the training loop ended before it was stopped")
@@ -211,7 +226,11 @@ class Turns:
         seconds = time.perf_counter() - self._began
         self._watch.close()
         found, self._found = self._found, None
-        syncs = None if found is None else sum(x if isinstance(x, int) else SYNC in str(x.message) for x in found)
+        syncs = (
+            None
+            if found is None
+            else sum(x if isinstance(x, int) else SYNC in str(x.message) for x in found)
+        )
         peak = None
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)

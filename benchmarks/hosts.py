@@ -68,15 +68,37 @@ class Hosts:
         for number, host in enumerate(self.members):
             for network, device in ((host.network, LINK), (self._switch, f"port{number}")):
                 if rate_mbit is None:
-                    _call("tc", "-n", network, "qdisc", "replace", "dev", device, "root", "pfifo", "limit", "10000")
+                    _call(
+                        "tc",
+                        "-n",
+                        network,
+                        "qdisc",
+                        "replace",
+                        "dev",
+                        device,
+                        "root",
+                        "pfifo",
+                        "limit",
+                        "10000",
+                    )
                     continue
                 burst = max(128 * 1024, int(rate_mbit * 1e6 / 8 * 0.002))
-                shape = ("tbf", "rate", f"{rate_mbit:g}mbit", "burst", str(burst), "latency", "400ms")
+                shape = (
+                    "tbf",
+                    "rate",
+                    f"{rate_mbit:g}mbit",
+                    "burst",
+                    str(burst),
+                    "latency",
+                    "400ms",
+                )
                 _call("tc", "-n", network, "qdisc", "replace", "dev", device, "root", *shape)
 
     def start(self, number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a command inside a host; `options` are those of Popen, the pid is the command's."""
-        return subprocess.Popen([_found("ip"), "netns", "exec", self.members[number].network, *command], **options)
+        return subprocess.Popen(
+            [_found("ip"), "netns", "exec", self.members[number].network, *command], **options
+        )
 
 
 @contextmanager
@@ -93,7 +115,9 @@ def hosts(number: int) -> Iterator[Hosts]:
         NoHostsError: the hosts cannot be made. Nothing is left behind.
     """
     if os.geteuid() != 0:
-        raise NoHostsError("hosts are network namespaces, and only root may make them. Run this program as root.")
+        raise NoHostsError(
+            "hosts are network namespaces, and only root may make them. Run this program as root."
+        )
     _found("ip"), _found("tc")
     run = f"distaccum-{os.getpid()}-{secrets.token_hex(2)}"
     members = [Host(f"{run}-{i}", f"10.213.78.{i + 1}") for i in range(number)]
@@ -127,7 +151,9 @@ def hosts(number: int) -> Iterator[Hosts]:
         yield Hosts(members, switch)
     finally:
         for network in made:  # removes the veth pairs and the bridge, too
-            subprocess.run([_found("ip"), "netns", "del", network], capture_output=True, check=False)
+            subprocess.run(
+                [_found("ip"), "netns", "del", network], capture_output=True, check=False
+            )
             shutil.rmtree(_ETC / network, ignore_errors=True)
 
 
@@ -140,11 +166,16 @@ def sent_bytes() -> int:
 def _found(program: str) -> str:
     where = shutil.which(program, path=_PATH)
     if where is None:
-        raise NoHostsError(f"hosts need the program `{program}`, which is not installed. On Debian, install iproute2.")
+        raise NoHostsError(
+            f"hosts need the program `{program}`, which is not installed. On Debian, install "
+            "iproute2."
+        )
     return where
 
 
 def _call(program: str, *words: str) -> None:
     done = subprocess.run([_found(program), *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NoHostsError(f"hosts cannot be made here: `{program} {' '.join(words)}`: {done.stderr.strip()}")
+        raise NoHostsError(
+            f"hosts cannot be made here: `{program} {' '.join(words)}`: {done.stderr.strip()}"
+        )

@@ -20,7 +20,9 @@ import machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--out", type=Path, help="JSON file to write all samples to")
     parser.add_argument("--smoke", action="store_true", help="only one round, which counts")
@@ -35,11 +37,24 @@ def main() -> None:
             if index >= unused:
                 taken.append(time.perf_counter() - began)
     for module, taken in seconds.items():
-        print(f"import {module:10} median {statistics.median(taken):.3f} s, {min(taken):.3f} to {max(taken):.3f}")
-    ratios = [ours / torch for ours, torch in zip(seconds["distaccum"], seconds["torch"], strict=True)]
-    print(f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, of {runs} pairs")
+        print(
+            f"import {module:10} median {statistics.median(taken):.3f} s, {min(taken):.3f} to "
+            f"{max(taken):.3f}"
+        )
+    ratios = [
+        ours / torch for ours, torch in zip(seconds["distaccum"], seconds["torch"], strict=True)
+    ]
+    print(
+        f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}, "
+        f"of {runs} pairs"
+    )
     if asked.out is not None:
-        found = {"machine": machine.describe(), "smoke": asked.smoke, "seconds": seconds, "ratios": ratios}
+        found = {
+            "machine": machine.describe(),
+            "smoke": asked.smoke,
+            "seconds": seconds,
+            "ratios": ratios,
+        }
         asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

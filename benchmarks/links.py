@@ -50,12 +50,19 @@ PAYLOAD = 1448 / 1514
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _asked(arguments)
     settings = Settings(
-        asked.micro_batches, asked.micro_batch_size, asked.seq_len, asked.layers, asked.width, asked.bucket_mb
+        asked.micro_batches,
+        asked.micro_batch_size,
+        asked.seq_len,
+        asked.layers,
+        asked.width,
+        asked.bucket_mb,
     )
     found: dict[str, Any] = {
-        "command": " ".join(sys.argv), "machine": _machine(), "settings": asdict(settings), "worlds": {},
+        "command": " ".join(sys.argv), "machine": _machine(), "settings": asdict(settings),
+        "worlds": {},
     }  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes hosts and ends ranks
+    # removes hosts and ends ranks
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     agree = True
     try:
         for number in asked.hosts:
@@ -79,19 +86,34 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", default=rates, help=f"Mbit/s, or {UNLIMITED}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=2, help=f"rounds of {', '.join(SLOW)}")
-    parser.add_argument("--overlap", nargs="*", default=["2", "4", "8", "auto"], help="overlap_micro_batches to try")
-    parser.add_argument("--arms", nargs="+", help="only these, and the two that all are compared with")
     parser.add_argument(
-        "--micro-batches", type=int, default=8, help="K, micro-batches per rank in a window; a power of two"
+        "--overlap", nargs="*", default=["2", "4", "8", "auto"], help="overlap_micro_batches to try"
     )
-    parser.add_argument("--micro-batch-size", type=int, default=1, help="sequences in a micro-batch; a power of two")
-    parser.add_argument("--seq-len", type=int, default=64, help="tokens in a sequence; a power of two")
+    parser.add_argument(
+        "--arms", nargs="+", help="only these, and the two that all are compared with"
+    )
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=8,
+        help="K, micro-batches per rank in a window; a power of two",
+    )
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=1, help="sequences in a micro-batch; a power of two"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=64, help="tokens in a sequence; a power of two"
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=320)
-    parser.add_argument("--bucket-mb", type=int, default=5, help="size of DDP's buckets in the overlap arms")
+    parser.add_argument(
+        "--bucket-mb", type=int, default=5, help="size of DDP's buckets in the overlap arms"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="2 hosts, one rate, a tiny model, 2 rounds")
+    parser.add_argument(
+        "--smoke", action="store_true", help="2 hosts, one rate, a tiny model, 2 rounds"
+    )
     asked = parser.parse_args(arguments)
     if asked.smoke:
         asked.hosts, asked.rates, asked.rounds, asked.layers, asked.width = [2], ["400"], 2, 2, 128
@@ -100,13 +122,18 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = sorted(set(asked.arms or []) - set(known))
     if unknown:
         parser.error(f"--arms: there is no arm {unknown[0]!r}; choose from {known}")
-    asked.arms = [name for name in known if asked.arms is None or name in (COMPUTE, REFERENCE, *asked.arms)]
+    asked.arms = [
+        name for name in known if asked.arms is None or name in (COMPUTE, REFERENCE, *asked.arms)
+    ]
     return asked
 
 
 def _machine() -> dict[str, Any]:
     congestion = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
-    return machine.describe("accelerate", "lightning") | {"kernel": platform.release(), "tcp": congestion}
+    return machine.describe("accelerate", "lightning") | {
+        "kernel": platform.release(),
+        "tcp": congestion,
+    }
 
 
 def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, Any]:
@@ -140,7 +167,11 @@ def _measure(asked: argparse.Namespace, made: Hosts, ranks: Ranks) -> dict[str, 
             for name in arms:
                 if number < asked.slow_rounds or name not in SLOW:
                     samples[name].append(run(name))
-        results["rates"][rate] = {"bytes_per_s": rate_bytes, "plain_tcp_bytes_per_s": measured, "samples": samples}
+        results["rates"][rate] = {
+            "bytes_per_s": rate_bytes,
+            "plain_tcp_bytes_per_s": measured,
+            "samples": samples,
+        }
         _show(len(made), rate, results["rates"][rate], missing)
     made.limit(None)
     for name in arms:
@@ -163,10 +194,18 @@ def _show(number: int, rate: str, found: dict[str, Any], missing: dict[str, str]
     samples = found["samples"]
     mbit = [value * 8e-6 for value in found["plain_tcp_bytes_per_s"]]
     asked_for = (
-        "no limit" if rate == UNLIMITED else f"limit of {rate} Mbit/s, {float(rate) * PAYLOAD:.0f} of it payload"
+        "no limit"
+        if rate == UNLIMITED
+        else f"limit of {rate} Mbit/s, {float(rate) * PAYLOAD:.0f} of it payload"
     )
-    print(f"\n{number} hosts, {asked_for}; plain TCP reaches {min(mbit):.0f} to {max(mbit):.0f} Mbit/s")
-    print(f"{'':22} {'seconds per step':>24}  {'x no_sync':>9} {'MB sent':>9} {'bound in s':>10} {'x bound':>8}")
+    print(
+        f"\n{number} hosts, {asked_for}; plain TCP reaches {min(mbit):.0f} to {max(mbit):.0f}"
+        " Mbit/s"
+    )
+    print(
+        f"{'':22} {'seconds per step':>24}  {'x no_sync':>9} {'MB sent':>9} {'bound in s':>10} "
+        f"{'x bound':>8}"
+    )
     reference = median_s(samples[REFERENCE])
     for name, taken in samples.items():
         seconds = [max(sample["seconds"]) for sample in taken]
@@ -185,13 +224,19 @@ def _show_agreement(number: int, results: dict[str, Any]) -> bool:
     """Print how the parameters of each arm differ; return whether all arms agree."""
     agree = True
     print(
-        f"\n{number} hosts, {results['windows']} windows: distance of the parameters from those of {REFERENCE}, as a "
-        "share of their distance from the initial ones"
+        f"\n{number} hosts, {results['windows']} windows: distance of the parameters from those of"
+        f" {REFERENCE}, as a share of their distance from the initial ones"
     )
     for name, found in results["agreement"].items():
-        right = found["bitwise"] or (not (number == 2 and same_order(name)) and found["relative"] <= found["tolerance"])
+        right = found["bitwise"] or (
+            not (number == 2 and same_order(name)) and found["relative"] <= found["tolerance"]
+        )
         agree &= right
-        how = "bitwise equal" if found["bitwise"] else f"{found['relative']:.1e} (at most {found['tolerance']:.1e})"
+        how = (
+            "bitwise equal"
+            if found["bitwise"]
+            else f"{found['relative']:.1e} (at most {found['tolerance']:.1e})"
+        )
         print(f"{name:22} {how}{'' if right else '   DIFFERENT'}")
     return agree
 

@@ -36,14 +36,26 @@ def first_model(settings: Settings) -> GPT:
     It has no biases, because the gradient of the keys' biases is 0 and would be only noise.
     """
     torch.manual_seed(0)
-    sizes = {"num_layers": settings.num_layers, "num_heads": settings.width // 32, "width": settings.width}
-    return GPT(GPTConfig("gpt", vocab_size=256, max_seq_len=settings.seq_len, dropout=0.0, bias=False, **sizes))
+    sizes = {
+        "num_layers": settings.num_layers,
+        "num_heads": settings.width // 32,
+        "width": settings.width,
+    }
+    return GPT(
+        GPTConfig(
+            "gpt", vocab_size=256, max_seq_len=settings.seq_len, dropout=0.0, bias=False, **sizes
+        )
+    )
 
 
 def random_micro_batches(settings: Settings) -> Iterator[MicroBatch]:
     """Return an endless iterator over this rank's micro-batches of random tokens."""
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    shape = (NUM_WINDOWS * settings.num_micro_batches, settings.micro_batch_size, settings.seq_len + 1)
+    shape = (
+        NUM_WINDOWS * settings.num_micro_batches,
+        settings.micro_batch_size,
+        settings.seq_len + 1,
+    )
     tokens = torch.randint(256, shape, generator=generator)
     return itertools.cycle([(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens])
 
@@ -153,7 +165,9 @@ def fabric(settings: Settings, inner: nn.Module) -> Arm:
     micro_batches = random_micro_batches(settings)
 
     def step() -> None:
-        for i, micro_batch in enumerate(itertools.islice(micro_batches, settings.num_micro_batches)):
+        for i, micro_batch in enumerate(
+            itertools.islice(micro_batches, settings.num_micro_batches)
+        ):
             with ranks.no_backward_sync(model, enabled=i < settings.num_micro_batches - 1):
                 ranks.backward(loss_of(model, micro_batch) / settings.num_micro_batches)
         optimizer.step()
@@ -192,14 +206,20 @@ def fsdp_last(settings: Settings, inner: nn.Module) -> Arm:
     return Arm(_window_loop(settings, model, backward), model)
 
 
-def ours(settings: Settings, inner: nn.Module, sync: str, overlap: int | str = 1, sharded: bool = False) -> Arm:
+def ours(
+    settings: Settings, inner: nn.Module, sync: str, overlap: int | str = 1, sharded: bool = False
+) -> Arm:
     """Train with an Accumulator of distaccum over `da.windows`."""
     bucket_mb = None if overlap == 1 else settings.bucket_mb
     model = _sharded(inner) if sharded else DistributedDataParallel(inner, bucket_cap_mb=bucket_mb)
     options = {} if overlap == 1 else {"overlap_micro_batches": overlap}
     optimizer, objective = adamw(model), da.CausalLM(shift=False)
     accumulator = da.Accumulator(model, optimizer, objective, sync=sync, **options)
-    windows = iter(da.windows(random_micro_batches(settings), gradient_accumulation_steps=settings.num_micro_batches))
+    windows = iter(
+        da.windows(
+            random_micro_batches(settings), gradient_accumulation_steps=settings.num_micro_batches
+        )
+    )
 
     def choose_again() -> None:
         nonlocal accumulator
@@ -224,7 +244,9 @@ _WAYS: dict[str, Callable[[Settings, nn.Module], Arm]] = {
     "FSDP2 each micro-batch": fsdp_each,
     "FSDP2 last micro-batch": fsdp_last,
     "ours FSDP2 boundary": lambda settings, inner: ours(settings, inner, "boundary", sharded=True),
-    "ours FSDP2 gather_once": lambda settings, inner: ours(settings, inner, "gather_once", sharded=True),
+    "ours FSDP2 gather_once": lambda settings, inner: ours(
+        settings, inner, "gather_once", sharded=True
+    ),
 }
 
 

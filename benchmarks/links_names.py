@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPUTE, REFERENCE, OVERLAP = "compute alone", "DDP no_sync", "ours DDP, overlap "
-SMALL = "DDP no_sync, small buckets"  # has the buckets of the overlap arms, to separate their effect
+SMALL = (  # has the buckets of the overlap arms, to separate their effect
+    "DDP no_sync, small buckets"
+)
 # These communicate several times per window.
 SLOW = ("DDP naive", "FSDP2 each micro-batch", "FSDP2 last micro-batch", "ours FSDP2 boundary")
 # On two ranks, these sum over ranks once per window. Naive DDP does so for each micro-batch, which
 # is another order.
 SAME_ORDER = (REFERENCE, SMALL, "Accelerate", "Fabric", "ours DDP")
 _PLAIN = (
-    COMPUTE, REFERENCE, SMALL, "DDP naive", "Accelerate", "Fabric", "ours DDP", "FSDP2 each micro-batch",
-    "FSDP2 last micro-batch", "ours FSDP2 boundary", "ours FSDP2 gather_once",
+    COMPUTE, REFERENCE, SMALL, "DDP naive", "Accelerate", "Fabric", "ours DDP",
+    "FSDP2 each micro-batch", "FSDP2 last micro-batch", "ours FSDP2 boundary",
+    "ours FSDP2 gather_once",
 )  # fmt: skip
 
 

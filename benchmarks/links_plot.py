@@ -70,10 +70,20 @@ def _panel(axis: Any, rates: dict[str, Any]) -> None:
     for name in columns[0]["samples"]:
         if name == COMPUTE:
             continue
-        color, style = COLORS.get(name, OVERLAP_COLOR), {"linewidth": 2.2 if name.startswith("ours") else 1.4}
+        color, style = (
+            COLORS.get(name, OVERLAP_COLOR),
+            {"linewidth": 2.2 if name.startswith("ours") else 1.4},
+        )
         seconds = [median_s(one["samples"][name]) for one in columns]
         axis.plot(xs, seconds, color=color, marker="o", markersize=4, **style)
-        axis.plot(xs, [bound_s(one, name) for one in columns], color=color, linestyle="--", linewidth=0.9, alpha=0.6)
+        axis.plot(
+            xs,
+            [bound_s(one, name) for one in columns],
+            color=color,
+            linestyle="--",
+            linewidth=0.9,
+            alpha=0.6,
+        )
         ends[name] = seconds[0]
     axis.set_xticks(
         xs,
@@ -93,10 +103,16 @@ def _panel(axis: Any, rates: dict[str, Any]) -> None:
     heights = {name: math.log(y / low) / math.log(high / low) for name, y in ends.items()}
     for name, place in _apart(heights).items():
         color = COLORS.get(name, OVERLAP_COLOR)
-        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 3, "relpos": (1, 0.5)}
+        leader = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.6,
+            "shrinkB": 3,
+            "relpos": (1, 0.5),
+        }
         axis.annotate(
-            name, (xs[0], ends[name]), (0.30, place), textcoords=axis.transAxes, ha="right", va="center", fontsize=10,
-            color=color, arrowprops=leader,
+            name, (xs[0], ends[name]), (0.30, place), textcoords=axis.transAxes, ha="right",
+            va="center", fontsize=10, color=color, arrowprops=leader,
         )  # fmt: skip
 
 

@@ -45,7 +45,10 @@ class Rank:
 
     def facts(self) -> dict[str, Any]:
         """Return facts about the model for the report."""
-        return {"parameters": sum(p.numel() for p in self.start.parameters()), "torch": torch.__version__}
+        return {
+            "parameters": sum(p.numel() for p in self.start.parameters()),
+            "torch": torch.__version__,
+        }
 
     def run(self, name: str) -> tuple[float, int]:
         """Train on one window.
@@ -80,7 +83,10 @@ class Rank:
         payload, taken = bytes(num_bytes), 0
         with socket.create_server(("", TRANSFER_PORT)) as listener:
             dist.barrier()
-            with socket.create_connection((next_address, TRANSFER_PORT)) as out, listener.accept()[0] as into:
+            with (
+                socket.create_connection((next_address, TRANSFER_PORT)) as out,
+                listener.accept()[0] as into,
+            ):
                 dist.barrier()
                 began = time.perf_counter()
                 sending = threading.Thread(target=out.sendall, args=(payload,))
@@ -104,7 +110,10 @@ class Rank:
         # of the sum of their norms, which is at most sqrt(K R) times the norm of the sum if their
         # directions are random. An update rounds by 2^-24 of the parameters. Both may add up over
         # the windows.
-        windows, added = self.arms[REFERENCE].windows, self.settings.num_micro_batches * dist.get_world_size()
+        windows, added = (
+            self.arms[REFERENCE].windows,
+            self.settings.num_micro_batches * dist.get_world_size(),
+        )
         size = _distance(start, [torch.zeros(())] * len(start))
         tolerance = windows * 2**-24 * (added**1.5 + size / way)
         found = {}
@@ -115,13 +124,19 @@ class Rank:
                 )
                 own = arm.parameters()
                 equal = all(torch.equal(a, b) for a, b in zip(own, hand, strict=True))
-                found[name] = {"bitwise": equal, "relative": _distance(own, hand) / way, "tolerance": tolerance}
+                found[name] = {
+                    "bitwise": equal,
+                    "relative": _distance(own, hand) / way,
+                    "tolerance": tolerance,
+                }
         return found
 
 
 def _distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     pairs = zip(some, others, strict=True)
-    return math.sqrt(sum((a.detach().double() - b.detach().double()).square().sum().item() for a, b in pairs))
+    return math.sqrt(
+        sum((a.detach().double() - b.detach().double()).square().sum().item() for a, b in pairs)
+    )
 
 
 def main() -> None:
@@ -139,12 +154,17 @@ def main() -> None:
     # The peers read these variables to detect that they are ranks, and then use the existing
     # process group.
     os.environ |= {
-        "GLOO_SOCKET_IFNAME": LINK, "RANK": str(asked.rank), "WORLD_SIZE": str(asked.ranks), "LOCAL_RANK": "0",
-        "NODE_RANK": str(asked.rank), "MASTER_ADDR": address, "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": LINK, "RANK": str(asked.rank), "WORLD_SIZE": str(asked.ranks),
+        "LOCAL_RANK": "0", "NODE_RANK": str(asked.rank), "MASTER_ADDR": address,
+        "MASTER_PORT": port,
     }  # fmt: skip
     timeout = timedelta(seconds=TIMEOUT_S)
-    store = dist.TCPStore(address, int(port), asked.ranks, is_master=asked.rank == 0, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=asked.rank, world_size=asked.ranks, timeout=timeout)
+    store = dist.TCPStore(
+        address, int(port), asked.ranks, is_master=asked.rank == 0, timeout=timeout
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=asked.rank, world_size=asked.ranks, timeout=timeout
+    )
     rank = Rank(Settings(**json.loads(asked.settings)))
     pipe = Connection(asked.pipe)
     pipe.send("ready")
@@ -153,7 +173,8 @@ def main() -> None:
             what, *arguments = pipe.recv()
             pipe.send(getattr(rank, what)(*arguments))
     except EOFError:
-        os._exit(0)  # the parent is done; the other ranks may be gone, so there is no last collective
+        # the parent is done; the other ranks may be gone, so there is no last collective
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -77,13 +77,15 @@ class Ranks:
         ours, theirs = Pipe()
         command = [
             sys.executable, str(Path(__file__).with_name("links_rank.py")), f"--rank={rank}",
-            f"--ranks={len(self._hosts)}", f"--store={self._hosts[0].address}:{PORT}", f"--parent={os.getpid()}",
-            f"--pipe={theirs.fileno()}", f"--settings={json.dumps(asdict(self._settings))}",
+            f"--ranks={len(self._hosts)}", f"--store={self._hosts[0].address}:{PORT}",
+            f"--parent={os.getpid()}", f"--pipe={theirs.fileno()}",
+            f"--settings={json.dumps(asdict(self._settings))}",
         ]  # fmt: skip
         with self._log(rank).open("wb") as log:
             process = self._hosts.start(
                 rank, command, pass_fds=[theirs.fileno()], stdout=log, stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,  # Ctrl-C reaches the parent only
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C reaches the parent only
             )  # fmt: skip
         theirs.close()
         self._pipes.append(ours)

@@ -18,8 +18,18 @@ def describe(*packages: str) -> dict[str, Any]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", *packages)},
-        "commit": output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
-        or "unknown",
+        "commit": (
+            output(
+                "git",
+                "-C",
+                str(Path(__file__).parent),
+                "describe",
+                "--always",
+                "--dirty",
+                "--exclude=*",
+            )
+            or "unknown"
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -27,7 +37,9 @@ def describe(*packages: str) -> dict[str, Any]:
 def output(*command: str) -> str:
     """Return what a command prints, or "" if it fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     return ""
 
 

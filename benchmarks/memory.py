@@ -42,9 +42,10 @@ from distaccum.parallel.precision import Precision
 from distaccum.parallel.world import World
 from distaccum.planner.meter import Meter
 from distaccum.planner.peak import peak
+from distaccum.planner.segments import MicroBatchTrace
 from distaccum.planner.shapes import Setup, describe
 from distaccum.planner.timeline import Peak
-from distaccum.planner.trace import MicroBatchTrace, trace, update
+from distaccum.planner.trace import trace, update
 
 SIZES = {  # tokens in a sample, vocabulary, layers, heads, width
     "smoke": (16, 500, 2, 4, 64),
@@ -69,22 +70,36 @@ class Way:
     samples: int = 4
 
     def __str__(self) -> str:
-        return f"{self.strategy} {self.sync} {self.precision}{' checkpointed' if self.checkpoint else ''}"
+        return (
+            f"{self.strategy} {self.sync} "
+            f"{self.precision}{' checkpointed' if self.checkpoint else ''}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, few micro-batches, two ranks")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model, few micro-batches, two ranks"
+    )
     asked = parser.parse_args()
-    on_gpu, counts = asked.device == "cuda", [1, 2, 4] if asked.smoke else [2**power for power in range(7)]
+    on_gpu, counts = (
+        asked.device == "cuda",
+        ([1, 2, 4] if asked.smoke else [2**power for power in range(7)]),
+    )
     models = ["smoke"] if asked.smoke else (["gpt2_124m", "gpt2_350m"] if on_gpu else ["small"])
     first = Way(models[0], samples=4)
     flat = [_both(replace(first, num_micro_batches=count), asked.device) for count in counts]
     _show("1. peak over the number of micro-batches in a window", flat, "num_micro_batches")
     ways = [
-        Way(model, precision=precision, checkpoint=checkpoint, num_micro_batches=count, samples=samples)
+        Way(
+            model,
+            precision=precision,
+            checkpoint=checkpoint,
+            num_micro_batches=count,
+            samples=samples,
+        )
         for model in models
         for precision in ("fp32", "bf16")
         for checkpoint in (False, True)
@@ -95,13 +110,23 @@ def main() -> None:
     spread = []
     if not on_gpu:
         many = replace(first, model="smoke" if asked.smoke else "medium")
-        spread = [found for ranks in ((2,) if asked.smoke else (2, 4)) for found in _on_ranks(ranks, many)]
+        spread = [
+            found for ranks in ((2,) if asked.smoke else (2, 4)) for found in _on_ranks(ranks, many)
+        ]
     _show("3. strategies and sync policies on several ranks", spread, "ranks")
     ratios = sorted(found["predicted"] / found["measured"] for found in [*flat, *table, *spread])
-    print(f"predicted / measured: {ratios[0]:.3f} to {ratios[-1]:.3f}, median {ratios[len(ratios) // 2]:.3f}")
+    print(
+        f"predicted / measured: {ratios[0]:.3f} to {ratios[-1]:.3f}, median "
+        f"{ratios[len(ratios) // 2]:.3f}"
+    )
     if asked.out is not None:
         gpu = {"gpu": torch.cuda.get_device_name()} if on_gpu else {}
-        found = {"machine": {**machine.describe(), **gpu}, "flat": flat, "table": table, "spread": spread}
+        found = {
+            "machine": {**machine.describe(), **gpu},
+            "flat": flat,
+            "table": table,
+            "spread": spread,
+        }
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
         _draw(flat, table, asked.out.with_suffix(".png"))
 
@@ -127,10 +152,12 @@ def _measured(way: Way, world: World) -> int:
         optimizer_for, objective = _optimizer_for(world.device.type), _objective(way)
         if world.group is not None:
             model = wrap(model, model.blocks, config, world, precision.sharded_policy(None))
-        accumulator = da.Accumulator(model, optimizer_for(model), objective, sync=way.sync, clip_norm=1.0)
-        window = [_micro_batch(way, way.samples) for _ in range(2)] * (way.num_micro_batches // 2) or [
-            _micro_batch(way, way.samples)
-        ]
+        accumulator = da.Accumulator(
+            model, optimizer_for(model), objective, sync=way.sync, clip_norm=1.0
+        )
+        window = [_micro_batch(way, way.samples) for _ in range(2)] * (
+            way.num_micro_batches // 2
+        ) or [_micro_batch(way, way.samples)]
         accumulator.step(window)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -146,7 +173,10 @@ def _predicted(way: Way, ranks: int, device: str) -> Peak:
     with torch.device("meta"):
         model = _model(way)
     shape = describe(model, model.blocks)
-    traced = (_traced(replace(way, num_micro_batches=1, samples=1, sync="boundary"), size, device) for size in TRACED)
+    traced = (
+        _traced(replace(way, num_micro_batches=1, samples=1, sync="boundary"), size, device)
+        for size in TRACED
+    )
     micro_batch = MicroBatchTrace.between(*traced, way.samples)
     shapes = [(p.local(setup.shards), p.dtype) for p in shape.trained]
     took = update(_optimizer_for(device), shapes, device)
@@ -159,7 +189,13 @@ def _traced(way: Way, samples: int, device: str) -> MicroBatchTrace:
         model = _model(way)
     compute = _setup(way, 1).compute
     return trace(
-        model, lambda m: m.blocks, _objective(way).loss_sum, _micro_batch(way, samples), samples, device, compute
+        model,
+        lambda m: m.blocks,
+        _objective(way).loss_sum,
+        _micro_batch(way, samples),
+        samples,
+        device,
+        compute,
     )
 
 
@@ -184,7 +220,9 @@ def _objective(way: Way) -> Any:
 
 def _optimizer_for(device: str) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """Return a function that makes AdamW as distaccum does: fused on a GPU, foreach on a CPU."""
-    return lambda model: torch.optim.AdamW(model.parameters(), fused=device == "cuda", foreach=device == "cpu")
+    return lambda model: torch.optim.AdamW(
+        model.parameters(), fused=device == "cuda", foreach=device == "cpu"
+    )
 
 
 def _config(way: Way, ranks: int) -> ParallelConfig:
@@ -213,7 +251,9 @@ def _on_ranks(ranks: int, first: Way) -> list[dict[str, Any]]:
     ]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        processes = [context.Process(target=_rank, args=(rank, ranks, folder, ways)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, folder, ways)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -239,12 +279,20 @@ def _rank(rank: int, ranks: int, folder: str, ways: list[Way]) -> None:
 
 def _show(title: str, rows: list[dict[str, Any]], column: str) -> None:
     if rows:
-        print(f"\n{title}\n{column:>10} {'measured':>12} {'predicted':>12} {'ratio':>7}  predicted moment")
+        print(
+            f"\n{title}\n{column:>10} {'measured':>12} {'predicted':>12} {'ratio':>7}  predicted"
+            " moment"
+        )
     for row in rows:
         ratio = row["predicted"] / row["measured"]
-        what = "" if column == "num_micro_batches" else f"{row['strategy']} {row['sync']} {row['precision']}: "
+        what = (
+            ""
+            if column == "num_micro_batches"
+            else f"{row['strategy']} {row['sync']} {row['precision']}: "
+        )
         print(
-            f"{row[column]:>10} {_mib(row['measured'])} {_mib(row['predicted'])} {ratio:>7.3f}  {what}{row['moment']}"
+            f"{row[column]:>10} {_mib(row['measured'])} {_mib(row['predicted'])} {ratio:>7.3f}  "
+            f"{what}{row['moment']}"
         )
 
 
@@ -252,13 +300,22 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
 def _show_parts(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}\n{'':34}" + "".join(f"{name:>13}" for name in [*PARTS, "predicted", "measured"]) + "   ratio")
+    print(
+        f"\n{title}\n{'':34}"
+        + "".join(f"{name:>13}" for name in [*PARTS, "predicted", "measured"])
+        + "   ratio"
+    )
     for row in rows:
         checkpointed = " ckpt" if row["checkpoint"] else ""
-        name = f"{row['model']} {row['precision']}{checkpointed} {row['num_micro_batches']} x {row['samples']}"
+        name = (
+            f"{row['model']} {row['precision']}{checkpointed} {row['num_micro_batches']} x "
+            f"{row['samples']}"
+        )
         sizes = [*(row["parts"][part] for part in PARTS), row["predicted"], row["measured"]]
         print(
-            f"{name:34}" + "".join(f" {_mib(size)}" for size in sizes) + f" {row['predicted'] / row['measured']:>7.3f}"
+            f"{name:34}"
+            + "".join(f" {_mib(size)}" for size in sizes)
+            + f" {row['predicted'] / row['measured']:>7.3f}"
         )
 
 
@@ -274,14 +331,26 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=[1, 1.25])
     counts = [row["num_micro_batches"] for row in flat]
-    measured, predicted = ([row[name] / 2**20 for row in flat] for name in ("measured", "predicted"))
+    measured, predicted = (
+        [row[name] / 2**20 for row in flat] for name in ("measured", "predicted")
+    )
     left.plot(counts, predicted, color="#d1602b", linewidth=5, alpha=0.35, solid_capstyle="round")
     left.plot(counts, measured, color="#24527a", marker="o", markersize=5)
     left.annotate(
-        "measured", (counts[-1], measured[-1]), (0, -16), textcoords="offset points", color="#24527a", ha="right"
+        "measured",
+        (counts[-1], measured[-1]),
+        (0, -16),
+        textcoords="offset points",
+        color="#24527a",
+        ha="right",
     )
     left.annotate(
-        "predicted", (counts[-1], measured[-1]), (0, 10), textcoords="offset points", color="#d1602b", ha="right"
+        "predicted",
+        (counts[-1], measured[-1]),
+        (0, 10),
+        textcoords="offset points",
+        color="#d1602b",
+        ha="right",
     )
     left.set_xscale("log", base=2)
     left.set_xticks(counts, [str(count) for count in counts])
@@ -297,19 +366,29 @@ def _draw(flat: list[dict[str, Any]], table: list[dict[str, Any]], file: Path) -
             width = row["parts"][part] / 2**20
             right.barh(place, width, left=start, color=colours[part], height=0.62)
             start += width
-        right.plot([row["measured"] / 2**20] * 2, [place - 0.36, place + 0.36], color="black", linewidth=1.6)
+        right.plot(
+            [row["measured"] / 2**20] * 2,
+            [place - 0.36, place + 0.36],
+            color="black",
+            linewidth=1.6,
+        )
         right.plot(row["predicted"] / 2**20, place, "o", mfc="none", mec="black", markersize=7)
     for place, part in enumerate(PARTS):
-        right.text(0.22 * place, 1.02, part, transform=right.transAxes, color=colours[part], weight="bold")
+        right.text(
+            0.22 * place, 1.02, part, transform=right.transAxes, color=colours[part], weight="bold"
+        )
     right.set_yticks(
         range(len(rows)),
         [
-            f"{r['precision']}{', checkpointed' if r['checkpoint'] else ''}, {r['num_micro_batches']} x {r['samples']}"
+            f"{r['precision']}{', checkpointed' if r['checkpoint'] else ''}, "
+            f"{r['num_micro_batches']} x {r['samples']}"
             for r in reversed(rows)
         ],
     )
     right.set_xlabel("MiB; line: measured peak, ring: predicted")
-    right.set_title(f"{rows[0]['model']}: 32 samples in micro-batches and at once", loc="left", pad=22)
+    right.set_title(
+        f"{rows[0]['model']}: 32 samples in micro-batches and at once", loc="left", pad=22
+    )
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -54,21 +54,28 @@ TOLERANCE = 0.1 * 100 * 2**-24 + 3 * 2**-23
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--gradient-accumulation-steps", type=int, default=8, help="K, the micro-batches per rank in a window"
+        "--gradient-accumulation-steps",
+        type=int,
+        default=8,
+        help="K, the micro-batches per rank in a window",
     )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--clip-norm", type=float, help="let all arms clip gradients; default: none clips")
-    parser.add_argument("--only", nargs="*", choices=list(ARMS), help=f"only these arms, and '{REFERENCE}'")
+    parser.add_argument(
+        "--clip-norm", type=float, help="let all arms clip gradients; default: none clips"
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=list(ARMS), help=f"only these arms, and '{REFERENCE}'"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smoke", action="store_true", help="tiny blocks, two rounds")
     asked = parser.parse_args()
     names = [name for name in ARMS if asked.only is None or name in (REFERENCE, *asked.only)]
     rounds = 2 if asked.smoke else asked.rounds
     found: dict[str, Any] = {
-        "num_micro_batches": asked.gradient_accumulation_steps, "clip_norm": asked.clip_norm, "rounds": rounds,
-        "smoke": asked.smoke,
-        "machine": machine.describe("distaccum", "accelerate", "lightning", "transformers", "deepspeed"),
-        "settings": {},
+        "num_micro_batches": asked.gradient_accumulation_steps, "clip_norm": asked.clip_norm,
+        "rounds": rounds, "smoke": asked.smoke,
+        "machine": machine.describe("distaccum", "accelerate", "lightning", "transformers",
+        "deepspeed"), "settings": {},
     }  # fmt: skip
     # A smoke test imports the peers only once. Otherwise, no peer's process imports another peer.
     preloaded = HEAVY if asked.smoke else []
@@ -77,9 +84,13 @@ def main() -> None:
         try:
             for model, num_windows in plan:
                 title = f"{model}, {ranks} {'process' if ranks == 1 else 'ranks, DDP'}"
-                setting = Setting(model, asked.gradient_accumulation_steps, asked.clip_norm, tiny=asked.smoke)
+                setting = Setting(
+                    model, asked.gradient_accumulation_steps, asked.clip_norm, tiny=asked.smoke
+                )
                 measured = _measure(arms, setting, rounds, 2 if asked.smoke else num_windows)
-                found["settings"][title] = {name: measured.get(name) or _not_installed(name) for name in names}
+                found["settings"][title] = {
+                    name: measured.get(name) or _not_installed(name) for name in names
+                }
                 _show(title, found["settings"][title])
                 if asked.out is not None:
                     asked.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -93,14 +104,18 @@ def main() -> None:
         if arm["status"] == "measured" and not arm["equal"]
     ]
     if unequal:
-        raise SystemExit(f"These arms did not train the same parameters as the hand loop: {', '.join(unequal)}")
+        raise SystemExit(
+            f"These arms did not train the same parameters as the hand loop: {', '.join(unequal)}"
+        )
 
 
 def _not_installed(name: str) -> dict[str, Any]:
     return {"status": f"not installed ({missing(name)})"}
 
 
-def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows: int) -> dict[str, Any]:
+def _measure(
+    arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows: int
+) -> dict[str, Any]:
     """Measure all arms, and return the results by arm; an arm that fails is not timed."""
     found: dict[str, Any] = {}
     trained: dict[str, Any] = {}
@@ -115,7 +130,12 @@ def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows
     for name in arms:
         pairs = zip(trained[name][0], trained[REFERENCE][0], strict=True)
         error = max(float(abs(own - hand).max()) for own, hand in pairs)
-        found[name] |= {"difference": error, "equal": error <= TOLERANCE, "us_per_micro_batch": [], "ratio": []}
+        found[name] |= {
+            "difference": error,
+            "equal": error <= TOLERANCE,
+            "us_per_micro_batch": [],
+            "ratio": [],
+        }
     for index in range(rounds):
         order = list(arms)
         for name in order[index % len(order) :] + order[: index % len(order)]:
@@ -123,7 +143,9 @@ def _measure(arms: dict[str, _Ranks], setting: Setting, rounds: int, num_windows
             answers = arms[name].answers()
             if isinstance(answers, str):
                 raise RuntimeError(f"{name}: {answers}")
-            found[name]["us_per_micro_batch"].append(max(answers) / (num_windows * setting.num_micro_batches) * 1e6)
+            found[name]["us_per_micro_batch"].append(
+                max(answers) / (num_windows * setting.num_micro_batches) * 1e6
+            )
         for name in arms:
             found[name]["ratio"].append(
                 found[name]["us_per_micro_batch"][-1] / found[REFERENCE]["us_per_micro_batch"][-1]
@@ -186,7 +208,13 @@ def _serve(name: str, rank: int, ranks: int, folder: str, port: int, pipe: Conne
         os.dup2(nothing.fileno(), 2)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "GROUP_RANK": 0,
+    }
     os.environ |= {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo", "OVERHEAD_FOLDER": folder}
     torch.set_num_threads(1)
@@ -228,14 +256,17 @@ def _show(title: str, arms: dict[str, Any]) -> None:
     for name, arm in arms.items():
         if arm["status"] == "measured":
             note = "" if arm["equal"] else f"  NOT EQUAL: differs by {arm['difference']:.1e}"
-            print(f"{name:30}{_spread(arm['us_per_micro_batch'], 1):>26}{_spread(arm['ratio'], 3):>26}{note}")
+            times, ratio = _spread(arm["us_per_micro_batch"], 1), _spread(arm["ratio"], 3)
+            print(f"{name:30}{times:>26}{ratio:>26}{note}")
         else:
             print(f"{name:30}  {arm['status']}")
     sys.stdout.flush()
 
 
 def _spread(values: list[float], digits: int) -> str:
-    low, mid, high = (f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values)))
+    low, mid, high = (
+        f"{value:.{digits}f}" for value in (min(values), statistics.median(values), max(values))
+    )
     return f"{mid} ({low} to {high})"
 
 

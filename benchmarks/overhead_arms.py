@@ -69,7 +69,18 @@ class Setting:
         model: nn.Module = nn.Linear(8, 8)
         if self.model == "gpt":
             layers, width = (2, 32) if self.tiny else (8, 320)
-            model = GPT(GPTConfig("gpt", 256, 32, layers, num_heads=width // 16, width=width, dropout=0.0, bias=True))
+            model = GPT(
+                GPTConfig(
+                    "gpt",
+                    256,
+                    32,
+                    layers,
+                    num_heads=width // 16,
+                    width=width,
+                    dropout=0.0,
+                    bias=True,
+                )
+            )
         return model, self.optimizer(model)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -80,7 +91,10 @@ class Setting:
         """Return the micro-batches of one window, repeated, because making them is not measured."""
         generator = torch.Generator().manual_seed(rank)
         if self.model == "gpt":
-            tokens = [torch.randint(256, (2, 33), generator=generator) for _ in range(self.num_micro_batches)]
+            tokens = [
+                torch.randint(256, (2, 33), generator=generator)
+                for _ in range(self.num_micro_batches)
+            ]
             window = [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in tokens]
         else:
             window = [
@@ -93,7 +107,9 @@ class Setting:
         """Compute the loss [] of a micro-batch."""
         inputs, labels = micro_batch
         if self.model == "gpt":
-            return F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten(), reduction=reduction)
+            return F.cross_entropy(
+                model(inputs).flatten(0, 1), labels.flatten(), reduction=reduction
+            )
         return F.mse_loss(model(inputs), labels, reduction=reduction)
 
     def windows(self, data: Data) -> Iterator[list[MicroBatch]]:
@@ -115,7 +131,9 @@ def _spread(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if dist.is_initialized() else model
 
 
-def by_hand(setting: Setting, *, listed: bool = False, measured: bool = False) -> tuple[Train, nn.Module]:
+def by_hand(
+    setting: Setting, *, listed: bool = False, measured: bool = False
+) -> tuple[Train, nn.Module]:
     """Return a hand-written training loop, and its model.
 
     Args:
@@ -159,7 +177,9 @@ def by_hand(setting: Setting, *, listed: bool = False, measured: bool = False) -
     return train, inner
 
 
-def ours(setting: Setting, *, listed: bool = False, seed: int | None = None) -> tuple[Train, nn.Module]:
+def ours(
+    setting: Setting, *, listed: bool = False, seed: int | None = None
+) -> tuple[Train, nn.Module]:
     """Return a training loop with an Accumulator, and its model.
 
     Each window computes the loss, its denominator and the gradient norm over all ranks, and refuses
@@ -170,10 +190,14 @@ def ours(setting: Setting, *, listed: bool = False, seed: int | None = None) -> 
         loss_sum=lambda model, micro_batch: setting.loss(model, micro_batch, "sum"),
         denominator=lambda micro_batch: micro_batch[1].numel(),
     )
-    accumulator = da.Accumulator(_spread(inner), optimizer, objective, clip_norm=setting.clip_norm, seed=seed)
+    accumulator = da.Accumulator(
+        _spread(inner), optimizer, objective, clip_norm=setting.clip_norm, seed=seed
+    )
 
     def train(data: Data) -> None:
-        for window in setting.windows(data) if listed else da.windows(data, setting.num_micro_batches):
+        for window in (
+            setting.windows(data) if listed else da.windows(data, setting.num_micro_batches)
+        ):
             accumulator.step(window)
 
     return train, inner

@@ -87,8 +87,9 @@ def lightning(setting: Setting) -> tuple[Train, nn.Module]:
 
     def train(data: Data) -> None:
         trainer = lightning.Trainer(
-            **_lightning_ranks(), barebones=True, max_epochs=1, accumulate_grad_batches=setting.num_micro_batches,
-            gradient_clip_val=setting.clip_norm, use_distributed_sampler=False,
+            **_lightning_ranks(), barebones=True, max_epochs=1,
+            accumulate_grad_batches=setting.num_micro_batches, gradient_clip_val=setting.clip_norm,
+            use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(module, data)
 
@@ -114,13 +115,16 @@ def hf_trainer(setting: Setting) -> tuple[Train, nn.Module]:
 
     def train(data: Data) -> None:
         arguments = TrainingArguments(
-            output_dir=os.environ["OVERHEAD_FOLDER"], use_cpu=True, report_to="none", disable_tqdm=True,
-            save_strategy="no", logging_strategy="no", max_grad_norm=setting.clip_norm or 0.0,
+            output_dir=os.environ["OVERHEAD_FOLDER"], use_cpu=True, report_to="none",
+            disable_tqdm=True, save_strategy="no", logging_strategy="no",
+            max_grad_norm=setting.clip_norm or 0.0,
             gradient_accumulation_steps=setting.num_micro_batches,
             max_steps=len(data.micro_batches) // setting.num_micro_batches,
         )  # fmt: skip
         optimizers = (optimizer, constant)
-        trainer = Trainer(model=module, args=arguments, train_dataset=data.micro_batches, optimizers=optimizers)
+        trainer = Trainer(
+            model=module, args=arguments, train_dataset=data.micro_batches, optimizers=optimizers
+        )
         named = _Named(data)
         trainer.get_train_dataloader = lambda: named
         trainer.train()
@@ -147,8 +151,9 @@ def deepspeed(setting: Setting) -> tuple[Train, nn.Module]:
 
     inner, optimizer = setting.make()
     config = {
-        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": setting.num_micro_batches,
-        "zero_optimization": {"stage": 0}, "gradient_clipping": setting.clip_norm or 0.0,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": setting.num_micro_batches, "zero_optimization": {"stage": 0},
+        "gradient_clipping": setting.clip_norm or 0.0,
     }  # fmt: skip
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     engine, *_ = deepspeed.initialize(model=inner, optimizer=optimizer, config=config)
@@ -178,7 +183,13 @@ ARMS: dict[str, tuple[Arm, str | None]] = {  # how to build it, and the package 
 }
 
 
-HEAVY = ["accelerate", "lightning", "lightning.fabric", "transformers.trainer", "transformers.training_args"]
+HEAVY = [
+    "accelerate",
+    "lightning",
+    "lightning.fabric",
+    "transformers.trainer",
+    "transformers.training_args",
+]
 
 
 def missing(arm: str) -> str | None:

@@ -84,9 +84,13 @@ CASES = (
 # ---- one window ---------------------------------------------------------------------------------
 
 
-def read_samples(count: int, cache_dir: str | None = None) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+def read_samples(
+    count: int, cache_dir: str | None = None
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Read samples [1, T] from the whole standard library, and facts about the text."""
-    config = TextConfig("text", Source.stdlib, None, SEQ_LEN, Layout.packed, 0.05, cache_dir, "bytes")
+    config = TextConfig(
+        "text", Source.stdlib, None, SEQ_LEN, Layout.packed, 0.05, cache_dir, "bytes"
+    )
     train, _ = load_text(config)
     stride = len(train) // count
     batches = [train.batch([index * stride], torch.Generator()) for index in range(count)]
@@ -101,10 +105,19 @@ def make_model(dtype: torch.dtype) -> GPT:
 
 def exact(samples: Sequence[dict[str, Tensor]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Compute the gradient [parameters] of the mean loss in float64, by plain autograd."""
-    batches = [samples[begin : begin + SAMPLES_AT_ONCE] for begin in range(0, len(samples), SAMPLES_AT_ONCE)]
-    groups = [{key: torch.cat([one[key] for one in batch]) for key in batch[0]} for batch in batches]
+    batches = [
+        samples[begin : begin + SAMPLES_AT_ONCE]
+        for begin in range(0, len(samples), SAMPLES_AT_ONCE)
+    ]
+    groups = [
+        {key: torch.cat([one[key] for one in batch]) for key in batch[0]} for batch in batches
+    ]
     weights = {"loss": float(sum(OBJECTIVE.denominator(group) for group in groups))}
-    return flat(reference.compute(make_model(torch.float64), OBJECTIVE, groups, weights, 1.0).gradients.values())
+    return flat(
+        reference.compute(
+            make_model(torch.float64), OBJECTIVE, groups, weights, 1.0
+        ).gradients.values()
+    )
 
 
 def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micro_batches: int) -> Measured:
@@ -125,15 +138,21 @@ def measure(case: Case, samples: Sequence[dict[str, Tensor]], num_micro_batches:
 
     def loss_sum(module: nn.Module, micro_batch: Any) -> Tensor:
         sums = accumulator.strategy.sums
-        held["sums"] = 0 if sums is None else nbytes(sums._sums.values())  # of the previous micro-batches
+        # of the previous micro-batches
+        held["sums"] = 0 if sums is None else nbytes(sums._sums.values())
         return OBJECTIVE.loss_sum(module, micro_batch)
 
     optimizer.register_step_pre_hook(look)
-    accumulator = make_accumulator(case, model, optimizer, da.Objective(loss_sum, OBJECTIVE.denominator))
+    accumulator = make_accumulator(
+        case, model, optimizer, da.Objective(loss_sum, OBJECTIVE.denominator)
+    )
     step(accumulator, samples[rank : case.ranks * num_micro_batches : case.ranks])
     held["weights"] = nbytes(parameters)
-    held["optimizer"] = nbytes(value for state in optimizer.state.values() for value in state.values())
-    traffic = accumulator.strategy.gradient_traffic(num_micro_batches)  # which the ledger has checked
+    held["optimizer"] = nbytes(
+        value for state in optimizer.state.values() for value in state.values()
+    )
+    # which the ledger has checked
+    traffic = accumulator.strategy.gradient_traffic(num_micro_batches)
     held["sent"] = traffic.bytes.get("all_reduce", 0)
     return Measured(found[-1], held)
 
@@ -146,7 +165,8 @@ def constant_gradient(case: Case, num_micro_batches: int) -> float:
     if case.ranks > 1:
         model = DistributedDataParallel(model)
     objective = da.Objective(
-        lambda m, micro_batch: -m(micro_batch["x"]).float().sum(), lambda micro_batch: len(micro_batch["x"])
+        lambda m, micro_batch: -m(micro_batch["x"]).float().sum(),
+        lambda micro_batch: len(micro_batch["x"]),
     )
     accumulator = make_accumulator(case, model, torch.optim.SGD([weight], lr=1.0), objective)
     step(accumulator, [{"x": torch.ones(1, 1)}] * num_micro_batches)
@@ -195,11 +215,17 @@ def predicted(case: Case) -> dict[str, int]:
         model = GPT(MODEL).to(case.precision.parameter_dtype)
     shape = describe(model, [])
     strategy = StrategyName.ddp if case.ranks > 1 else StrategyName.single
-    setup = Setup(strategy, Sync.boundary, case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25)
+    setup = Setup(
+        strategy, Sync.boundary, case.ranks, 1, None, case.accumulate, case.reduce, True, False, 25
+    )
     took = update(torch.optim.AdamW, [(p.shape, p.dtype) for p in shape.trained])
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.long)
-    micro_batch = trace(model, lambda _: [], OBJECTIVE.loss_sum, {"input_ids": ids, "labels": ids}, 1)
-    one, *others = [peak(shape, setup, took, micro_batch, number).parts for number in NUMS_MICRO_BATCHES]
+    micro_batch = trace(
+        model, lambda _: [], OBJECTIVE.loss_sum, {"input_ids": ids, "labels": ids}, 1
+    )
+    one, *others = [
+        peak(shape, setup, took, micro_batch, number).parts for number in NUMS_MICRO_BATCHES
+    ]
     assert all(other == one for other in others), (one, others)
     sent = Traffic.total(gradient_sends(shape, setup, 1))
     return {
@@ -217,14 +243,18 @@ def num_parameters() -> int:
         return sum(p.numel() for p in GPT(MODEL).parameters())
 
 
-def run(case: Case, samples: Sequence[dict[str, Tensor]], nums_micro_batches: Sequence[int]) -> dict[str, Any]:
+def run(
+    case: Case, samples: Sequence[dict[str, Tensor]], nums_micro_batches: Sequence[int]
+) -> dict[str, Any]:
     """Measure all windows of a case, on each of its ranks."""
     return {
         "windows": {
-            num_micro_batches: measure(case, samples, num_micro_batches) for num_micro_batches in nums_micro_batches
+            num_micro_batches: measure(case, samples, num_micro_batches)
+            for num_micro_batches in nums_micro_batches
         },
         "constant": {
-            num_micro_batches: constant_gradient(case, num_micro_batches) for num_micro_batches in nums_micro_batches
+            num_micro_batches: constant_gradient(case, num_micro_batches)
+            for num_micro_batches in nums_micro_batches
         },
     }
 
@@ -234,13 +264,21 @@ def row(case: Case, ran: dict[str, Any], samples: Sequence[dict[str, Tensor]]) -
     errors = {}
     for num_micro_batches, measured in ran["windows"].items():
         right = exact(samples[: case.ranks * num_micro_batches])
-        errors[str(num_micro_batches)] = float(np.linalg.norm(measured.gradient - right) / np.linalg.norm(right))
-    held = next(measured.held for num_micro_batches, measured in ran["windows"].items() if num_micro_batches > 1)
+        errors[str(num_micro_batches)] = float(
+            np.linalg.norm(measured.gradient - right) / np.linalg.norm(right)
+        )
+    held = next(
+        measured.held
+        for num_micro_batches, measured in ran["windows"].items()
+        if num_micro_batches > 1
+    )
     return {
         "case": case.overrides,
         "ranks": case.ranks,
         "errors": errors,
-        "constant gradient": {str(num_micro_batches): update for num_micro_batches, update in ran["constant"].items()},
+        "constant gradient": {
+            str(num_micro_batches): update for num_micro_batches, update in ran["constant"].items()
+        },
         "bytes": predicted(case),
         "bytes held": held,
     }
@@ -278,18 +316,31 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> int:
     """Print the table, write the results, and return 1 if a prediction of bytes is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="file for the results; default: benchmarks/results/precisions.json")
-    parser.add_argument("--smoke", action="store_true", help="windows of 1 and 2 micro-batches; written to --out only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="file for the results; default: benchmarks/results/precisions.json"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="windows of 1 and 2 micro-batches; written to --out only",
+    )
     asked = parser.parse_args()
     nums_micro_batches = (1, 2) if asked.smoke else NUMS_MICRO_BATCHES
     samples, text = read_samples(max(case.ranks for case in CASES) * max(nums_micro_batches))
     distributed = [case for case in CASES if case.ranks > 1]
     # Before anything else, because it forks.
-    on_first_rank = on_ranks(*(partial(run, case, samples, nums_micro_batches) for case in distributed))[0]
+    on_first_rank = on_ranks(
+        *(partial(run, case, samples, nums_micro_batches) for case in distributed)
+    )[0]
     torch.set_num_threads(1)
     ran = dict(zip(distributed, on_first_rank, strict=True))
-    rows = [row(case, ran.get(case) or run(case, samples, nums_micro_batches), samples) for case in CASES]
+    rows = [
+        row(case, ran.get(case) or run(case, samples, nums_micro_batches), samples)
+        for case in CASES
+    ]
     described = {"device": "CPU, one thread per rank"} | machine.describe()
     results = {"machine": described, "text": text, "parameters": num_parameters(), "rows": rows}
     out = asked.out or (None if asked.smoke else RESULTS)

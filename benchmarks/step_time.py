@@ -44,7 +44,13 @@ UNLIMITED = "unlimited"
 RANKS, PORT = 2, 29500
 WITHIN = 0.25
 PACKAGE = Path(__file__).resolve().parents[1] / "distaccum"  # its source is the text to train on
-MODEL = ["model.num_layers=6", "model.width=192", "model.num_heads=6", "data.seq_len=64", "accum.micro_batch_size=2"]
+MODEL = [
+    "model.num_layers=6",
+    "model.width=192",
+    "model.num_heads=6",
+    "data.seq_len=64",
+    "accum.micro_batch_size=2",
+]
 BUCKETS = "parallel.bucket_mb=2"  # about the gradients of a block
 # For --smoke: the command line with as few repetitions as possible.
 SHORT = """from distaccum.app.commands import profile
@@ -52,7 +58,13 @@ profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0,
 from distaccum.cli import main
 main()
 """
-TINY = ["model.num_layers=2", "model.width=32", "model.num_heads=2", "data.seq_len=16", "accum.micro_batch_size=2"]
+TINY = [
+    "model.num_layers=2",
+    "model.width=32",
+    "model.num_heads=2",
+    "data.seq_len=16",
+    "accum.micro_batch_size=2",
+]
 
 
 class Here:
@@ -75,7 +87,8 @@ def two_hosts() -> Iterator[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = _asked(arguments)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes hosts and ends ranks
+    # removes hosts and ends ranks
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     where = machine.describe() | {"kernel": platform.release()}
     found: dict[str, Any] = {"command": " ".join(sys.argv), "machine": where, "rates": {}}
     try:
@@ -100,14 +113,18 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="two ranks on this host, a tiny model, one round")
+    parser.add_argument(
+        "--smoke", action="store_true", help="two ranks on this host, a tiny model, one round"
+    )
     asked = parser.parse_args(arguments)
     if asked.smoke:
         asked.rates, asked.rounds = [UNLIMITED], 1
     return asked
 
 
-def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str], found: dict[str, Any]) -> None:
+def _measure(
+    asked: argparse.Namespace, made: Any, folder: Path, model: list[str], found: dict[str, Any]
+) -> None:
     data = ["data=path", f"data.path={PACKAGE}", f"data.cache_dir={folder}"]
     overrides = [*model, *data, "device=cpu", BUCKETS]
     port = PORT if not isinstance(made, Here) else _free_port()
@@ -117,7 +134,8 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
     try:
         found |= _answers(running)[0]
         print(
-            f"{found['parameters']:,} parameters, {found['micro_batch_flops'] / 1e9:.3g} GFLOP a micro-batch",
+            f"{found['parameters']:,} parameters, {found['micro_batch_flops'] / 1e9:.3g} GFLOP a "
+            "micro-batch",
             flush=True,
         )
         for number, rate in enumerate(asked.rates):
@@ -128,7 +146,11 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
                 process.stdin.write(f"{file}\n")
                 process.stdin.flush()
             measured = _answers(running)[0]
-            found["rates"][rate] = {"profile": json.loads(file.read_text()), "printed": profiled, **measured}
+            found["rates"][rate] = {
+                "profile": json.loads(file.read_text()),
+                "printed": profiled,
+                **measured,
+            }
             _show(rate, profiled, **measured)
             if asked.out is not None:
                 asked.out.write_text(json.dumps(found, indent=1) + "\n")
@@ -141,14 +163,23 @@ def _measure(asked: argparse.Namespace, made: Any, folder: Path, model: list[str
         draw(found, asked.plot)
 
 
-def _start(made: Any, port: int, words: Sequence[str], **options: Any) -> list[subprocess.Popen[Any]]:
+def _start(
+    made: Any, port: int, words: Sequence[str], **options: Any
+) -> list[subprocess.Popen[Any]]:
     """Start one process per rank, with torch's environment variables."""
     common = {
         "GLOO_SOCKET_IFNAME": made.link, "MASTER_ADDR": made.address, "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(RANKS), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     return [
-        made.start(rank, words, env={**os.environ, **common, "RANK": str(rank)}, start_new_session=True, **options)
+        made.start(
+            rank,
+            words,
+            env={**os.environ, **common, "RANK": str(rank)},
+            start_new_session=True,
+            **options,
+        )
         for rank in range(RANKS)
     ]
 
@@ -156,8 +187,20 @@ def _start(made: Any, port: int, words: Sequence[str], **options: Any) -> list[s
 def _profile(made: Any, port: int, file: Path, overrides: list[str]) -> str:
     """Run `distaccum profile` on all hosts, and return what it prints on the first."""
     entry = ["-c", SHORT] if isinstance(made, Here) else ["-m", "distaccum"]
-    words = [sys.executable, *entry, "profile", f"machine={file}", f"run_dir={file.parent}/run", *overrides]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": file.parent}
+    words = [
+        sys.executable,
+        *entry,
+        "profile",
+        f"machine={file}",
+        f"run_dir={file.parent}/run",
+        *overrides,
+    ]
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "cwd": file.parent,
+    }
     running = _start(made, port, words, **options)
     outputs = [process.communicate(timeout=300)[0] for process in running]
     if any(process.returncode for process in running):
@@ -177,7 +220,9 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _show(rate: str, profiled: str, micro_batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def _show(
+    rate: str, profiled: str, micro_batch: dict[str, Any], rows: list[dict[str, Any]]
+) -> None:
     print(f"\n{rate if rate == UNLIMITED else f'{rate} Mbit/s'}\n{profiled.strip()}\n")
     least, median, most = (f(micro_batch["seconds"]) for f in (min, statistics.median, max))
     print(
@@ -194,14 +239,20 @@ def _show(rate: str, profiled: str, micro_batch: dict[str, Any], rows: list[dict
             f"{row['measured_s']:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
             f"{_ratio(row):.2f}{'' if _is_within(row) else ' !'}",
         ])  # fmt: skip
-    print(table(["seconds", "compute", "exposed", "update", "predicted", "measured", "ratio"], lines), flush=True)
+    print(
+        table(["seconds", "compute", "exposed", "update", "predicted", "measured", "ratio"], lines),
+        flush=True,
+    )
 
 
 def _show_all(found: dict[str, Any]) -> int:
     rows = [row for one in found["rates"].values() for row in one["rows"]]
     ratios = [_ratio(row) for row in rows]
     within, equal = sum(map(_is_within, rows)), sum(map(_is_equal, rows))
-    print(f"\npredicted / measured: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    print(
+        f"\npredicted / measured: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to"
+        f" {max(ratios):.2f}"
+    )
     print(f"within {WITHIN:.0%}: {within} of {len(rows)}")
     print(f"traffic as predicted, to the byte: {equal} of {len(rows)}")
     return 0 if equal == len(rows) else 1
@@ -239,11 +290,23 @@ def draw(found: dict[str, Any], out: Path) -> None:
     colors = dict(zip(ways, ["#1f5fa8", "#66aadd", "#228833", "#88bb66", "#b3541e"], strict=True))
     for rate, row in rows:
         size = 40 if row["num_micro_batches"] == 2 else 100
-        axis.scatter(row["measured_s"], row["predicted_s"], s=size, marker=markers[rate], color=colors[row["way"]])
+        axis.scatter(
+            row["measured_s"],
+            row["predicted_s"],
+            s=size,
+            marker=markers[rate],
+            color=colors[row["way"]],
+        )
     for way in ways:
         axis.scatter([], [], color=colors[way], label=way)
     for rate, marker in markers.items():
-        axis.scatter([], [], color="#444444", marker=marker, label=rate if rate == UNLIMITED else f"{rate} Mbit/s")
+        axis.scatter(
+            [],
+            [],
+            color="#444444",
+            marker=marker,
+            label=rate if rate == UNLIMITED else f"{rate} Mbit/s",
+        )
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     axis.set_xlabel("measured seconds of a step (median); small: K = 2, large: K = 8")
     axis.set_ylabel("predicted from `distaccum profile`")

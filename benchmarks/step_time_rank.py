@@ -67,12 +67,16 @@ class Rank:
         self._world, self._rounds = world, rounds
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             composed = {way: compose("config", [*overrides, *_chosen(way)]) for way in WAYS}
-        configs = {way: typed(OmegaConf.to_container(one, resolve=True)) for way, one in composed.items()}
+        configs = {
+            way: typed(OmegaConf.to_container(one, resolve=True)) for way, one in composed.items()
+        }
         config = configs[WAYS[0]]
         task = build_task(config)
         size = config.accum.micro_batch_size
         self._micro_batches = [
-            task.train.batch([size * (world.size * i + world.rank) + j for j in range(size)], torch.Generator())
+            task.train.batch(
+                [size * (world.size * i + world.rank) + j for j in range(size)], torch.Generator()
+            )
             for i in range(max(NUM_MICRO_BATCHES))
         ]
         self._objective, self._model = task.objective, make_model(config, task, world.device)
@@ -82,13 +86,26 @@ class Rank:
             model, task.blocks_of, task.objective.loss_sum, self._micro_batches[0], size
         ).flops
         self._bucket_mb = config.parallel.bucket_mb
-        self._accumulators = {way: make_accumulator(one, task, world) for way, one in configs.items()}
+        self._accumulators = {
+            way: make_accumulator(one, task, world) for way, one in configs.items()
+        }
         self._windows = {way: self._endless(way) for way in WAYS}
         self.traffic = {way: self._count(way) for way in WAYS}
 
     def setup(self, way: Way) -> Setup:
         """Return the description of a way that the prediction needs."""
-        return Setup(way.strategy, way.sync, self._world.size, 1, None, None, None, True, False, self._bucket_mb)
+        return Setup(
+            way.strategy,
+            way.sync,
+            self._world.size,
+            1,
+            None,
+            None,
+            None,
+            True,
+            False,
+            self._bucket_mb,
+        )
 
     def at(self, machine: HardwareProfile) -> dict[str, Any]:
         """Predict and then measure each way with each K, in turns.
@@ -105,7 +122,12 @@ class Rank:
         cases = list(itertools.product(WAYS, NUM_MICRO_BATCHES))
         predicted = {
             (way, k): step_time(
-                machine, self.shape, self.setup(way), k, self.micro_batch_flops, way.overlap_micro_batches
+                machine,
+                self.shape,
+                self.setup(way),
+                k,
+                self.micro_batch_flops,
+                way.overlap_micro_batches,
             )
             for way, k in cases
         }
@@ -137,7 +159,9 @@ class Rank:
         began = time.perf_counter()
         for micro_batch in self._micro_batches:
             self._objective.loss_sum(self._model, micro_batch).backward()
-        rows, _ = self._world.gather_rows([(time.perf_counter() - began) / len(self._micro_batches)]).read()
+        rows, _ = self._world.gather_rows(
+            [(time.perf_counter() - began) / len(self._micro_batches)]
+        ).read()
         return max(row[0] for row in rows)
 
     def _step(self, way: Way) -> float:
@@ -158,7 +182,10 @@ class Rank:
             with Ledger() as ledger:
                 self._accumulators[way].step(next(self._windows[way]))
             sends = gradient_sends(self.shape, self.setup(way), k) + control_sends(self.setup(way))
-            found[k] = {"predicted": _pairs(Traffic.total(sends)), "counted": _pairs(ledger.traffic)}
+            found[k] = {
+                "predicted": _pairs(Traffic.total(sends)),
+                "counted": _pairs(ledger.traffic),
+            }
         return found
 
     def _endless(self, way: Way) -> Iterator[MicroBatches]:
@@ -194,7 +221,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = Rank(asked.overrides, World.of(torch.device("cpu")), asked.rounds)
     parameters = sum(p.numel for p in rank.shape.parameters)
-    print(json.dumps({"parameters": parameters, "micro_batch_flops": rank.micro_batch_flops}), flush=True)
+    print(
+        json.dumps({"parameters": parameters, "micro_batch_flops": rank.micro_batch_flops}),
+        flush=True,
+    )
     for line in sys.stdin:
         print(json.dumps(rank.at(HardwareProfile.load(Path(line.strip())))), flush=True)
     sys.stdout.flush()

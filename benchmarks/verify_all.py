@@ -69,7 +69,9 @@ def main() -> None:
     parser.add_argument("--policy", nargs="*", default=[sync for _, sync in POLICIES])
     parser.add_argument("--strategy", nargs="*", default=["ddp", "fsdp", "hsdp"])
     parser.add_argument(
-        "--precision", nargs="*", default=[p.stem for p in sorted((config_dir() / "precision").glob("*"))]
+        "--precision",
+        nargs="*",
+        default=[p.stem for p in sorted((config_dir() / "precision").glob("*"))],
     )
     parser.add_argument("--whole", action="store_true", help="do not reduce large models")
     parser.add_argument("--out", type=Path)
@@ -88,32 +90,60 @@ def main() -> None:
     print(f"{len(rows) - len(failed)} of {len(rows)} combinations proven on {RANKS} ranks")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        found = {"machine": machine.describe(), "ranks": RANKS, "whole": args.whole, "smoke": args.smoke, "rows": rows}
+        found = {
+            "machine": machine.describe(),
+            "ranks": RANKS,
+            "whole": args.whole,
+            "smoke": args.smoke,
+            "rows": rows,
+        }
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     sys.exit(1 if failed else 0)
 
 
-def work(rank: int, folder: str, combinations: list[tuple[str, str, str, str]], whole: bool) -> None:
+def work(
+    rank: int, folder: str, combinations: list[tuple[str, str, str, str]], whole: bool
+) -> None:
     """Prove all combinations on one rank, one after the other."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=20))
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=20)
+    )
     rows = []
     for model, precision, strategy, sync in combinations:
         began = time.perf_counter()
-        row: dict[str, Any] = {"model": model, "precision": precision, "strategy": strategy, "sync": sync}
+        row: dict[str, Any] = {
+            "model": model,
+            "precision": precision,
+            "strategy": strategy,
+            "sync": sync,
+        }
         sizes = DATA[model] + ([] if whole else CUT.get(model, []))
-        choice = [f"model={model}", f"precision={precision}", f"parallel={strategy}", f"accum.sync={sync}"]
+        choice = [
+            f"model={model}",
+            f"precision={precision}",
+            f"parallel={strategy}",
+            f"accum.sync={sync}",
+        ]
         config = composed([*choice, *sizes])
         proof = prove_configuration(config, World.of(torch.device("cpu")))
         row |= {"holds": proof.holds, "network_agrees": proof.network_agrees}
         row |= {"lines": [[line.name, line.error, line.tolerance] for line in proof.lines]}
         rows.append(row)
         if rank == 0:
-            worst = "  ".join(f"{line.name} {line.error:.1e}" for line in proof.lines if line.tolerance is not None)
+            worst = "  ".join(
+                f"{line.name} {line.error:.1e}"
+                for line in proof.lines
+                if line.tolerance is not None
+            )
             verdict = "proven" if proof.holds else "NOT PROVEN"
             seconds = time.perf_counter() - began
-            print(f"{model:10} {precision:9} {strategy:4} {sync:8} {verdict}  {worst}  ({seconds:.1f} s)", flush=True)
+            print(
+                f"{model:10} {precision:9} {strategy:4} {sync:8} {verdict}  {worst}  "
+                f"({seconds:.1f} s)",
+                flush=True,
+            )
     if rank == 0:
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
     dist.barrier()
@@ -122,7 +152,10 @@ def work(rank: int, folder: str, combinations: list[tuple[str, str, str, str]], 
 def composed(overrides: list[str]) -> Any:
     """Compose a configuration as the command line does, with 2 micro-batches of 2 samples."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        config = compose("config", ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *overrides])
+        config = compose(
+            "config",
+            ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *overrides],
+        )
     plain: Any = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     check(plain)
     return typed(plain)

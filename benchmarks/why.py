@@ -51,7 +51,9 @@ def column(*values: float, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.tensor(values, dtype=dtype)[:, None]
 
 
-def plain_loop(model: nn.Module, loader: list[Tensor], steps: int, epochs: int = 1, flush: bool = False) -> list[float]:
+def plain_loop(
+    model: nn.Module, loader: list[Tensor], steps: int, epochs: int = 1, flush: bool = False
+) -> list[float]:
     """Return the updates of the usual loop; with `flush`, the end of an epoch makes a step too."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     weights = [0.0]
@@ -67,11 +69,17 @@ def plain_loop(model: nn.Module, loader: list[Tensor], steps: int, epochs: int =
 
 
 def our_loop(
-    model: nn.Module, loader: Iterable[Any], steps: int, epochs: int = 1, objective: da.Objective | None = None
+    model: nn.Module,
+    loader: Iterable[Any],
+    steps: int,
+    epochs: int = 1,
+    objective: da.Objective | None = None,
 ) -> list[float]:
     """Return the updates of the same training with distaccum."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accumulator = da.Accumulator(model, optimizer, objective or da.Objective(lambda m, x: -m(x).double().sum(), len))
+    accumulator = da.Accumulator(
+        model, optimizer, objective or da.Objective(lambda m, x: -m(x).double().sum(), len)
+    )
     weights = [0.0]
     for _ in range(epochs):
         for window in da.windows(loader, gradient_accumulation_steps=steps):
@@ -178,7 +186,8 @@ def our_rates() -> list[float]:
 def rate_over_micro_batches() -> Row:
     return Row(
         "the schedule's length is `len(loader)`, in micro-batches",
-        "16 micro-batches, windows of 4, linear from 1 to 0: rates of the updates, and the rate at the end",
+        "16 micro-batches, windows of 4, linear from 1 to 0: rates of the updates, and the rate at "
+        "the end",
         rates(MICRO_BATCHES, each_micro_batch=False),
         [1.0, 0.75, 0.5, 0.25, 0.0],
         our_rates(),
@@ -212,7 +221,9 @@ def logged_loss() -> Row:
     nn.init.constant_(model.weight, -1.0)
     printed = [float(-model(column(x)).mean().detach() / len(values)) for x in values][-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    accumulator = da.Accumulator(model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len))
+    accumulator = da.Accumulator(
+        model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len)
+    )
     return Row(
         "the loss that is printed is the last micro-batch's, divided by K",
         "micro-batches with losses 1, 2, 3 and 6: loss",
@@ -236,11 +247,17 @@ def all_reduces() -> tuple[int, int, int]:
     accumulator = da.Accumulator(
         model, optimizer, da.Objective(lambda m, x: -m(x).double().sum(), len), audit="always"
     )  # fmt: skip
-    (first, second) = (accumulator.step(window) for window in da.windows(loader * 2, gradient_accumulation_steps=4))
+    first, second = (
+        accumulator.step(window) for window in da.windows(loader * 2, gradient_accumulation_steps=4)
+    )
     assert first.verdict is not None
     assert second.verdict is not None
     ours = second.verdict.counted.counts["all_reduce"]
-    return ledger.traffic.counts["all_reduce"], ours - accumulator.control_traffic().counts["all_reduce"], ours
+    return (
+        ledger.traffic.counts["all_reduce"],
+        ours - accumulator.control_traffic().counts["all_reduce"],
+        ours,
+    )
 
 
 def own_denominators() -> tuple[list[float], list[float]]:
@@ -252,7 +269,9 @@ def own_denominators() -> tuple[list[float], list[float]]:
         (masked_sum(model, own[0]) / tokens).backward()
     (masked_sum(model, own[1]) / tokens).backward()
     (gradient,) = [p.grad for p in model.parameters()]
-    return [float(-gradient)], our_loop(DistributedDataParallel(line()), own, 2, objective=TOKEN_OBJECTIVE)
+    return [float(-gradient)], our_loop(
+        DistributedDataParallel(line()), own, 2, objective=TOKEN_OBJECTIVE
+    )
 
 
 def with_ranks() -> list[Row]:
@@ -284,7 +303,11 @@ def on_ranks(*functions: Callable[[], Any]) -> list[list[Any]]:
         pipes, processes = [], []
         for rank in range(RANKS):
             ours, theirs = context.Pipe(duplex=False)
-            processes.append(context.Process(target=rank_main, args=(rank, folder, functions, theirs), daemon=True))
+            processes.append(
+                context.Process(
+                    target=rank_main, args=(rank, folder, functions, theirs), daemon=True
+                )
+            )
             processes[-1].start()
             theirs.close()
             pipes.append(ours)
@@ -310,8 +333,9 @@ def rows() -> list[Row]:
     """Compute all cases, in the order of docs/why.md."""
     sync, denominators = with_ranks()  # first, see on_ranks
     return [
-        dropped_window(), short_window(), mean_of_means(), denominators, sync, rate_over_micro_batches(),
-        rate_each_micro_batch(), stalled_sums(512), stalled_sums(1024), logged_loss(),
+        dropped_window(), short_window(), mean_of_means(), denominators, sync,
+        rate_over_micro_batches(), rate_each_micro_batch(), stalled_sums(512), stalled_sums(1024),
+        logged_loss(),
     ]  # fmt: skip
 
 
@@ -324,8 +348,14 @@ def show(value: Any) -> str:
 
 def table(found: list[Row]) -> str:
     """Format the rows as a table in Markdown."""
-    head = "| # | what is wrong | measured | plain loop | right | distaccum |\n|---|---|---|---|---|---|\n"
-    cells = ((str(n), r.case, r.asked, show(r.plain), show(r.right), show(r.ours)) for n, r in enumerate(found, 1))
+    head = (
+        "| # | what is wrong | measured | plain loop | right | distaccum"
+        " |\n|---|---|---|---|---|---|\n"
+    )
+    cells = (
+        (str(n), r.case, r.asked, show(r.plain), show(r.right), show(r.ours))
+        for n, r in enumerate(found, 1)
+    )
     return head + "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
@@ -337,8 +367,12 @@ def is_right(row: Row) -> bool:
 
 def main() -> int:
     """Print the table, and return 1 if a number of distaccum is not right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="has no effect, because the program takes only seconds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="has no effect, because the program takes only seconds"
+    )
     parser.parse_args()
     torch.set_num_threads(1)
     found = rows()

@@ -31,7 +31,7 @@ from .huggingface.training_arguments import from_training_arguments as from_trai
 from .nn.batchnorm import convert_batchnorm as convert_batchnorm
 from .nn.batchnorm_layers import BatchNormMode as BatchNormMode
 from .step.accumulator import Accumulator as Accumulator
-from .step.consensus import Request as Request
+from .step.exchange import Request as Request
 from .step.record import StepRecord as StepRecord
 from .verify.prove import verify as verify
 from .verify.result import Proof as Proof

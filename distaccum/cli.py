@@ -12,23 +12,26 @@ USAGE = """usage: distaccum train | verify | plan | profile [OVERRIDE ...]
        distaccum export RUN TARGET
 
   train    Train a model, here on two ranks that distaccum or torchrun starts:
-             distaccum train parallel=ddp accum.effective_batch_size=64 accum.micro_batch_size=4 launch.nproc_per_node=2
+             distaccum train parallel=ddp launch.nproc_per_node=2 accum.micro_batch_size=4
              torchrun --nproc-per-node 2 -m distaccum train parallel=ddp ...
            Train once for each value, and print a table of all runs:
              distaccum train --multirun accum.gradient_accumulation_steps=1,2,4 ...
            Submit a batch job:
              distaccum train launch=slurm launch.nodes=2 launch.gpus_per_node=4 ...
-  verify   Compare one window of this configuration with one big batch, computed in float64 on one process.
-           The exit code is 1 if they differ.
+  verify   Compare one window of this configuration with one big batch, computed in float64 on one
+           process. The exit code is 1 if they differ.
   plan     Print batch arithmetic, memory, network traffic and schedules without running anything:
              distaccum plan world_size=64 ...
-  profile  Measure this machine in a few seconds, with the configured model on its ranks, and write machine.json.
-  export   Write the weights of a checkpoint, or of the newest checkpoint in a run folder, for other programs.
-           TARGET is NAME.safetensors or, for a Hugging Face model, a folder for from_pretrained.
+  profile  Measure this machine in a few seconds, with the configured model on its ranks, and write
+           machine.json.
+  export   Write the weights of a checkpoint, or of the newest checkpoint in a run folder, for
+           other programs. TARGET is NAME.safetensors or, for a Hugging Face model, a folder for
+           from_pretrained.
            To start a run with exported weights: distaccum train init_weights=NAME.safetensors
 
-OVERRIDE has Hydra's syntax: group=choice, key=value, --cfg job (print the configuration), --help; with --multirun also
-key=1,2,4 'key=range(1,5)' 'key=choice(a,b)', and with hydra/sweeper=optuna 'key=interval(0.1,1)'."""
+OVERRIDE has Hydra's syntax: group=choice, key=value, --cfg job (print the configuration), --help;
+with --multirun also key=1,2,4 'key=range(1,5)' 'key=choice(a,b)', and with hydra/sweeper=optuna
+'key=interval(0.1,1)'."""
 
 
 WORDS = ("train", "verify", "plan", "profile", "export")
@@ -79,7 +82,10 @@ def main() -> None:
 def _export(paths: list[str]) -> int:
     """Run `distaccum export` and return its exit code."""
     if len(paths) != 2:
-        print(f"distaccum export needs two arguments, RUN and TARGET; got {len(paths)}.\n\n{USAGE}", file=sys.stderr)
+        print(
+            f"distaccum export needs two arguments, RUN and TARGET; got {len(paths)}.\n\n{USAGE}",
+            file=sys.stderr,
+        )
         return 2
     from distaccum.app.commands.export import export
     from distaccum.launch.failure import report

@@ -88,7 +88,9 @@ def choice(kind: type[E], value: E | str, name: str) -> E:
     try:
         return kind(value)
     except ValueError:
-        raise ConfigError(f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}.") from None
+        raise ConfigError(
+            f"{name}={value!r} is unknown. Use one of {[member.value for member in kind]}."
+        ) from None
 
 
 def require(holds: bool, message: str) -> None:

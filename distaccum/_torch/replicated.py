@@ -21,11 +21,16 @@ def ddp_obstacle(model: DistributedDataParallel) -> str | None:
     DDP keeps its constructor's arguments in private attributes.
     """
     if getattr(model, "mixed_precision", None) is not None:
-        return "its mixed_precision argument casts and reduces in ways that are wrong with accumulation"
+        return (
+            "its mixed_precision argument casts and reduces in ways that are wrong with "
+            "accumulation"
+        )
     if getattr(model, "_delay_all_reduce_params", None):
         return "delay_all_reduce_named_params reduces in each micro-batch, whatever no_sync() says"
     if any(hasattr(parameter, "_in_backward_optimizers") for parameter in model.parameters()):
-        return "an optimizer runs inside its backward, so each micro-batch would be a step of its own"
+        return (
+            "an optimizer runs inside its backward, so each micro-batch would be a step of its own"
+        )
     return None
 
 
@@ -45,7 +50,9 @@ class _Unchanged(TorchDispatchMode):
     """Makes `zeros_like(tensor)` return the tensor itself, which takes no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.ops.aten.zeros_like.default else func(*args, **(kwargs or {}))
+        return (
+            args[0] if func is torch.ops.aten.zeros_like.default else func(*args, **(kwargs or {}))
+        )
 
 
 def ddp_parameters(model: DistributedDataParallel) -> list[nn.Parameter]:
@@ -81,10 +88,11 @@ def ddp_synchronises(model: DistributedDataParallel, synchronised: bool) -> Iter
         yield
         if synchronised and model.require_forward_param_sync is not True:
             raise ConfigError(
-                "The objective did not compute the last micro-batch through the DistributedDataParallel module, so its "
-                "gradients would stay on this rank. Call the model that the objective is given as model(...), with "
-                "gradients enabled, and not model.module(...) or a method of model.module. A loss that is computed "
-                "inside of the model must be in forward()."
+                "The objective did not compute the last micro-batch through the "
+                "DistributedDataParallel module, so its gradients would stay on this rank. Call "
+                "the model that the objective is given as model(...), with gradients enabled, and "
+                "not model.module(...) or a method of model.module. A loss that is computed inside "
+                "of the model must be in forward()."
             )
     finally:
         model.require_backward_grad_sync = flag
@@ -110,21 +118,23 @@ def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]
         model._check_reducer_finalized()
         return
     except RuntimeError as error:
-        numbers = re.search(r"Parameter indices which did not receive grad for rank \d+:\s*([\d ]+)", str(error))
+        numbers = re.search(
+            r"Parameter indices which did not receive grad for rank \d+:\s*([\d ]+)", str(error)
+        )
         waiting = [reduced[int(number)] for number in numbers[1].split()] if numbers else []
         names = {id(parameter): name for name, parameter in model.module.named_parameters()}
         frozen = [names[id(parameter)] for parameter in waiting if not parameter.requires_grad]
         if not waiting:
             raise ConfigError(
-                "DistributedDataParallel did not finish its reduction after the last backward, and torch does not name "
-                f"the missing parameters: {error}"
+                "DistributedDataParallel did not finish its reduction after the last backward, and "
+                f"torch does not name the missing parameters: {error}"
             ) from error
         if frozen:
             raise ConfigError(
-                f"The last backward did not reduce all gradients: {len(frozen)} parameter(s) ({', '.join(frozen[:3])}) "
-                "were frozen after DistributedDataParallel was made for them, so the gradients are those of this rank "
-                "alone. No parameter was updated. Freeze parameters before wrapping, or use "
-                "find_unused_parameters=True."
+                f"The last backward did not reduce all gradients: {len(frozen)} parameter(s) "
+                f"({', '.join(frozen[:3])}) were frozen after DistributedDataParallel was made for "
+                "them, so the gradients are those of this rank alone. No parameter was updated. "
+                "Freeze parameters before wrapping, or use find_unused_parameters=True."
             ) from error
     torch.autograd.backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
     model._check_reducer_finalized()

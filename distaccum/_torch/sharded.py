@@ -97,7 +97,10 @@ def changed_while_gathered(model: nn.Module) -> list[str]:
         for param in group.fsdp_params:
             owner, name = param._module_info.module, param._module_info.param_name
             there = getattr(owner, name)
-            if there is not param.sharded_param and there.requires_grad != param.sharded_param.requires_grad:
+            if (
+                there is not param.sharded_param
+                and there.requires_grad != param.sharded_param.requires_grad
+            ):
                 path = next(path for path, module in model.named_modules() if module is owner)
                 names.append(f"{path}.{name}".removeprefix("."))
     return names
@@ -114,7 +117,9 @@ def reduce_unused_parameters(model: nn.Module) -> None:
         reduce_unused(True)
         return
     for group, _ in _fsdp_groups(model):
-        group.post_backward = functools.partial(_post_backward_with_zeros, group, group.post_backward)
+        group.post_backward = functools.partial(
+            _post_backward_with_zeros, group, group.post_backward
+        )
 
 
 def _post_backward_with_zeros(group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
@@ -132,16 +137,21 @@ def shared_group(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
 
     A group has no public list of its modules.
     """
-    owner = {id(module): number for number, block in enumerate(blocks) for module in block.modules()}
+    owner = {
+        id(module): number for number, block in enumerate(blocks) for module in block.modules()
+    }
     groups = [
-        {owner[id(module)] for module in group.modules if id(module) in owner} for group, _ in _fsdp_groups(model)
+        {owner[id(module)] for module in group.modules if id(module) in owner}
+        for group, _ in _fsdp_groups(model)
     ]
     return any(len(numbers) > 1 for numbers in groups)
 
 
 def offloads(model: nn.Module) -> bool:
     """Return whether FSDP2 keeps parameters on the CPU, which only its private parameters know."""
-    return any(param.offload_to_cpu for group, _ in _fsdp_groups(model) for param in group.fsdp_params)
+    return any(
+        param.offload_to_cpu for group, _ in _fsdp_groups(model) for param in group.fsdp_params
+    )
 
 
 def _state(model: Any) -> Any:

@@ -12,7 +12,9 @@ from torch import nn
 
 def has_hooks(parameters: Iterable[nn.Parameter]) -> bool:
     """Return whether a trained parameter has hooks, which tensors keep in private attributes."""
-    return any(p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters)
+    return any(
+        p.requires_grad and (p._backward_hooks or p._post_accumulate_grad_hooks) for p in parameters
+    )
 
 
 def fake_tensors() -> AbstractContextManager[Any]:

@@ -25,7 +25,11 @@ from distaccum.step.accumulator import Accumulator
 
 
 def make_accumulator(
-    config: Config, task: Task, world: World, weights: str | None = None, overlap_limit: int | None = None
+    config: Config,
+    task: Task,
+    world: World,
+    weights: str | None = None,
+    overlap_limit: int | None = None,
 ) -> Accumulator:
     """Build the wrapped model, its optimizer and everything else that one optimizer step needs.
 
@@ -48,7 +52,9 @@ def make_accumulator(
     if config.nn.compile:
         compile_blocks(blocks)
     reduce_dtype = _torch(config.parallel.reduce_dtype)
-    wrapped = wrap(model, blocks, config.parallel, world, precision.name.sharded_policy(reduce_dtype))
+    wrapped = wrap(
+        model, blocks, config.parallel, world, precision.name.sharded_policy(reduce_dtype)
+    )
     loss_scale = LossScale(precision.loss_scale, precision.loss_scale_growth_windows)
     return Accumulator(
         wrapped,
@@ -72,7 +78,9 @@ def make_accumulator(
 def _sends_after_windows(config: Config, world: World) -> bool:
     """Return whether micro-batches of this configuration send nothing, so a rank may leave one."""
     strategy = chosen(config.parallel.name, world.size)
-    whole = strategy in (StrategyName.single, StrategyName.ddp) and config.accum.sync is not Sync.every
+    whole = (
+        strategy in (StrategyName.single, StrategyName.ddp) and config.accum.sync is not Sync.every
+    )
     return world.group is None or (whole and config.nn.batchnorm is not BatchNormMode.sync)
 
 
@@ -112,7 +120,9 @@ def batch_arithmetic(config: Config, task: Task, world_size: int) -> BatchArithm
     accum, batches = config.accum, effective_batch_sizes(config, task)
     if accum.schedule is not None:
         micro_batch_size = solve(world_size, max(batches), accum.micro_batch_size).micro_batch_size
-        solved = [solve(world_size, size, micro_batch_size, ragged=accum.ragged) for size in batches]
+        solved = [
+            solve(world_size, size, micro_batch_size, ragged=accum.ragged) for size in batches
+        ]
         return solved[0]
     return solve(
         world_size,

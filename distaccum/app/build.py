@@ -69,23 +69,41 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         found = resume.find(config, job.run_dir, checkpoints, world)
         config = replace(config, accum=resume.keep_effective_batch(config.accum, found, world.size))
     kept = resume.kept_micro_batch_size(found, job.config, world.size)
-    config, auto_messages = resolve_auto(config, task, world, machine, kept, resumed=found is not None)
+    config, auto_messages = resolve_auto(
+        config, task, world, machine, kept, resumed=found is not None
+    )
     arithmetic = batch_arithmetic(config, task, world.size)
     plan = make_plan(config, task, arithmetic)
     steps = num_steps(config, plan)
     weights = config.init_weights if found is None else None
     limit = overlap_limit(config, task, arithmetic.micro_batch_size) if world.size > 1 else None
-    budget = Budget(Meter(world.device, config.limits.memory_bytes), config.accum.on_oom, job.run_dir)
+    budget = Budget(
+        Meter(world.device, config.limits.memory_bytes), config.accum.on_oom, job.run_dir
+    )
     plan = replace(plan, halvings=budget.halvings(plan.micro_batch_size, world))
     if plan.halvings:
         size = plan.largest_micro_batch
-        auto_messages = [*auto_messages, f"micro-batches of {size} sample(s), as an earlier start ran out of memory"]
+        auto_messages = [
+            *auto_messages,
+            f"micro-batches of {size} sample(s), as an earlier start ran out of memory",
+        ]
     with budget.building():
         accumulator = make_accumulator(config, task, world, weights, limit)
     budget.retries = accumulator.agree_on_oom
     schedule = schedule_of(config, task, plan, accumulator.optimizer, steps)
-    pin_memory = config.loader.pin_memory if config.loader.pin_memory is not None else world.device.type == "cuda"
-    loader = Loader(task.train, plan, world.rank, world.size, workers=config.loader.workers, pin_memory=pin_memory)
+    pin_memory = (
+        config.loader.pin_memory
+        if config.loader.pin_memory is not None
+        else world.device.type == "cuda"
+    )
+    loader = Loader(
+        task.train,
+        plan,
+        world.rank,
+        world.size,
+        workers=config.loader.workers,
+        pin_memory=pin_memory,
+    )
     facts = resume.facts_of(config, job.config, task, plan, schedule.warmup, world)
     with budget.building():
         progress = None if found is None else resume.load(found, accumulator, facts, steps)
@@ -97,7 +115,9 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
         micro_batch_size=arithmetic.micro_batch_size,
     )
     evaluated = [
-        n for micro_batch in validation_plan.window().micro_batches for n in validation_plan.samples(micro_batch)
+        n
+        for micro_batch in validation_plan.window().micro_batches
+        for n in validation_plan.samples(micro_batch)
     ]
     report, baseline = None, task.baseline(evaluated)
     if world.rank == 0:
@@ -106,18 +126,25 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
             config, task, arithmetic, plan, steps, schedule, accumulator, baseline
         )
         report = make_report(
-            job.run_dir, config.logger, {**asdict(config), **facts_at_start}, go_on=config.checkpoint.goes_on
+            job.run_dir,
+            config.logger,
+            {**asdict(config), **facts_at_start},
+            go_on=config.checkpoint.goes_on,
         )
         report.start(sections, facts_at_start)
         for text in [*auto_messages, *removed, *(found.passed_over if found is not None else ())]:
             report.note(text)
         if found is not None and progress is not None:
-            report.resume(progress.step, progress.windows, list(resume.message(found, facts, progress)))
+            report.resume(
+                progress.step, progress.windows, list(resume.message(found, facts, progress))
+            )
         elif started_before:
             report.resume(0, 0, ["starts from step 0, because an earlier start left no checkpoint"])
         try:
             budget.predicted = predicted(config, task, world.size, machine)
-        except Exception as error:  # a prediction must not end the run: a model may not support fake tensors
+        except (
+            Exception
+        ) as error:  # a prediction must not end the run: a model may not support fake tensors
             report.note(f"plan: memory could not be predicted ({in_one_line(error)})")
     trainer = Trainer(
         plan,
@@ -156,12 +183,21 @@ def num_steps(config: Config, plan: Plan) -> int:
     Raises:
         ConfigError: if it is less than 1.
     """
-    steps = config.train.steps if config.train.steps is not None else plan.num_steps(config.train.epochs or 0)
-    require(steps >= 1, f"The training has {steps} steps. Set train.steps or train.epochs to at least 1.")
+    steps = (
+        config.train.steps
+        if config.train.steps is not None
+        else plan.num_steps(config.train.epochs or 0)
+    )
+    require(
+        steps >= 1,
+        f"The training has {steps} steps. Set train.steps or train.epochs to at least 1.",
+    )
     return steps
 
 
-def schedule_of(config: Config, task: Task, plan: Plan, optimizer: Optimizer, steps: int) -> LRSchedule:
+def schedule_of(
+    config: Config, task: Task, plan: Plan, optimizer: Optimizer, steps: int
+) -> LRSchedule:
     """Make the learning rate schedule of the training.
 
     Raises:
@@ -172,11 +208,15 @@ def schedule_of(config: Config, task: Task, plan: Plan, optimizer: Optimizer, st
     total = schedule_position(schedule.unit, task, plan, steps)
     require(
         total is not None or schedule.total is not None,
-        "optim.schedule.unit=tokens needs the number of tokens in the training, which is unknown because samples "
-        "differ in length. Set optim.schedule.total in tokens, or use optim.schedule.unit=steps or samples.",
+        "optim.schedule.unit=tokens needs the number of tokens in the training, which is unknown "
+        "because samples differ in length. Set optim.schedule.total in tokens, or use "
+        "optim.schedule.unit=steps or samples.",
     )
     tenth = schedule_position(schedule.unit, task, plan, min(MOST_WARMUP_STEPS, steps // 10))
-    scale = replace(scale, base_batch=plan.effective_batch_size if scale.base_batch is None else scale.base_batch)
+    scale = replace(
+        scale,
+        base_batch=plan.effective_batch_size if scale.base_batch is None else scale.base_batch,
+    )
     return LRSchedule(optimizer, with_warmup(schedule, total, tenth), total, scale)
 
 
@@ -222,7 +262,10 @@ def ranks(config: Config, job: Job) -> Iterator[World]:
 def _device(asked: Device, local_rank: int) -> torch.device:
     if asked is Device.cpu or (asked is Device.auto and not torch.cuda.is_available()):
         return torch.device("cpu")
-    require(torch.cuda.is_available(), "device=cuda, but torch sees no GPU here. Use device=auto or device=cpu.")
+    require(
+        torch.cuda.is_available(),
+        "device=cuda, but torch sees no GPU here. Use device=auto or device=cpu.",
+    )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -53,7 +53,8 @@ class AccumConfig:
     effective_batch_tokens: int | None
     micro_batch_size: Any  # a number, auto or null; OmegaConf has no such union type
     gradient_accumulation_steps: int | None
-    schedule: list[dict[str, int]] | None  # parsed by batch_schedule.entries_of, as `from` cannot be a field name
+    # parsed by batch_schedule.entries_of, as `from` cannot be a field name
+    schedule: list[dict[str, int]] | None
     schedule_unit: ScheduleUnit
     ramp: Ramp
     ragged: Ragged
@@ -71,7 +72,8 @@ class AccumConfig:
         overlap, memory_mb = self.overlap_micro_batches, self.overlap_memory_mb
         require(
             overlap == "auto" or (type(overlap) is int and overlap >= 1),
-            f"accum.overlap_micro_batches is {overlap!r}; give a number of micro-batches of at least 1, or auto.",
+            f"accum.overlap_micro_batches is {overlap!r}; give a number of micro-batches of at "
+            "least 1, or auto.",
         )
         require(
             memory_mb is None or memory_mb >= 0,
@@ -79,28 +81,35 @@ class AccumConfig:
         )
         require(
             self.micro_batch_size in (None, "auto") or type(self.micro_batch_size) is int,
-            f"accum.micro_batch_size is {self.micro_batch_size!r}; give a number of samples, auto for the most that "
-            "fit, or null.",
+            f"accum.micro_batch_size is {self.micro_batch_size!r}; give a number of samples, auto "
+            "for the most that fit, or null.",
         )
         require(
             self.effective_batch_size is None or self.effective_batch_tokens is None,
-            f"accum.effective_batch_size={self.effective_batch_size} and accum.effective_batch_tokens="
-            f"{self.effective_batch_tokens} are both given. They set the same size in two units: set one to null.",
+            f"accum.effective_batch_size={self.effective_batch_size} and "
+            f"accum.effective_batch_tokens={self.effective_batch_tokens} are both given. They set "
+            "the same size in two units: set one to null.",
         )
         if self.schedule is not None:
             self._validate_schedule()
 
     def _validate_schedule(self) -> None:
-        for name in ("effective_batch_size", "effective_batch_tokens", "gradient_accumulation_steps"):
+        for name in (
+            "effective_batch_size",
+            "effective_batch_tokens",
+            "gradient_accumulation_steps",
+        ):
             require(
                 getattr(self, name) is None,
-                f"accum.schedule and accum.{name}={getattr(self, name)} are both given. The schedule sets the "
-                f"effective batch size, and the micro-batches per rank follow from it. Set accum.{name}=null.",
+                f"accum.schedule and accum.{name}={getattr(self, name)} are both given. The "
+                "schedule sets the effective batch size, and the micro-batches per rank follow "
+                f"from it. Set accum.{name}=null.",
             )
         require(
             self.ramp is Ramp.jump or self.ragged is Ragged.allow,
-            "accum.ragged=refuse contradicts accum.ramp=linear: the sizes of a ramp are multiples of the micro-batch "
-            "size, which do not always divide evenly among the ranks. Use accum.ragged=allow, or accum.ramp=jump.",
+            "accum.ragged=refuse contradicts accum.ramp=linear: the sizes of a ramp are multiples "
+            "of the micro-batch size, which do not always divide evenly among the ranks. Use "
+            "accum.ragged=allow, or accum.ramp=jump.",
         )
 
 
@@ -121,15 +130,18 @@ class TrainConfig:
     def validate(self) -> None:
         """Refuse values out of range."""
         for name in ("log_every_steps", "validate_every_steps", "validation_samples"):
-            require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1.")
+            require(
+                getattr(self, name) >= 1,
+                f"train.{name} is {getattr(self, name)}; it must be at least 1.",
+            )
         require(
             self.max_minutes is None or self.max_minutes > 0,
             f"train.max_minutes is {self.max_minutes}; give a positive number, or null.",
         )
         require(
             (self.steps is None) != (self.epochs is None),
-            f"train.steps={self.steps} and train.epochs={self.epochs}: give one of them and set the other to null, "
-            "because exactly one of them sets the length of the training.",
+            f"train.steps={self.steps} and train.epochs={self.epochs}: give one of them and set "
+            "the other to null, because exactly one of them sets the length of the training.",
         )
 
 
@@ -182,8 +194,8 @@ def typed(composed: dict[str, Any]) -> Config:
         name = chosen.get("name") if isinstance(chosen, dict) else None
         require(
             name in kinds,
-            f"{section}.name is {name!r}. Known: {', '.join(kinds)}. Choose a file of conf/{section}/ with "
-            f"{section}=NAME.",
+            f"{section}.name is {name!r}. Known: {', '.join(kinds)}. Choose a file of "
+            f"conf/{section}/ with {section}=NAME.",
         )
         schema[section] = OmegaConf.structured(kinds[str(name)])
     try:
@@ -197,7 +209,8 @@ def typed(composed: dict[str, Any]) -> Config:
     assert isinstance(config, Config)
     require(
         bool(config.run_dir.strip()),
-        "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave run_dir out.",
+        "run_dir is empty, perhaps because of an unset shell variable. Give a folder, or leave "
+        "run_dir out.",
     )
     for field in fields(config):
         section = getattr(config, field.name)
@@ -235,5 +248,6 @@ def config_dir() -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     raise ConfigError(
-        f"There is no configuration folder at {package / 'conf'} or {package.parent / 'conf'}. Reinstall distaccum."
+        f"There is no configuration folder at {package / 'conf'} or {package.parent / 'conf'}. "
+        "Reinstall distaccum."
     )

@@ -131,14 +131,22 @@ def no_key(key: str, known: Sequence[str], value: str | None = None) -> str:
 
 def renamed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a checkpoint with names of version 0.1 replaced by current ones."""
-    config = {name: dict(part) if isinstance(part, Mapping) else part for name, part in facts["config"].items()}
+    config = {
+        name: dict(part) if isinstance(part, Mapping) else part
+        for name, part in facts["config"].items()
+    }
     for then, now in RENAMED.items():
         section, _, name = then.partition(".")
         if isinstance(part := config.get(section), dict) and name in part:
             part[now.partition(".")[2]] = part.pop(name)
     identity = {RENAMED.get(name, name): value for name, value in facts["identity"].items()}
-    progress = {"validation" if name == "heldout" else name: value for name, value in facts["progress"].items()}
-    others = {"micro_batch_size" if name == "micro_size" else name: value for name, value in facts.items()}
+    progress = {
+        "validation" if name == "heldout" else name: value
+        for name, value in facts["progress"].items()
+    }
+    others = {
+        "micro_batch_size" if name == "micro_size" else name: value for name, value in facts.items()
+    }
     return {**others, "config": config, "identity": identity, "progress": progress}
 
 

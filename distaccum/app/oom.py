@@ -49,7 +49,9 @@ class Predicted:
 class Budget:
     """Measures the memory and time of steps and compares them with their prediction."""
 
-    def __init__(self, meter: Meter, on_oom: OnOutOfMemory, run_dir: Path, predicted: Predicted | None = None) -> None:
+    def __init__(
+        self, meter: Meter, on_oom: OnOutOfMemory, run_dir: Path, predicted: Predicted | None = None
+    ) -> None:
         """Store the meter and the policy; nothing is measured yet.
 
         Args:
@@ -61,7 +63,8 @@ class Budget:
         """
         self.on_oom = on_oom
         self.predicted = predicted
-        self.retries = False  # whether all ranks agree on running out of memory, and retry the window
+        # whether all ranks agree on running out of memory, and retry the window
+        self.retries = False
         self._run_dir = run_dir
         self._meter = meter
         self._steps = 0
@@ -81,12 +84,12 @@ class Budget:
                 if not is_out_of_memory(error):
                     raise
                 raise OutOfMemoryError(
-                    f"The model and its optimizer do not fit into memory: {_first_line(error)} Use parallel=fsdp on "
-                    "more ranks, a smaller model, or more memory (limits.memory)."
+                    f"The model and its optimizer do not fit into memory: {_first_line(error)} Use "
+                    "parallel=fsdp on more ranks, a smaller model, or more memory (limits.memory)."
                 ) from None
 
     def halvings(self, micro_batch_size: int, world: World) -> int:
-        """Return how often to halve micro-batches so that they fit where an earlier start's did not.
+        """Return how often to halve micro-batches where those of an earlier start did not fit.
 
         Args:
             micro_batch_size: of this start, in samples.
@@ -98,7 +101,9 @@ class Budget:
             failed = int(json.loads(path.read_text())["micro_batch_size"])
         failed = world.broadcast_object(failed, 0)
         halvings = 0
-        while isinstance(failed, int) and failed > 1 and -(-micro_batch_size // 2**halvings) >= failed:
+        while (
+            isinstance(failed, int) and failed > 1 and -(-micro_batch_size // 2**halvings) >= failed
+        ):
             halvings += 1
         return halvings
 
@@ -116,7 +121,11 @@ class Budget:
             OutOfMemoryError: if this rank ran out of memory. An error that all ranks agreed on is
                 passed on.
         """
-        counts = self._meter.costs_nothing or self._meter.limit is not None or self._steps < MEASURED_STEPS
+        counts = (
+            self._meter.costs_nothing
+            or self._meter.limit is not None
+            or self._steps < MEASURED_STEPS
+        )
         began = time.perf_counter()
         with self._meter if counts else nullcontext():
             try:
@@ -148,7 +157,10 @@ class Budget:
             return []
         self.predicted = None
         measured = self._meter.peak_bytes
-        texts = [f"peak memory {size(predicted.peak)} predicted ({predicted.moment}), {size(measured)} measured"]
+        texts = [
+            f"peak memory {size(predicted.peak)} predicted ({predicted.moment}), {size(measured)} "
+            "measured"
+        ]
         if predicted.step_s is not None and self._seconds:
             measured_s = statistics.median(self._seconds)
             texts.append(f"a step {predicted.step_s:.3g} s predicted, {measured_s:.3g} s measured")
@@ -157,7 +169,8 @@ class Budget:
     def _message(self, line: str, number: int, plan: Plan, window: Window, world_size: int) -> str:
         micro_batch, peak = window.micro_batch_size, size(self._meter.peak_bytes)
         text = (
-            f"Step {number} ran out of memory with micro-batches of {micro_batch} sample(s) at a peak of {peak}: {line}"
+            f"Step {number} ran out of memory with micro-batches of {micro_batch} sample(s) at a "
+            f"peak of {peak}: {line}"
         )
         if micro_batch == 1:
             return f"{text} A micro-batch of one sample cannot be halved; {REMEDIES}."
@@ -167,15 +180,16 @@ class Budget:
             draft.write_text(json.dumps({"micro_batch_size": micro_batch}) + "\n")
             draft.replace(self._run_dir / SHRUNK)
             return (
-                f"{text} This strategy communicates inside micro-batches, so the window cannot be retried. The next "
-                f"start of this run folder continues from its last checkpoint with micro-batches of "
-                f"{smaller.micro_batch_size} sample(s) ({smaller.gradient_accumulation_steps} per rank, the same "
-                "effective batch); launch.max_restarts or torchrun --max-restarts start it automatically."
+                f"{text} This strategy communicates inside micro-batches, so the window cannot be "
+                "retried. The next start of this run folder continues from its last checkpoint "
+                f"with micro-batches of {smaller.micro_batch_size} sample(s) "
+                f"({smaller.gradient_accumulation_steps} per rank, the same effective batch); "
+                "launch.max_restarts or torchrun --max-restarts start it automatically."
             )
         return (
             f"{text} Use accum.micro_batch_size={smaller.micro_batch_size} "
-            f"({smaller.gradient_accumulation_steps} micro-batches per rank, the same effective batch), "
-            f"accum.micro_batch_size=auto or accum.on_oom=shrink; or {REMEDIES}."
+            f"({smaller.gradient_accumulation_steps} micro-batches per rank, the same effective "
+            f"batch), accum.micro_batch_size=auto or accum.on_oom=shrink; or {REMEDIES}."
         )
 
 

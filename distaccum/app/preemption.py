@@ -72,7 +72,11 @@ class Preemption:
             self._interrupted_at = now
             if self._announce:
                 # Not print(): the interrupted code may be inside print() itself.
-                os.write(2, b"Interrupted: saving and stopping after this step. Press Ctrl-C again to stop at once.\n")
+                os.write(
+                    2,
+                    b"Interrupted: saving and stopping after this step. Press Ctrl-C again to stop"
+                    b" at once.\n",
+                )
         elif now - self._interrupted_at > _ONE_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -27,9 +27,14 @@ class Progress:
     samples: int = 0
     tokens: float = 0.0  # or whatever else the objective counts
     evaluated_step: int = 0  # step of the latest validation
-    validation: dict[str, float] = field(default_factory=dict)  # its results by term, the loss first
+    # its results by term, the loss first
+    validation: dict[str, float] = field(default_factory=dict)
     best_loss: float | None = None  # lowest validation loss so far
 
     def __str__(self) -> str:
         skipped = self.windows - self.step
-        return f"{self.windows} windows ({self.step} steps, {skipped} skipped)" if skipped else f"{self.step} steps"
+        return (
+            f"{self.windows} windows ({self.step} steps, {skipped} skipped)"
+            if skipped
+            else f"{self.step} steps"
+        )

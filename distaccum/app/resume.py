@@ -26,16 +26,28 @@ from distaccum.version import __version__
 # Changes of these keys between two starts of a run are not reported, because they do not affect
 # what is learned.
 _NOT_REPORTED = (
-    "run_dir", "resume", "init_weights", "checkpoint", "logger", "launch", "loader", "device", "machine", "world_size",
-    "experiment", "train.log_every_steps", "train.validate_every_steps", "train.timeout_s", "train.max_minutes",
-    "accum.audit",
+    "run_dir", "resume", "init_weights", "checkpoint", "logger", "launch", "loader", "device",
+    "machine", "world_size", "experiment", "train.log_every_steps", "train.validate_every_steps",
+    "train.timeout_s", "train.max_minutes", "accum.audit",
 )  # fmt: skip
 
 # Prefixes of the keys on which the memory of a micro-batch depends.
-_AFFECTS_MEMORY = ("accum.", "data.", "device", "limits.", "model.", "nn.", "optim.name", "parallel.", "precision.")
+_AFFECTS_MEMORY = (
+    "accum.",
+    "data.",
+    "device",
+    "limits.",
+    "model.",
+    "nn.",
+    "optim.name",
+    "parallel.",
+    "precision.",
+)
 
 
-def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) -> Checkpoint | None:
+def find(
+    config: Config, run_dir: Path, checkpoints: Checkpoints, world: World
+) -> Checkpoint | None:
     """Return the checkpoint to resume from, or None to start from step 0.
 
     Call it on every rank. All ranks get the same checkpoint.
@@ -48,18 +60,22 @@ def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) 
     newest = checkpoints.newest()
     if newest is None and checkpoints.passed_over and config.resume != "none":
         raise CheckpointError(
-            f"{run_dir} has checkpoints, but none of them can be read: {'; '.join(checkpoints.passed_over)}. "
-            "Nothing was changed. Use another run_dir to start from step 0, or another run_dir with resume=PATH to "
-            "continue from another checkpoint."
+            f"{run_dir} has checkpoints, but none of them can be read: "
+            f"{'; '.join(checkpoints.passed_over)}. Nothing was changed. Use another run_dir to "
+            "start from step 0, or another run_dir with resume=PATH to continue from another "
+            "checkpoint."
         )
     require(
         config.resume != "none" or (newest is None and not checkpoints.passed_over),
-        f"resume=none, but {run_dir} has checkpoints of an earlier run, and the checkpoints of two runs would be "
-        "mixed. Use another run_dir, or resume=auto to continue that run.",
+        f"resume=none, but {run_dir} has checkpoints of an earlier run, and the checkpoints of two "
+        "runs would be mixed. Use another run_dir, or resume=auto to continue that run.",
     )
     if newest is None and config.resume not in ("auto", "none"):
         path = Path(config.resume)
-        require(path.exists(), f"resume={path}: there is no such folder. Give a run folder or a checkpoint.")
+        require(
+            path.exists(),
+            f"resume={path}: there is no such folder. Give a run folder or a checkpoint.",
+        )
         newest = Checkpoint.open(path, world)
     if newest is not None:
         newest.facts = renamed(newest.facts)
@@ -68,7 +84,7 @@ def find(config: Config, run_dir: Path, checkpoints: Checkpoints, world: World) 
 
 def facts_of(
     config: Config, composed: Mapping[str, Any], task: Task, plan: Plan, warmup: int, world: World
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the facts that every checkpoint of a run holds, besides its progress.
 
     Args:
@@ -94,7 +110,9 @@ def facts_of(
     return plain_dict(facts)
 
 
-def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, world_size: int) -> AccumConfig:
+def keep_effective_batch(
+    accum: AccumConfig, checkpoint: Checkpoint | None, world_size: int
+) -> AccumConfig:
     """Keep the effective batch size of a resumed run when the number of ranks changes.
 
     This matters if the configuration gives only the micro-batch size and the micro-batches per
@@ -113,7 +131,9 @@ def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, worl
         "gradient_accumulation_steps",
     )
     now = {name: getattr(accum, name) for name in names}
-    if any(now[name] is not None for name in names[:3]) or any(before[name] != now[name] for name in names):
+    if any(now[name] is not None for name in names[:3]) or any(
+        before[name] != now[name] for name in names
+    ):
         return accum
     return replace(
         accum,
@@ -122,7 +142,9 @@ def keep_effective_batch(accum: AccumConfig, checkpoint: Checkpoint | None, worl
     )
 
 
-def kept_micro_batch_size(checkpoint: Checkpoint | None, composed: Mapping[str, Any], world_size: int) -> int | None:
+def kept_micro_batch_size(
+    checkpoint: Checkpoint | None, composed: Mapping[str, Any], world_size: int
+) -> int | None:
     """Return the checkpoint's micro-batch size if it can be reused, else None.
 
     It can be reused if the number of ranks and all settings that affect memory are unchanged. A
@@ -132,11 +154,15 @@ def kept_micro_batch_size(checkpoint: Checkpoint | None, composed: Mapping[str, 
     if checkpoint is None or checkpoint.facts["world_size"] != world_size:
         return None
     then, here = (dict(_flat(config)) for config in (checkpoint.facts["config"], composed))
-    same = all(then.get(key) == here.get(key) for key in {*then, *here} if key.startswith(_AFFECTS_MEMORY))
+    same = all(
+        then.get(key) == here.get(key) for key in {*then, *here} if key.startswith(_AFFECTS_MEMORY)
+    )
     return checkpoint.facts.get("micro_batch_size") if same else None
 
 
-def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, Any], steps: int) -> Progress:
+def load(
+    checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, Any], steps: int
+) -> Progress:
     """Load model, optimizer and accumulator from a checkpoint.
 
     Call it on every rank.
@@ -158,18 +184,22 @@ def load(checkpoint: Checkpoint, accumulator: Accumulator, facts: Mapping[str, A
     model, optimizer = accumulator.strategy.evaluation_model, accumulator.optimizer
     here = {name: (tensor.shape, tensor.dtype) for name, tensor in model_tensors(model).items()}
     there = {name: (info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
-    differ = [*_other_plan(checkpoint.facts["identity"], facts["identity"]), *_other_model(there, here)]
+    differ = [
+        *_other_plan(checkpoint.facts["identity"], facts["identity"]),
+        *_other_model(there, here),
+    ]
     require(
         not differ,
-        f"{checkpoint.path} cannot be continued with these settings: {'; '.join(differ)}. Use the settings of the "
-        "checkpoint (its manifest.json holds the configuration), or start from step 0 with another run_dir. To "
-        "change the effective batch size during a training, use accum.schedule.",
+        f"{checkpoint.path} cannot be continued with these settings: {'; '.join(differ)}. Use the "
+        "settings of the checkpoint (its manifest.json holds the configuration), or start from "
+        "step 0 with another run_dir. To change the effective batch size during a training, use "
+        "accum.schedule.",
     )
     progress = _progress(checkpoint.facts)
     require(
         progress.windows <= steps,
-        f"{checkpoint.path} already has {progress}, but the training has only {steps} (train.steps or "
-        "train.epochs). Set a larger number, or start from step 0 with another run_dir.",
+        f"{checkpoint.path} already has {progress}, but the training has only {steps} (train.steps "
+        "or train.epochs). Set a larger number, or start from step 0 with another run_dir.",
     )
     make_optimizer_state(model, optimizer, there, checkpoint.facts["optimizer"])
     checkpoint.load({**model_tensors(model), **optimizer_tensors(model, optimizer)})
@@ -182,7 +212,11 @@ def _progress(facts: Mapping[str, Any]) -> Progress:
     saved = dict(facts["progress"])
     if "windows" not in saved:
         step = int(facts["accumulator"]["steps"])
-        saved |= {"windows": saved["step"], "step": step, "evaluated_step": min(saved["evaluated_step"], step)}
+        saved |= {
+            "windows": saved["step"],
+            "step": step,
+            "evaluated_step": min(saved["evaluated_step"], step),
+        }
     return Progress(**saved)
 
 
@@ -191,7 +225,10 @@ def message(checkpoint: Checkpoint, facts: Mapping[str, Any], progress: Progress
     before, now = checkpoint.facts, facts
     ranks = f"{before['world_size']} rank(s)"
     if before["world_size"] != now["world_size"]:
-        ranks += f" before, {now['world_size']} now; micro-batches are redistributed, the effective batch is unchanged"
+        ranks += (
+            f" before, {now['world_size']} now; micro-batches are redistributed, the effective "
+            "batch is unchanged"
+        )
     yield f"continues after step {progress.step} from {checkpoint.path} ({ranks})"
     then, here = _settings(before), _settings(now)
     for key in sorted({*then, *here}):
@@ -208,7 +245,10 @@ def _settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     Thus a change of that length is reported like any other changed setting.
     """
     settings = dict(_flat(facts["config"]))
-    return {**settings, "optim.schedule.warmup": facts.get("warmup", settings.get("optim.schedule.warmup"))}
+    return {
+        **settings,
+        "optim.schedule.warmup": facts.get("warmup", settings.get("optim.schedule.warmup")),
+    }
 
 
 def _identity(config: Config, task: Task, plan: Plan) -> dict[str, Any]:
@@ -222,7 +262,9 @@ def _identity(config: Config, task: Task, plan: Plan) -> dict[str, Any]:
         "samples per epoch": plan.num_samples,
         "train.seed": config.train.seed,
         "accum.last_window": config.accum.last_window,
-        "accum.effective_batch_size": None if plan.schedule is not None else plan.effective_batch_size,
+        "accum.effective_batch_size": (
+            None if plan.schedule is not None else plan.effective_batch_size
+        ),
         "optim.name": config.optim.name,
     }
 

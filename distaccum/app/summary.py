@@ -36,27 +36,41 @@ def start_block(
         The sections of the start block by title, and the facts of the record "start".
     """
     strategy = accumulator.strategy
-    traffic = strategy.forecast(arithmetic.gradient_accumulation_steps) + accumulator.control_traffic()
+    traffic = (
+        strategy.forecast(arithmetic.gradient_accumulation_steps) + accumulator.control_traffic()
+    )
     parameters = sum(p.numel() for p in strategy.model.parameters())
     device = strategy.world.device
-    backend = "" if strategy.world.group is None else (", NCCL" if device.type == "cuda" else ", gloo")
+    backend = (
+        "" if strategy.world.group is None else (", NCCL" if device.type == "cuda" else ", gloo")
+    )
     sections: dict[str, Section] = {
         "run": {
             "model": f"{config.model.name}, {parameters:,} parameters",
             "precision": _precision(config),
-            "parallel": f"{type(strategy).__name__.lower()}, {strategy.world.size} rank(s) on {device.type}{backend}",
+            "parallel": (
+                f"{type(strategy).__name__.lower()}, {strategy.world.size} rank(s) on "
+                f"{device.type}{backend}"
+            ),
             **_batchnorm(config, strategy.model),
             "length": f"{steps:,} steps, {plan.start_of(steps) / plan.num_samples:.2f} epochs",
             "warm-up": warmup(config.optim.schedule, schedule),
         },
         "data": {
             **task.described,
-            "baseline": f"{baseline:.4f} nats per {task.unit} on the validation samples, predicting by frequency alone",
+            "baseline": (
+                f"{baseline:.4f} nats per {task.unit} on the validation samples, predicting by "
+                "frequency alone"
+            ),
         },
         "effective batch": batch_section(arithmetic, plan, task),
         "network": {
             "sync": f"{strategy.sync.value}{f' ({strategy.reason})' if strategy.reason else ''}",
-            **({} if config.accum.overlap_micro_batches == 1 else {"overlap": str(accumulator.overlap)}),
+            **(
+                {}
+                if config.accum.overlap_micro_batches == 1
+                else {"overlap": str(accumulator.overlap)}
+            ),
             "per step": _network(traffic),
         },
     }
@@ -82,7 +96,10 @@ def start_block(
 
 def batch_section(arithmetic: BatchArithmetic, plan: Plan, task: Task) -> Section:
     """Return the lines on the arithmetic of the effective batch and on the windows per epoch."""
-    return {"arithmetic": _arithmetic(arithmetic, task.tokens_per_sample), "windows": _windows(plan)}
+    return {
+        "arithmetic": _arithmetic(arithmetic, task.tokens_per_sample),
+        "windows": _windows(plan),
+    }
 
 
 def warmup(asked: ScheduleConfig, schedule: LRSchedule) -> str:
@@ -98,14 +115,20 @@ def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
         return {}
     differs = {
         BatchNormMode.sync: (
-            "normalized over the micro-batches that all ranks compute at the same time, not over the whole window"
+            "normalized over the micro-batches that all ranks compute at the same time, not over "
+            "the whole window"
         ),
         BatchNormMode.pooled: (
-            "normalized within each micro-batch; running statistics are those of the whole effective batch"
+            "normalized within each micro-batch; running statistics are those of the whole "
+            "effective batch"
         ),
-        BatchNormMode.frozen: "normalized by running statistics, which never change: exactly the same as one big batch",
+        BatchNormMode.frozen: (
+            "normalized by running statistics, which never change: exactly the same as one big "
+            "batch"
+        ),
         BatchNormMode.micro_batch: (
-            "normalized within each micro-batch; each rank has its own running statistics, updated by each micro-batch"
+            "normalized within each micro-batch; each rank has its own running statistics, updated "
+            "by each micro-batch"
         ),
     }[config.nn.batchnorm]
     return {"batchnorm": f"{config.nn.batchnorm.value}: {differs}"}
@@ -113,9 +136,12 @@ def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
 
 def _precision(config: Config) -> str:
     dtypes = config.accum.dtype, config.parallel.reduce_dtype
-    accumulated, reduced = (dtype.value if dtype is not None else "float32 or wider" for dtype in dtypes)
+    accumulated, reduced = (
+        dtype.value if dtype is not None else "float32 or wider" for dtype in dtypes
+    )
     return (
-        f"{config.precision.name.value}; gradients summed over micro-batches in {accumulated}, over ranks in {reduced}"
+        f"{config.precision.name.value}; gradients summed over micro-batches in {accumulated}, "
+        f"over ranks in {reduced}"
     )
 
 
@@ -132,7 +158,11 @@ def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> s
         text = f"micro-batch size {largest} x {counts} = {batch} samples"
     else:
         text = f"{batch} samples in uneven micro-batches: at most {largest} sample(s) x {counts}"
-    tokens = f" ({arithmetic.effective_batch_size * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
+    tokens = (
+        f" ({arithmetic.effective_batch_size * tokens_per_sample:,} tokens)"
+        if tokens_per_sample
+        else ""
+    )
     return f"{text}{tokens} per optimizer step"
 
 
@@ -140,14 +170,22 @@ def _windows(plan: Plan) -> str:
     if plan.schedule is not None:
         unit, ramp = plan.schedule.unit.value, plan.schedule.ramp.value
         entries = ", ".join(f"{size} from {start:,}" for start, size in plan.schedule.entries)
-        return f"{plan.windows_per_epoch:,} in the first epoch; effective batch size {entries} {unit} (ramp: {ramp})"
+        return (
+            f"{plan.windows_per_epoch:,} in the first epoch; effective batch size {entries} {unit} "
+            f"(ramp: {ramp})"
+        )
     rest = plan.num_samples % plan.effective_batch_size
     if rest == 0:
         return f"{plan.windows_per_epoch:,} per epoch, all full"
     left_over = {
-        LastWindow.keep: f"the last one has only {rest} samples, and its loss is averaged over these",
+        LastWindow.keep: (
+            f"the last one has only {rest} samples, and its loss is averaged over these"
+        ),
         LastWindow.drop: f"the other {rest} samples are dropped",
-        LastWindow.fill: f"the last one is filled with {plan.effective_batch_size - rest} samples of the next epoch",
+        LastWindow.fill: (
+            f"the last one is filled with {plan.effective_batch_size - rest} samples of the next "
+            "epoch"
+        ),
     }[plan.last_window]
     return f"{plan.windows_per_epoch:,} per epoch, {left_over}"
 

@@ -28,7 +28,7 @@ from distaccum.metrics import Report
 from distaccum.optim import LRSchedule, ScheduleUnit
 from distaccum.parallel.ledger import Verdict
 from distaccum.step.accumulator import Accumulator
-from distaccum.step.consensus import Request
+from distaccum.step.exchange import Request
 from distaccum.step.record import StepRecord
 
 
@@ -157,8 +157,9 @@ class Trainer:
         size = self.plan.largest_micro_batch
         self._note(
             [
-                f"step {self.progress.step + 1}: {error} Retrying the window and continuing with micro-batches of "
-                f"{size} sample(s) and the same effective batch. To start this way, use accum.micro_batch_size={size}."
+                f"step {self.progress.step + 1}: {error} Retrying the window and continuing with "
+                f"micro-batches of {size} sample(s) and the same effective batch. To start this "
+                f"way, use accum.micro_batch_size={size}."
             ]
         )
 
@@ -215,7 +216,9 @@ class Trainer:
         if record.chosen is not None:
             self.report.note(record.chosen)
         if record.skipped is not None:
-            self.report.note(f"window {window.step + 1} skipped, after step {record.step}: {record.skipped}")
+            self.report.note(
+                f"window {window.step + 1} skipped, after step {record.step}: {record.skipped}"
+            )
         elapsed = max(since.elapsed_s, 1e-9)
         self.report.step(
             {
@@ -232,7 +235,9 @@ class Trainer:
                 "samples_per_s": since.samples / elapsed,
                 **self._tokens("tokens_per_s", since.tokens / elapsed),
                 "data_wait_share": min(1.0, (self.loader.waited_s - since.waited_s) / elapsed),
-                "comm_share": None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed),
+                "comm_share": (
+                    None if since.exposed_s is None else min(1.0, since.exposed_s / elapsed)
+                ),
                 "peak_memory_bytes": peak_memory_bytes(self.accumulator.strategy.world.device),
             },
             record.step + self.intervals.windows - self.progress.windows,
@@ -243,7 +248,11 @@ class Trainer:
         strategy = self.accumulator.strategy
         if strategy.world.size == 1 and not verdict.counted.counts:
             return "one process: nothing to send, and nothing was sent"
-        name = f"step {record.step}" if record.skipped is None else f"the skipped window after step {record.step}"
+        name = (
+            f"step {record.step}"
+            if record.skipped is None
+            else f"the skipped window after step {record.step}"
+        )
         once = "" if strategy.sync is Sync.every else "; each gradient crossed the network once"
         return f"{name} sent {verdict.counted}, exactly the forecast{once}"
 
@@ -253,7 +262,9 @@ class Trainer:
         progress.evaluated_step, progress.validation = progress.step, means
         if self.report is not None:
             tokens = self._tokens("tokens", int(progress.tokens))
-            self.report.validation({"step": progress.step, **means, "samples": progress.samples, **tokens})
+            self.report.validation(
+                {"step": progress.step, **means, "samples": progress.samples, **tokens}
+            )
         loss = next(iter(means.values()), math.nan)
         best = loss < (math.inf if progress.best_loss is None else progress.best_loss)
         if best:

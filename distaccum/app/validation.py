@@ -37,21 +37,32 @@ def evaluate(strategy: Strategy, validation: Validation) -> dict[str, float]:
     micro_batches = window.micro_batches
     own = micro_batches[world.rank :: world.size]
     denominators: dict[str, float] = {}
-    totals: torch.Tensor | None = None  # [terms] float64, on the device until the end, so that the host does not wait
+    # [terms] float64, on the device until the end, so that the host does not wait
+    totals: torch.Tensor | None = None
     with strategy.evaluating() as model:
         for index in range(-(-len(micro_batches) // world.size)):
             counted = index < len(own)
             # A rank without a micro-batch of its own runs a forward all the same, and its sums are
             # set to zero.
             micro_batch = own[index] if counted else micro_batches[0]
-            batch = validation.dataset.batch(validation.plan.samples(micro_batch), torch.Generator())
+            batch = validation.dataset.batch(
+                validation.plan.samples(micro_batch), torch.Generator()
+            )
             own_denominators = denominators_of(objective, batch)
-            sums_by_term = sums_of(objective, model, to_device(batch, world.device), [*own_denominators])
+            sums_by_term = sums_of(
+                objective, model, to_device(batch, world.device), [*own_denominators]
+            )
             sums = torch.stack([value.double() for value in sums_by_term])
             if not counted:
-                sums, own_denominators = torch.zeros_like(sums), dict.fromkeys(own_denominators, 0.0)
+                sums, own_denominators = (
+                    torch.zeros_like(sums),
+                    dict.fromkeys(own_denominators, 0.0),
+                )
             totals = sums if totals is None else totals + sums
-            denominators = {term: denominators.get(term, 0.0) + count for term, count in own_denominators.items()}
+            denominators = {
+                term: denominators.get(term, 0.0) + count
+                for term, count in own_denominators.items()
+            }
     assert totals is not None
     rows, _ = world.gather_rows([*denominators.values()], [totals]).read()
     summed = [math.fsum(row[i] for row in rows) for i in range(2 * len(denominators))]

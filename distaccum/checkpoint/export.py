@@ -34,7 +34,9 @@ def export_safetensors(checkpoint: Checkpoint, file: Path) -> None:
     saved = checkpoint.tensors
     weights = {n.removeprefix(_MODEL): saved[n] for n in saved if n.startswith(_MODEL)}
     if not weights:
-        raise CheckpointError(f"{checkpoint.path} holds no model: no tensor has a name that begins with {_MODEL!r}.")
+        raise CheckpointError(
+            f"{checkpoint.path} holds no model: no tensor has a name that begins with {_MODEL!r}."
+        )
 
     def read(name: str) -> Tensor:
         tensor = torch.empty_like(weights[name], device="cpu")
@@ -64,13 +66,16 @@ def load_weights(model: nn.Module, file: Path) -> None:
             shape = list(weights.get_slice(name).get_shape())
             if shape != list(tensor.shape):
                 raise CheckpointError(
-                    f"{file} holds {name!r} with the shape {shape}, but in the model it has {list(tensor.shape)}."
+                    f"{file} holds {name!r} with the shape {shape}, but in the model it has "
+                    f"{list(tensor.shape)}."
                 )
         for name, tensor in wanted.items():
             tensor.copy_(weights.get_tensor(name))
 
 
-def export_pretrained(checkpoint: Checkpoint, folder: Path, make_model: Callable[[], nn.Module]) -> None:
+def export_pretrained(
+    checkpoint: Checkpoint, folder: Path, make_model: Callable[[], nn.Module]
+) -> None:
     """Write a folder that `from_pretrained` of Hugging Face can read.
 
     Args:
@@ -91,7 +96,8 @@ def export_pretrained(checkpoint: Checkpoint, folder: Path, make_model: Callable
     save = getattr(model, "save_pretrained", None)
     if save is None:
         raise CheckpointError(
-            f"{type(model).__name__} has no method save_pretrained. Export to a safetensors file instead."
+            f"{type(model).__name__} has no method save_pretrained. Export to a safetensors file "
+            "instead."
         )
     save(folder)
 
@@ -106,13 +112,16 @@ def _wanted(model: nn.Module, names: Iterable[str], where: str) -> dict[str, Ten
     state = model.state_dict(keep_vars=True)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     given = set(names)
-    filled = {id(tensors[name]) for name in given & set(tensors)}  # tied weights are one object under two names
+    # tied weights are one object under two names
+    filled = {id(tensors[name]) for name in given & set(tensors)}
     missing = [name for name, tensor in tensors.items() if id(tensor) not in filled]
     unknown = sorted(given - set(tensors))
     if missing or unknown:
         lacks = [f"it lacks {some(missing)}"] if missing else []
         has = [f"it holds {some(unknown)}, which the model does not have"] if unknown else []
-        raise CheckpointError(f"{where} does not fit this model ({type(model).__name__}): {'; '.join(lacks + has)}.")
+        raise CheckpointError(
+            f"{where} does not fit this model ({type(model).__name__}): {'; '.join(lacks + has)}."
+        )
     return {name: tensors[name].detach() for name in sorted(given)}
 
 
@@ -121,6 +130,7 @@ def _refuse_pickle(file: Path) -> None:
         begin = opened.read(4)
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt") or begin.startswith((b"PK", b"\x80")):
         raise CheckpointError(
-            f"{file} is a PyTorch pickle. Reading it would run code of whoever wrote it, so it is refused. If you "
-            "trust it, load it yourself and write it with safetensors.torch.save_file."
+            f"{file} is a PyTorch pickle. Reading it would run code of whoever wrote it, so it is "
+            "refused. If you trust it, load it yourself and write it with "
+            "safetensors.torch.save_file."
         )

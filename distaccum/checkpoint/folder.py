@@ -95,7 +95,10 @@ def clean(folder: Path) -> list[str]:
         name, is_part = path.name.removesuffix(_PART), path.name.endswith(_PART)
         if is_part and _NAME.fullmatch(name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-            messages.append(f"removed {path}: an unfinished save, or an old checkpoint that was only partly removed")
+            messages.append(
+                f"removed {path}: an unfinished save, or an old checkpoint that was only partly "
+                "removed"
+            )
         elif is_part and name in (LATEST, BEST):
             path.unlink()
             messages.append(f"removed {path}: an unfinished pointer")
@@ -118,7 +121,11 @@ def entries(folder: Path, known: Mapping[Path, Manifest] | None = None) -> list[
         folder: the folder of the checkpoints.
         known: manifests by path that need not be read again.
     """
-    named = [(match, path) for path in _listed(folder) if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    named = [
+        (match, path)
+        for path in _listed(folder)
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
+    ]
     known = known or {}
     found = [
         look(path, known.get(path))
@@ -130,7 +137,9 @@ def entries(folder: Path, known: Mapping[Path, Manifest] | None = None) -> list[
     serial, latest = -1, pointed(folder, LATEST)
     for entry in found:
         serial = serial if entry.manifest is None else entry.manifest.serial
-        ordered.append((entry.path.name == latest, serial, entry.manifest is None, len(ordered), entry))
+        ordered.append(
+            (entry.path.name == latest, serial, entry.manifest is None, len(ordered), entry)
+        )
     return [row[-1] for row in sorted(ordered, key=lambda row: row[:-1], reverse=True)]
 
 
@@ -155,14 +164,22 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not os.path.lexists(path / MANIFEST):
         foreign = sorted(
-            p.name for p in _listed(path) if p.name == ".metadata" or p.suffix in (".pt", ".bin", ".distcp")
+            p.name
+            for p in _listed(path)
+            if p.name == ".metadata" or p.suffix in (".pt", ".bin", ".distcp")
         )
-        hint = f"; {foreign[0]} is a PyTorch pickle, which could run any code and is not read" if foreign else ""
+        hint = (
+            f"; {foreign[0]} is a PyTorch pickle, which could run any code and is not read"
+            if foreign
+            else ""
+        )
         raise CheckpointError(f"{MANIFEST} is missing{hint}")
     return Manifest.from_json(read_plain(path / MANIFEST, MAX_BYTES))
 
 
-def to_prune(found: Sequence[Entry], keep: int, folder: Path, damaged: Collection[Path]) -> list[Path]:
+def to_prune(
+    found: Sequence[Entry], keep: int, folder: Path, damaged: Collection[Path]
+) -> list[Path]:
     """Return the complete checkpoints to remove; never damaged or unreadable ones, and never links.
 
     Args:
@@ -175,7 +192,9 @@ def to_prune(found: Sequence[Entry], keep: int, folder: Path, damaged: Collectio
     """
     named = {pointed(folder, LATEST), pointed(folder, BEST)}
     sound = [entry for entry in found if entry.path not in damaged and not entry.path.is_symlink()]
-    good = sorted(((e.manifest.serial, e.path) for e in sound if e.manifest is not None), reverse=True)
+    good = sorted(
+        ((e.manifest.serial, e.path) for e in sound if e.manifest is not None), reverse=True
+    )
     return [path for _, path in good[keep:] if path.name not in named]
 
 

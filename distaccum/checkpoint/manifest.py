@@ -85,7 +85,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of manifest.json."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, separators=(",", ":")) + "\n"
+        return (
+            json.dumps(
+                {"format": FORMAT, "version": VERSION, **asdict(self)}, separators=(",", ":")
+            )
+            + "\n"
+        )
 
     @staticmethod
     def from_json(text: bytes) -> Manifest:
@@ -99,10 +104,13 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{MANIFEST} is not JSON: {error}") from None
         if not isinstance(parsed, dict) or parsed.get("format") != FORMAT:
-            raise CheckpointError(f"{MANIFEST} is not the manifest of a checkpoint: its format is not {FORMAT!r}")
+            raise CheckpointError(
+                f"{MANIFEST} is not the manifest of a checkpoint: its format is not {FORMAT!r}"
+            )
         if parsed.get("version") != VERSION:
             raise CheckpointError(
-                f"{MANIFEST} has version {parsed.get('version')!r}; only version {VERSION} can be read"
+                f"{MANIFEST} has version {parsed.get('version')!r}; only version {VERSION} can be "
+                "read"
             )
         manifest: Manifest = _built(Manifest, parsed, "")
         _check_values(manifest)
@@ -153,7 +161,8 @@ def _check_values(manifest: Manifest) -> None:
     for name, file in manifest.files.items():
         if not _FILE.fullmatch(name):
             raise CheckpointError(
-                f"{MANIFEST} names the file {name[:80]!r}; only names such as shard-00000.safetensors are accepted"
+                f"{MANIFEST} names the file {name[:80]!r}; only names such as "
+                "shard-00000.safetensors are accepted"
             )
         if not _SHA256.fullmatch(file.sha256):
             raise CheckpointError(f"{MANIFEST}: {name} has no sha256, but {file.sha256[:80]!r}")
@@ -164,7 +173,8 @@ def _check_values(manifest: Manifest) -> None:
         unlisted = [chunk.file for chunk in tensor.chunks if chunk.file not in manifest.files]
         if unlisted:
             raise CheckpointError(
-                f"{MANIFEST}: tensor {name!r} is in the file {unlisted[0][:80]!r}, which the manifest does not list"
+                f"{MANIFEST}: tensor {name!r} is in the file {unlisted[0][:80]!r}, which the "
+                "manifest does not list"
             )
         check_cover(name, tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks])
 
@@ -189,12 +199,14 @@ def check_plain(value: object, where: str) -> None:
             check_plain(item, f"{where}[{i}]")
     elif value is not None and type(value) not in (str, int, float, bool):
         raise CheckpointError(
-            f"{where} is of type {type(value).__name__}; facts must be plain JSON (dict, list, str, int, float, bool, "
-            "None), and tensors belong to `tensors`"
+            f"{where} is of type {type(value).__name__}; facts must be plain JSON (dict, list, "
+            "str, int, float, bool, None), and tensors belong to `tensors`"
         )
 
 
-def check_cover(name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+def check_cover(
+    name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> None:
     """Refuse blocks that exceed a tensor's shape, overlap, or leave a part of it uncovered.
 
     Args:
@@ -207,20 +219,33 @@ def check_cover(name: str, shape: Sequence[int], boxes: Sequence[tuple[Sequence[
     """
     for offsets, sizes in boxes:
         inside = len(offsets) == len(sizes) == len(shape)
-        if not inside or any(s < 1 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)):
+        if not inside or any(
+            s < 1 or o + s > n for o, s, n in zip(offsets, sizes, shape, strict=True)
+        ):
             raise CheckpointError(
-                f"tensor {name!r} has a chunk at {list(offsets)} of size {list(sizes)} outside its shape {list(shape)}"
+                f"tensor {name!r} has a chunk at {list(offsets)} of size {list(sizes)} outside its "
+                f"shape {list(shape)}"
             )
     filled = sum(math.prod(sizes) for _, sizes in boxes)
     if filled != math.prod(shape):
-        raise CheckpointError(f"tensor {name!r} has {math.prod(shape)} elements, but its chunks hold {filled}")
+        raise CheckpointError(
+            f"tensor {name!r} has {math.prod(shape)} elements, but its chunks hold {filled}"
+        )
     # Overlapping blocks overlap in every dimension, so the dimension with the most distinct offsets
     # finds candidates. (A tensor without dimensions has one block.)
-    along = max(range(len(shape)), key=lambda d: len({offsets[d] for offsets, _ in boxes}), default=0)
+    along = max(
+        range(len(shape)), key=lambda d: len({offsets[d] for offsets, _ in boxes}), default=0
+    )
     ordered = sorted(boxes, key=lambda box: tuple(box[0][along : along + 1]))
     for i, (offsets, sizes) in enumerate(ordered):
         for others, other_sizes in ordered[i + 1 :]:
             if others[along] >= offsets[along] + sizes[along]:
                 break
-            if all(a < b + t and b < a + s for a, s, b, t in zip(offsets, sizes, others, other_sizes, strict=True)):
-                raise CheckpointError(f"tensor {name!r} has chunks that overlap, at {list(offsets)} and {list(others)}")
+            if all(
+                a < b + t and b < a + s
+                for a, s, b, t in zip(offsets, sizes, others, other_sizes, strict=True)
+            ):
+                raise CheckpointError(
+                    f"tensor {name!r} has chunks that overlap, at {list(offsets)} and "
+                    f"{list(others)}"
+                )

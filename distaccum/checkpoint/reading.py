@@ -151,7 +151,8 @@ def _meant(path: Path) -> Candidates:
         return [(path, "")]
     what = "it is a file" if path.is_file() else "no checkpoint was found there"
     raise CheckpointError(
-        f"{path} is not a checkpoint: {what}. Give a folder step-..., a folder checkpoints, or a run folder."
+        f"{path} is not a checkpoint: {what}. Give a folder step-..., a folder checkpoints, or a "
+        "run folder."
     )
 
 
@@ -168,7 +169,8 @@ def _examine(path: Path, world: World, passed_over: list[str]) -> Checkpoint:
 
     if len(set(all_ranks_or_none(world, own))) > 1:
         raise CheckpointError(
-            "ranks read different manifests; put the checkpoint on a file system that all ranks share"
+            "ranks read different manifests; put the checkpoint on a file system that all ranks "
+            "share"
         )
     assert entry.manifest is not None
     return Checkpoint(path, entry.manifest, world, passed_over)

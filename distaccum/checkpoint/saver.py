@@ -52,7 +52,8 @@ class CheckpointConfig:
             )
         require(
             self.keep >= 0,
-            f"checkpoint.keep is {self.keep}; give the number of checkpoints to keep, or 0 to save none.",
+            f"checkpoint.keep is {self.keep}; give the number of checkpoints to keep, or 0 to save "
+            "none.",
         )
 
 
@@ -62,7 +63,9 @@ class Saver:
     Every rank has a saver, and all ranks must call its methods together, except `minutes_are_over`.
     """
 
-    def __init__(self, checkpoints: Checkpoints, config: CheckpointConfig, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, config: CheckpointConfig, facts: Mapping[str, Any]
+    ) -> None:
         """Store the facts that every checkpoint of the run holds, and start the clock."""
         self._checkpoints = checkpoints
         self._config = config
@@ -87,7 +90,14 @@ class Saver:
         return self._config.best
 
     def save(
-        self, step: int, model: nn.Module, optimizer: Optimizer, facts: Mapping[str, Any], *, best: bool, stopping: bool
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        facts: Mapping[str, Any],
+        *,
+        best: bool,
+        stopping: bool,
     ) -> list[str]:
         """Save a checkpoint, and return messages on this save and earlier ones.
 
@@ -106,10 +116,13 @@ class Saver:
         """
         tensors = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
         facts = {**self._facts, **facts, "optimizer": optimizer_values(model, optimizer)}
-        messages = self.wait(stopping)  # a failure of the previous save is reported, and this save is tried
+        # a failure of the previous save is reported, and this save is tried
+        messages = self.wait(stopping)
         best = best and self.keeps_best
         self._step = step
-        messages += self._guarded(step, lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping)
+        messages += self._guarded(
+            step, lambda: self._checkpoints.save(step, tensors, facts, best=best), stopping
+        )
         self._saved_at = time.monotonic()
         return messages + (self.wait(stopping) if stopping else [])
 

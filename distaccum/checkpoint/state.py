@@ -33,8 +33,9 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"The model's state holds {name!r} of type {type(value).__name__} (its module's get_extra_state). "
-                "Only tensors are saved, so that loading cannot run code. Register it as a buffer."
+                f"The model's state holds {name!r} of type {type(value).__name__} (its module's "
+                "get_extra_state). Only tensors are saved, so that loading cannot run code. "
+                "Register it as a buffer."
             )
         tensors[f"model.{_canonical(name)}"] = value
     return tensors
@@ -51,11 +52,17 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         if not isinstance(value, Tensor):
             continue
         sharded = isinstance(parameter, DTensor)
-        if sharded and value.numel() > 1 and not (isinstance(value, DTensor) and value.shape == parameter.shape):
+        if (
+            sharded
+            and value.numel() > 1
+            and not (isinstance(value, DTensor) and value.shape == parameter.shape)
+        ):
             raise CheckpointError(
-                f"{type(optimizer).__name__} keeps {key!r} of {name} in the shape {tuple(value.shape)}, but the "
-                f"parameter is sharded and has the shape {tuple(parameter.shape)}, so it is unknown which part of the "
-                "state this rank holds. Use parallel=ddp, or an optimizer whose states have their parameters' shapes."
+                f"{type(optimizer).__name__} keeps {key!r} of {name} in the shape "
+                f"{tuple(value.shape)}, but the parameter is sharded and has the shape "
+                f"{tuple(parameter.shape)}, so it is unknown which part of the state this rank "
+                "holds. Use parallel=ddp, or an optimizer whose states have their parameters' "
+                "shapes."
             )
         tensors[f"optim.{name}.{key}"] = value
     return tensors
@@ -73,8 +80,9 @@ def optimizer_values(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[s
             continue
         if value is not None and not isinstance(value, bool | int | float | str):
             raise CheckpointError(
-                f"{type(optimizer).__name__} keeps {key!r} of {name} as a {type(value).__name__}. Only tensors and "
-                "plain values are saved, so that loading cannot run code. Use an optimizer without such state."
+                f"{type(optimizer).__name__} keeps {key!r} of {name} as a {type(value).__name__}. "
+                "Only tensors and plain values are saved, so that loading cannot run code. Use an "
+                "optimizer without such state."
             )
         values.setdefault(name, {})[key] = value
     return values
@@ -110,7 +118,9 @@ def make_optimizer_state(
                 # torch keeps its step counters on the host, unless the update runs as one kernel on
                 # the device.
                 on_device = len(shape) > 0 or group.get("capturable") or group.get("fused")
-                state[key] = torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+                state[key] = torch.zeros(
+                    shape, dtype=dtype, device=parameter.device if on_device else "cpu"
+                )
         if state:
             optimizer.state[parameter] = state
 
@@ -121,17 +131,30 @@ def _states(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, nn.Pa
             yield name, parameter, key, value
 
 
-def _parameters(model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+def _parameters(
+    model: nn.Module, optimizer: Optimizer
+) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
     names = {parameter: _canonical(name) for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
                 raise CheckpointError(
-                    f"The optimizer has a parameter of shape {tuple(parameter.shape)} that does not belong to the "
-                    "model, so it has no name to be saved under. Make the optimizer over model.parameters()."
+                    f"The optimizer has a parameter of shape {tuple(parameter.shape)} that does "
+                    "not belong to the model, so it has no name to be saved under. Make the "
+                    "optimizer over model.parameters()."
                 )
             yield names[parameter], parameter, group
 
 
 def _canonical(name: str) -> str:
     return _WRAPPERS.sub("", name)
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to host memory (pinned, from a device), so that the originals may change."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copies[name] = tensor.to("cpu", non_blocking=True, copy=True)
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
+        torch.get_device_module(device).current_stream(device).synchronize()
+    return copies

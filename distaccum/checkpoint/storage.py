@@ -59,10 +59,13 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> list[LocalChunk]:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(
-                f"{name!r} is of type {type(tensor).__name__}, not a tensor; pass plain values in `facts`"
+                f"{name!r} is of type {type(tensor).__name__}, not a tensor; pass plain values in "
+                "`facts`"
             )
         if tensor.layout != torch.strided or _dtype_name(tensor) not in DTYPES:
-            raise CheckpointError(f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be stored")
+            raise CheckpointError(
+                f"{name!r} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be stored"
+            )
     pieces = []
     for item in create_default_local_save_plan(dict(tensors), is_coordinator=False).items:
         assert item.tensor_data is not None
@@ -70,7 +73,8 @@ def local_chunks(tensors: Mapping[str, Tensor]) -> list[LocalChunk]:
         whole, held = tensors[name], local(tensors[name])
         if chunk.sizes != held.shape:
             raise CheckpointError(
-                f"{name!r}: this rank holds {list(held.shape)}, but its sharding says {list(chunk.sizes)}"
+                f"{name!r}: this rank holds {list(held.shape)}, but its sharding says "
+                f"{list(chunk.sizes)}"
             )
         piece = LocalChunk(
             name=name,
@@ -106,14 +110,17 @@ def share_out(
             described = (piece.dtype, piece.shape)
             if whole.setdefault(piece.name, described) != described:
                 raise CheckpointError(
-                    f"{piece.name!r} is {described} on rank {rank} and {whole[piece.name]} on another rank"
+                    f"{piece.name!r} is {described} on rank {rank} and {whole[piece.name]} on "
+                    "another rank"
                 )
             if piece.bytes:
                 holders.setdefault(piece, []).append(rank)
     chunks: dict[str, list[Chunk]] = {name: [] for name in whole}
     shares: list[list[str]] = [[] for _ in held]
     load = [0] * len(held)
-    for piece, ranks in sorted(holders.items(), key=lambda item: (-item[0].bytes, item[0].name, item[0].offsets)):
+    for piece, ranks in sorted(
+        holders.items(), key=lambda item: (-item[0].bytes, item[0].name, item[0].offsets)
+    ):
         rank = min(ranks, key=lambda rank: (load[rank], rank))
         load[rank] += piece.bytes
         shares[rank].append(piece.name)
@@ -124,7 +131,9 @@ def share_out(
     return {name: StoredTensor(*whole[name], tuple(chunks[name])) for name in whole}, shares
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> StoredFile:
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> StoredFile:
     """Write one safetensors file, tensor by tensor, and wait until it is on the disk.
 
     Args:

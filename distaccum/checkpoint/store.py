@@ -13,7 +13,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
 from distaccum.errors import CheckpointError, ConfigError
@@ -23,6 +22,7 @@ from distaccum.parallel.world import World
 from . import folder as files
 from .manifest import MANIFEST, Manifest, StoredFile, check_plain
 from .reading import Checkpoint, candidates, lines, newest_good
+from .state import on_host
 from .storage import LocalChunk, local, local_chunks, shard_name, share_out, write_file
 from .together import all_ranks_or_none, dealt, own_group, tried
 
@@ -38,12 +38,14 @@ class Saved:
     blocked_s: float  # seconds for which the training waited
     total_s: float  # seconds until it was published
     bytes: int  # size of the files of all ranks
-    remarks: tuple[str, ...]  # problems afterwards, such as an old checkpoint that could not be removed
+    # problems afterwards, such as an old checkpoint that could not be removed
+    remarks: tuple[str, ...]
 
     def message(self) -> str:
         """Return one line on the checkpoint and its cost."""
         line = (
-            f"saved {self.path}: {size(self.bytes)} in {duration(self.total_s)}, during which the training waited for "
+            f"saved {self.path}: {size(self.bytes)} in {duration(self.total_s)}, during which the "
+            "training waited for "
         )
         return "; ".join([line + duration(self.blocked_s), *self.remarks])
 
@@ -56,7 +58,9 @@ class Checkpoints:
     their own, so that a save in the background cannot mix with a collective of the training.
     """
 
-    def __init__(self, folder: Path, world: World, *, keep: int, asynchronous: bool = False) -> None:
+    def __init__(
+        self, folder: Path, world: World, *, keep: int, asynchronous: bool = False
+    ) -> None:
         """Make the process group for saves.
 
         Args:
@@ -69,7 +73,9 @@ class Checkpoints:
             ConfigError: if `keep` is less than 1.
         """
         if keep < 1:
-            raise ConfigError(f"At least one checkpoint must be kept, got keep={keep}. Use keep=1 or more.")
+            raise ConfigError(
+                f"At least one checkpoint must be kept, got keep={keep}. Use keep=1 or more."
+            )
         self._folder = folder
         self._world = own_group(world)
         self._keep = keep
@@ -81,7 +87,14 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         self.passed_over: list[str] = []
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, best: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        *,
+        best: bool = False,
+    ) -> None:
         """Save a checkpoint of the run.
 
         An asynchronous save first waits for the previous one, and returns as soon as the tensors
@@ -108,7 +121,9 @@ class Checkpoints:
             pieces = local_chunks(tensors)
             if self._world.rank == 0:
                 check_plain(dict(facts), "facts")
-                serial = 1 + max((e.manifest.serial for e in self._entries() if e.manifest), default=0)
+                serial = 1 + max(
+                    (e.manifest.serial for e in self._entries() if e.manifest), default=0
+                )
                 draft = Manifest(step, serial, deepcopy(dict(facts)), {}, {})
                 name = files.begin(self._folder, step)
             return pieces
@@ -127,7 +142,7 @@ class Checkpoints:
         if not self._asynchronous:
             self._finish(name, draft, best, own, started, None)
             return
-        copies = tried(lambda: _on_host(own))
+        copies = tried(lambda: on_host(own))
         arguments = (name, draft, best, copies, started, time.monotonic() - started)
         self._thread = Thread(
             target=self._finish_aside,
@@ -179,7 +194,9 @@ class Checkpoints:
         Call it at the start of a run, before any save.
         """
         self.wait()
-        return all_ranks_or_none(self._world, lambda: files.clean(self._folder) if self._world.rank == 0 else [])[0]
+        return all_ranks_or_none(
+            self._world, lambda: files.clean(self._folder) if self._world.rank == 0 else []
+        )[0]
 
     def _finish_aside(self, *arguments: Any) -> None:
         """Finish a save on the background thread; the next call raises its error."""
@@ -268,19 +285,13 @@ class Checkpoints:
 
         try:
             last = all_ranks_or_none(self._world, last_good)[0]
-            left = f"The last good one is {last}, which is unchanged." if last else "There is no earlier one."
+            left = (
+                f"The last good one is {last}, which is unchanged."
+                if last
+                else "There is no earlier one."
+            )
         except CheckpointError as trouble:
             left = f"Its unfinished folder could not be removed either: {trouble}."
         raise CheckpointError(
             f"The checkpoint of step {step} was not saved in {self._folder}: {error}. {left}"
         ) from None
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to host memory (pinned, from a device), so that the originals may change."""
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = tensor.to("cpu", non_blocking=True, copy=True)
-    for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
-        torch.get_device_module(device).current_stream(device).synchronize()
-    return copies

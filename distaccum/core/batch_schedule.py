@@ -53,24 +53,26 @@ class BatchSchedule:
     def __post_init__(self) -> None:
         if not self.entries:
             raise ConfigError(
-                "accum.schedule has no entries. Write at least {from: 0, effective_batch_size: 64}, or null for a "
-                "constant effective batch size."
+                "accum.schedule has no entries. Write at least {from: 0, effective_batch_size: "
+                "64}, or null for a constant effective batch size."
             )
         for index, (begin, size) in enumerate(self.entries):
             before = self.entries[index - 1][0] if index else -1
             if index == 0 and begin != 0:
                 raise ConfigError(
-                    f"accum.schedule[0].from is {begin}, but the first window needs a size too. Begin with "
-                    f"{{from: 0, effective_batch_size: {size}}}."
+                    f"accum.schedule[0].from is {begin}, but the first window needs a size too. "
+                    f"Begin with {{from: 0, effective_batch_size: {size}}}."
                 )
             if begin <= before:
                 raise ConfigError(
-                    f"accum.schedule[{index}].from ({begin}) does not come after the entry before it ({before}). "
-                    f"Write the entries in rising order, each position ({self.unit.value}) once."
+                    f"accum.schedule[{index}].from ({begin}) does not come after the entry before "
+                    f"it ({before}). Write the entries in rising order, each position "
+                    f"({self.unit.value}) once."
                 )
             if size < 1:
                 raise ConfigError(
-                    f"accum.schedule[{index}].effective_batch_size is {size}; it must be at least 1 (samples)."
+                    f"accum.schedule[{index}].effective_batch_size is {size}; it must be at least "
+                    "1 (samples)."
                 )
 
     @property
@@ -110,7 +112,9 @@ class BatchSchedule:
         batch = self._size(position, micro_batch_size)
         ahead = range(position, self.entries[index][0])
         # Sizes only rise or only fall along this range, so bisection finds the first different one.
-        same = bisect_right(ahead, False, key=lambda other: self._size(other, micro_batch_size) != batch)
+        same = bisect_right(
+            ahead, False, key=lambda other: self._size(other, micro_batch_size) != batch
+        )
         return same if self.unit is ScheduleUnit.steps else -(-same // batch)
 
     def in_samples(self, tokens_per_sample: int | None) -> BatchSchedule:
@@ -129,8 +133,9 @@ class BatchSchedule:
             return self
         if tokens_per_sample is None:
             raise ConfigError(
-                "accum.schedule_unit=tokens needs samples of one length, but the samples here differ in length. Use "
-                "accum.schedule_unit=samples or steps, or pack the sequences (data.layout=packed)."
+                "accum.schedule_unit=tokens needs samples of one length, but the samples here "
+                "differ in length. Use accum.schedule_unit=samples or steps, or pack the sequences "
+                "(data.layout=packed)."
             )
         entries = tuple((-(-begin // tokens_per_sample), size) for begin, size in self.entries)
         return replace(self, entries=entries, unit=ScheduleUnit.samples)
@@ -138,7 +143,10 @@ class BatchSchedule:
     def _position(self, step: int, start: int) -> int:
         """Return the position of a window in this schedule's unit."""
         if self.unit is ScheduleUnit.tokens:
-            raise ValueError("A plan does not count tokens. Pass it BatchSchedule(...).in_samples(tokens_per_sample).")
+            raise ValueError(
+                "A plan does not count tokens. Pass it "
+                "BatchSchedule(...).in_samples(tokens_per_sample)."
+            )
         return step if self.unit is ScheduleUnit.steps else start
 
     def _size(self, position: int, micro_batch_size: int) -> int:
@@ -149,8 +157,13 @@ class BatchSchedule:
             return size
         end, goal = self.entries[index]
         length = end - begin
-        exact = size * length + (goal - size) * (position - begin)  # the interpolated size times `length`
-        nearest = (2 * exact + micro_batch_size * length) // (2 * micro_batch_size * length) * micro_batch_size
+        # the interpolated size times `length`
+        exact = size * length + (goal - size) * (position - begin)
+        nearest = (
+            (2 * exact + micro_batch_size * length)
+            // (2 * micro_batch_size * length)
+            * micro_batch_size
+        )
         return max(min(size, goal), min(nearest, max(size, goal)))
 
 
@@ -166,7 +179,7 @@ def entries_of(written: Sequence[Mapping[str, int]]) -> tuple[tuple[int, int], .
     for index, entry in enumerate(written):
         if set(entry) != {"from", "effective_batch_size"}:
             raise ConfigError(
-                f"accum.schedule[{index}] has the keys {', '.join(map(str, entry)) or 'none'}. Write an entry as "
-                "{from: 0, effective_batch_size: 64}."
+                f"accum.schedule[{index}] has the keys {', '.join(map(str, entry)) or 'none'}. "
+                "Write an entry as {from: 0, effective_batch_size: 64}."
             )
     return tuple((entry["from"], entry["effective_batch_size"]) for entry in written)

@@ -32,7 +32,10 @@ class BatchArithmetic:
     @property
     def even(self) -> bool:
         """Return whether every rank computes the same number of micro-batches of the same size."""
-        return self.effective_batch_size == self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+        return (
+            self.effective_batch_size
+            == self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
+        )
 
 
 def solve(
@@ -66,7 +69,11 @@ def solve(
     ):
         if value is not None:
             require_positive(f"accum.{name}", value)
-    if effective_batch_size is not None and micro_batch_size is None and gradient_accumulation_steps is not None:
+    if (
+        effective_batch_size is not None
+        and micro_batch_size is None
+        and gradient_accumulation_steps is not None
+    ):
         micro_batch_size = _ceil(effective_batch_size, gradient_accumulation_steps * world_size)
     elif micro_batch_size is None:
         micro_batch_size = (
@@ -80,10 +87,11 @@ def solve(
     if gradient_accumulation_steps is not None and solved != gradient_accumulation_steps:
         raise ConfigError(
             f"accum.gradient_accumulation_steps={gradient_accumulation_steps} contradicts "
-            f"accum.effective_batch_size={effective_batch_size}: on {world_size} rank(s), micro-batches of "
-            f"{micro_batch_size} samples make {solved} micro-batch(es) per rank. Set one of "
-            "accum.effective_batch_size, accum.micro_batch_size and accum.gradient_accumulation_steps to null, or "
-            f"write accum.effective_batch_size={micro_batch_size * gradient_accumulation_steps * world_size}."
+            f"accum.effective_batch_size={effective_batch_size}: on {world_size} rank(s), "
+            f"micro-batches of {micro_batch_size} samples make {solved} micro-batch(es) per rank. "
+            "Set one of accum.effective_batch_size, accum.micro_batch_size and "
+            "accum.gradient_accumulation_steps to null, or write accum.effective_batch_size="
+            f"{micro_batch_size * gradient_accumulation_steps * world_size}."
         )
     solution = BatchArithmetic(effective_batch_size, micro_batch_size, solved, world_size)
     if ragged is Ragged.refuse and not solution.even:
@@ -91,10 +99,11 @@ def solve(
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ConfigError(
             f"accum.effective_batch_size ({effective_batch_size}) needs "
-            f"{effective_batch_size / (micro_batch_size * world_size):g} micro-batches of {micro_batch_size} samples "
-            f"per rank on {world_size} rank(s), which is not a whole number. "
-            f"Use accum.effective_batch_size={nearest}{_dividing_micro_batch(solution)}, or accum.ragged=allow for "
-            f"uneven micro-batches that make exactly {effective_batch_size} samples."
+            f"{effective_batch_size / (micro_batch_size * world_size):g} micro-batches of "
+            f"{micro_batch_size} samples per rank on {world_size} rank(s), which is not a whole "
+            f"number. Use accum.effective_batch_size={nearest}{_dividing_micro_batch(solution)}, "
+            "or accum.ragged=allow for uneven micro-batches that make exactly "
+            f"{effective_batch_size} samples."
         )
     return solution
 
@@ -122,16 +131,18 @@ def samples_of_tokens(effective_batch_tokens: int, tokens_per_sample: int | None
     require_positive("accum.effective_batch_tokens", effective_batch_tokens)
     if tokens_per_sample is None:
         raise ConfigError(
-            f"accum.effective_batch_tokens={effective_batch_tokens} needs samples of one length, but the samples here "
-            "differ in length. Give accum.effective_batch_size in samples, or pack the sequences (data.layout=packed)."
+            f"accum.effective_batch_tokens={effective_batch_tokens} needs samples of one length, "
+            "but the samples here differ in length. Give accum.effective_batch_size in samples, or "
+            "pack the sequences (data.layout=packed)."
         )
     samples, rest = divmod(effective_batch_tokens, tokens_per_sample)
     if rest:
         below = f"{samples * tokens_per_sample} or " if samples else ""
         raise ConfigError(
             f"accum.effective_batch_tokens={effective_batch_tokens} is "
-            f"{effective_batch_tokens / tokens_per_sample:.3f} samples of {tokens_per_sample} tokens. "
-            f"Use {below}{(samples + 1) * tokens_per_sample}, or give accum.effective_batch_size in samples."
+            f"{effective_batch_tokens / tokens_per_sample:.3f} samples of {tokens_per_sample} "
+            f"tokens. Use {below}{(samples + 1) * tokens_per_sample}, or give "
+            "accum.effective_batch_size in samples."
         )
     return samples
 
@@ -159,5 +170,7 @@ def _dividing_micro_batch(arithmetic: BatchArithmetic) -> str:
     per_rank, rest = divmod(arithmetic.effective_batch_size, arithmetic.world_size)
     if rest:
         return ""
-    micro_batch = next(m for m in range(min(arithmetic.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0)
+    micro_batch = next(
+        m for m in range(min(arithmetic.micro_batch_size, per_rank), 0, -1) if per_rank % m == 0
+    )
     return f", or accum.micro_batch_size={micro_batch}"

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from distaccum.errors import ConfigError
 
 LossSum = Tensor | Mapping[str, Tensor]  # a floating-point scalar [], or one per term
-Amount = int | float | Mapping[str, int] | Mapping[str, float]  # how much was counted, or one number per term
+# how much was counted, or one number per term
+Amount = int | float | Mapping[str, int] | Mapping[str, float]
 
 SINGLE_TERM = "loss"  # the name of the term if an objective has only one
 
@@ -63,7 +64,8 @@ class Objective:
     With several terms, both functions return dicts with the same keys.
     """
 
-    loss_sum: Callable[[nn.Module, Any], LossSum]  # (model, micro-batch) -> loss summed over everything counted
+    # (model, micro-batch) -> loss summed over everything counted
+    loss_sum: Callable[[nn.Module, Any], LossSum]
     denominator: Callable[[Any], Amount]  # (micro-batch) -> how much was counted
 
 
@@ -91,15 +93,17 @@ def checked_denominators(denominator: Amount) -> dict[str, float]:
             number = math.nan
         if not math.isfinite(number) or number < 0:
             raise ConfigError(
-                f"The objective's denominator for '{name}' is {_shown(value)}. It says how much was counted in a "
-                "micro-batch (tokens, samples) and must be finite and not negative. Return a count such as (labels != "
-                "-100).sum()."
+                f"The objective's denominator for '{name}' is {_shown(value)}. It says how much "
+                "was counted in a micro-batch (tokens, samples) and must be finite and not "
+                "negative. Return a count such as (labels != -100).sum()."
             )
         checked[name] = number
     return checked
 
 
-def sums_of(objective: SupportsObjective, model: nn.Module, micro_batch: Any, terms: Sequence[str]) -> list[Tensor]:
+def sums_of(
+    objective: SupportsObjective, model: nn.Module, micro_batch: Any, terms: Sequence[str]
+) -> list[Tensor]:
     """Run the forward of one micro-batch and return its loss sums [] in the order of `terms`.
 
     Raises:
@@ -107,28 +111,32 @@ def sums_of(objective: SupportsObjective, model: nn.Module, micro_batch: Any, te
             differ from the denominator's.
     """
     result = objective.loss_sum(model, micro_batch)
-    several = not isinstance(result, Tensor) and isinstance(result, Mapping)  # the cheap check comes first
+    # the cheap check comes first
+    several = not isinstance(result, Tensor) and isinstance(result, Mapping)
     sums: dict[str, Any] = dict(result) if several else {SINGLE_TERM: result}
     if sums.keys() != set(terms):
         raise ConfigError(
-            f"The objective's loss_sum returned the terms {sorted(sums)}, but its denominator {sorted(terms)}. "
-            "Return a tensor and a number, or two dicts with the same keys."
+            f"The objective's loss_sum returned the terms {sorted(sums)}, but its denominator "
+            f"{sorted(terms)}. Return a tensor and a number, or two dicts with the same keys."
         )
     has_graph = not torch.is_grad_enabled()
     for name, value in sums.items():
         if not isinstance(value, Tensor) or value.ndim:
-            logs = " Return only the sum: report the count from denominator(), and log other values yourself."
+            logs = (
+                " Return only the sum: report the count from denominator(), and log other values "
+                "yourself."
+            )
             raise ConfigError(
-                f"The objective's loss_sum for '{name}' is {_shown(value)}. It must be one number, the sum over "
-                "everything counted in the micro-batch: use reduction='sum', or end with .sum()."
-                f"{logs if isinstance(value, tuple) else ''}"
+                f"The objective's loss_sum for '{name}' is {_shown(value)}. It must be one number, "
+                "the sum over everything counted in the micro-batch: use reduction='sum', or end "
+                f"with .sum().{logs if isinstance(value, tuple) else ''}"
             )
         if value.itemsize < 4:
             # 1 / denominator is rounded to the dtype of the sum, and with it every gradient.
             raise ConfigError(
-                f"The objective's loss_sum for '{name}' has dtype {value.dtype}, in which the division by the count "
-                "has an error of up to 0.4%, and every gradient with it. Sum in float32: losses.float().sum(), or "
-                "give logits.float() to the loss."
+                f"The objective's loss_sum for '{name}' has dtype {value.dtype}, in which the "
+                "division by the count has an error of up to 0.4%, and every gradient with it. Sum "
+                "in float32: losses.float().sum(), or give logits.float() to the loss."
             )
         has_graph = has_graph or value.requires_grad
     if not has_graph:
@@ -144,7 +152,9 @@ def _shown(value: object) -> str:
     if isinstance(value, Tensor) and value.ndim:
         return f"a tensor of shape {list(value.shape)}"
     return (
-        repr(value) if value is None or isinstance(value, int | float | str | Tensor) else f"a {type(value).__name__}"
+        repr(value)
+        if value is None or isinstance(value, int | float | str | Tensor)
+        else f"a {type(value).__name__}"
     )
 
 
@@ -184,7 +194,10 @@ class Denominator:
         A term whose denominator is 0 gets 0.
         """
         pairs = zip(self.by_term.items(), sums, strict=True)
-        return {name: value / denominator if denominator > 0 else 0.0 for (name, denominator), value in pairs}
+        return {
+            name: value / denominator if denominator > 0 else 0.0
+            for (name, denominator), value in pairs
+        }
 
 
 def joined(terms: Sequence[Tensor]) -> Tensor:

@@ -38,7 +38,10 @@ class CausalLM:
         if self.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(
-            widened(logits.flatten(0, 1)), labels.flatten(), ignore_index=self.ignore_index, reduction="sum"
+            widened(logits.flatten(0, 1)),
+            labels.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="sum",
         )
 
     def denominator(self, micro_batch: Any) -> int:
@@ -61,11 +64,17 @@ class Classification:
     def loss_sum(self, model: nn.Module, micro_batch: Any) -> Tensor:
         """Return the sum [] of the samples' cross entropies, in float32 or wider."""
         inputs, labels = _inputs_and_labels(micro_batch, "inputs")
-        return F.cross_entropy(widened(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum")
+        return F.cross_entropy(
+            widened(_logits(model(inputs))), labels, ignore_index=self.ignore_index, reduction="sum"
+        )
 
     def denominator(self, micro_batch: Any) -> int:
         """Return the number of labels that count."""
-        return int((_class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index).sum())
+        return int(
+            (
+                _class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index
+            ).sum()
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,11 @@ class ClassificationAccuracy:
 
     def denominator(self, micro_batch: Any) -> dict[str, int]:
         """Return the number of labels that count, for each of the two terms."""
-        count = int((_class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index).sum())
+        count = int(
+            (
+                _class_numbers(_inputs_and_labels(micro_batch, "inputs")[1]) != self.ignore_index
+            ).sum()
+        )
         return {"loss": count, "accuracy": count}
 
 
@@ -108,10 +121,12 @@ class Regression:
         """Return the sum [] of squared errors, in float32 or wider."""
         inputs, labels = _inputs_and_labels(micro_batch, "inputs")
         outputs = widened(_logits(model(inputs)))
-        if outputs.shape != labels.shape:  # broadcasting would sum more elements than the denominator counts
+        # broadcasting would sum more elements than the denominator counts
+        if outputs.shape != labels.shape:
             raise ConfigError(
-                f"Regression needs labels of the shape of the model's output, but the model returned "
-                f"{list(outputs.shape)} and the labels are {list(labels.shape)}. Reshape one of them."
+                "Regression needs labels of the shape of the model's output, but the model "
+                f"returned {list(outputs.shape)} and the labels are {list(labels.shape)}. Reshape "
+                "one of them."
             )
         return F.mse_loss(outputs, labels.to(outputs.dtype), reduction="sum")
 
@@ -146,7 +161,10 @@ def cast_inputs(objective: SupportsObjective, dtype: torch.dtype) -> Objective:
     """
 
     def loss_sum(model: nn.Module, micro_batch: Mapping[str, Tensor]) -> LossSum:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in micro_batch.items()}
+        cast = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in micro_batch.items()
+        }
         return objective.loss_sum(model, cast)
 
     return Objective(loss_sum, objective.denominator)
@@ -158,10 +176,14 @@ def _inputs_and_labels(micro_batch: Any, inputs: str) -> tuple[Tensor, Tensor]:
         return micro_batch[inputs], micro_batch["labels"]
     if isinstance(micro_batch, tuple | list) and len(micro_batch) == 2:
         return micro_batch[0], micro_batch[1]
-    got = f"a mapping with {sorted(micro_batch)}" if isinstance(micro_batch, Mapping) else type(micro_batch).__name__
+    got = (
+        f"a mapping with {sorted(micro_batch)}"
+        if isinstance(micro_batch, Mapping)
+        else type(micro_batch).__name__
+    )
     raise ConfigError(
-        f"This objective needs a micro-batch with '{inputs}' and 'labels', or a pair of them; got {got}. "
-        "Rename the columns, or write an Objective(loss_sum, denominator) of your own."
+        f"This objective needs a micro-batch with '{inputs}' and 'labels', or a pair of them; got "
+        f"{got}. Rename the columns, or write an Objective(loss_sum, denominator) of your own."
     )
 
 
@@ -173,8 +195,8 @@ def _class_numbers(labels: Tensor) -> Tensor:
     """
     if labels.is_floating_point():
         raise ConfigError(
-            f"Labels have dtype {labels.dtype}, but this objective needs the numbers of classes or tokens (int64). "
-            "Convert them with labels.long(), or use da.Regression() for numbers."
+            f"Labels have dtype {labels.dtype}, but this objective needs the numbers of classes or "
+            "tokens (int64). Convert them with labels.long(), or use da.Regression() for numbers."
         )
     return labels
 
@@ -184,6 +206,7 @@ def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"The model returned a {type(output).__name__}. This objective needs logits, or an object with .logits."
+            f"The model returned a {type(output).__name__}. This objective needs logits, or an "
+            "object with .logits."
         )
     return logits

@@ -48,7 +48,8 @@ class Window:
     epoch: int  # epoch of its first sample, from 0
     start: int  # position of its first sample in the stream; a resumed run needs `step` and `start`
     size: int  # samples
-    effective_batch_size: int  # samples that the plan wants here; more than `size` if the epoch ends
+    # samples that the plan wants here; more than `size` if the epoch ends
+    effective_batch_size: int
     micro_batch_size: int  # samples in its largest micro-batch
     next_start: int  # position at which the next window starts
 
@@ -68,7 +69,12 @@ class Window:
         count = _ceil(self.size, self.micro_batch_size)
         size, larger = divmod(self.size, count)  # the first `larger` ones have one sample more
         return tuple(
-            MicroBatch(self.step, number, self.start + number * size + min(number, larger), size + (number < larger))
+            MicroBatch(
+                self.step,
+                number,
+                self.start + number * size + min(number, larger),
+                size + (number < larger),
+            )
             for number in range(rank, count, world_size)
         )
 
@@ -89,20 +95,22 @@ class Plan:
     last_window: LastWindow = LastWindow.keep
     shuffle: bool = True
     schedule: BatchSchedule | None = None  # None: a constant effective batch size
-    halvings: int = 0  # how often full micro-batches are halved to save memory; windows do not change
+    # how often full micro-batches are halved to save memory; windows do not change
+    halvings: int = 0
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "effective_batch_size", "micro_batch_size"):
             require_positive(name, getattr(self, name))
         if (first := self._asked(0, 0)) != self.effective_batch_size:
             raise ConfigError(
-                f"effective_batch_size is {self.effective_batch_size}, but the schedule begins with {first}. "
-                "Use the same number for both."
+                f"effective_batch_size is {self.effective_batch_size}, but the schedule begins "
+                f"with {first}. Use the same number for both."
             )
         if self.last_window is LastWindow.drop and self.num_samples < self.largest_batch:
             raise ConfigError(
-                f"accum.last_window=drop leaves nothing: an epoch has {self.num_samples} samples and a window needs "
-                f"{self.largest_batch}. Use accum.last_window=keep or fill, or a smaller accum.effective_batch_size."
+                f"accum.last_window=drop leaves nothing: an epoch has {self.num_samples} samples "
+                f"and a window needs {self.largest_batch}. Use accum.last_window=keep or fill, or "
+                "a smaller accum.effective_batch_size."
             )
 
     @property
@@ -164,7 +172,9 @@ class Plan:
             step: the window's number, from 0.
         """
         visited = self._visited(step=step)
-        return sum(next_.start - window.next_start + window.size for window, next_ in pairwise(visited))
+        return sum(
+            next_.start - window.next_start + window.size for window, next_ in pairwise(visited)
+        )
 
     def window(self, step: int = 0, start: int = 0) -> Window:
         """Return the window that starts at a position of the stream of samples.
@@ -180,8 +190,17 @@ class Plan:
         """
         start, asked = self._begin(step, start)
         size = asked if self.last_window is LastWindow.fill else min(asked, self._left(start))
-        next_start, _ = self._begin(step + 1, start + size)  # past dropped samples, so in the right epoch
-        return Window(step, start // self.num_samples, start, size, asked, self.largest_micro_batch, next_start)
+        # past dropped samples, so in the right epoch
+        next_start, _ = self._begin(step + 1, start + size)
+        return Window(
+            step,
+            start // self.num_samples,
+            start,
+            size,
+            asked,
+            self.largest_micro_batch,
+            next_start,
+        )
 
     def windows(self, step: int = 0, start: int = 0) -> Iterator[Window]:
         """Yield all windows from a position on, without end.
@@ -208,7 +227,11 @@ class Plan:
 
     def _asked(self, step: int, start: int) -> int:
         """Return the effective batch size of the window at this position."""
-        return self.schedule.at(step, start, self.micro_batch_size) if self.schedule else self.effective_batch_size
+        return (
+            self.schedule.at(step, start, self.micro_batch_size)
+            if self.schedule
+            else self.effective_batch_size
+        )
 
     def _left(self, start: int) -> int:
         """Return the number of samples from a position to the end of its epoch."""
@@ -235,7 +258,11 @@ class Plan:
         yield window
         while window.step < step and window.next_start < before:
             start, batch = window.start, window.effective_batch_size
-            alike = self.schedule.alike(window.step, start, self.micro_batch_size) if self.schedule else FOREVER
+            alike = (
+                self.schedule.alike(window.step, start, self.micro_batch_size)
+                if self.schedule
+                else FOREVER
+            )
             if self.last_window is not LastWindow.fill:
                 alike = min(alike, self._left(start) // batch)
             # Windows of one size are adjacent: jump to the last of them, or advance by one window.

@@ -1,4 +1,4 @@
-"""Names the parallel strategies and the sync policies, and says which strategy keeps which policy."""
+"""Names the parallel strategies and the sync policies, and which strategy has which policy."""
 
 from __future__ import annotations
 

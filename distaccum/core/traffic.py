@@ -65,7 +65,10 @@ class Traffic:
         return Traffic(self.counts + other.counts, self.bytes + other.bytes)
 
     def __str__(self) -> str:
-        return ", ".join(f"{n} {kind} ({self.bytes[kind]:,} bytes)" for kind, n in self.counts.items()) or "nothing"
+        return (
+            ", ".join(f"{n} {kind} ({self.bytes[kind]:,} bytes)" for kind, n in self.counts.items())
+            or "nothing"
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,11 @@ class GroupSizes:
 
 
 def sharded(
-    groups: Sequence[GroupSizes], sync: Sync, num_micro_batches: int, shards: int, replicas: int | None
+    groups: Sequence[GroupSizes],
+    sync: Sync,
+    num_micro_batches: int,
+    shards: int,
+    replicas: int | None,
 ) -> tuple[Collectives, ...]:
     """Return the collectives of one window under FSDP2, added up over its parameter groups.
 
@@ -95,7 +102,9 @@ def sharded(
     """
     once = sync is Sync.gather_once
     gathers = [
-        (1 if once else num_micro_batches * (1 + group.reshards), group.gathered) for group in groups if group.gathered
+        (1 if once else num_micro_batches * (1 + group.reshards), group.gathered)
+        for group in groups
+        if group.gathered
     ]
     scattered = [group.scattered for group in groups if group.scattered]
     scatters = num_micro_batches if sync in (Sync.every, Sync.reduce_scatter) else 1
@@ -103,13 +112,22 @@ def sharded(
     reduces = num_micro_batches if sync is Sync.every else 1
     found = []
     if shards > 1:
-        count, num_bytes = sum(times for times, _ in gathers), sum(times * size for times, size in gathers)
+        count, num_bytes = (
+            sum(times for times, _ in gathers),
+            sum(times * size for times, size in gathers),
+        )
         found.append(Collectives("parameters (all-gather)", "all_gather", count, num_bytes, shards))
         count, num_bytes = scatters * len(scattered), scatters * sum(scattered)
-        found.append(Collectives("gradients (reduce-scatter)", "reduce_scatter", count, num_bytes, shards))
+        found.append(
+            Collectives("gradients (reduce-scatter)", "reduce_scatter", count, num_bytes, shards)
+        )
     if replicas is not None:
         count, num_bytes = reduces * len(reduced), reduces * sum(reduced)
-        found.append(Collectives("gradients (all-reduce between replicas)", "all_reduce", count, num_bytes, replicas))
+        found.append(
+            Collectives(
+                "gradients (all-reduce between replicas)", "all_reduce", count, num_bytes, replicas
+            )
+        )
     return tuple(one for one in found if one.count)
 
 
@@ -125,9 +143,13 @@ def replicated(
         num_maps: how many times ranks tell each other which parameters they used, one int32 each.
         ranks: the number of ranks.
     """
-    gradients = Collectives("gradients (all-reduce)", "all_reduce", sum(buckets), len(buckets) * num_bytes, ranks)
+    gradients = Collectives(
+        "gradients (all-reduce)", "all_reduce", sum(buckets), len(buckets) * num_bytes, ranks
+    )
     num_bytes = 4 * num_flags * num_maps
-    flags = Collectives("flags of used parameters (all-reduce)", "all_reduce", num_maps, num_bytes, ranks)
+    flags = Collectives(
+        "flags of used parameters (all-reduce)", "all_reduce", num_maps, num_bytes, ranks
+    )
     return tuple(one for one in (gradients, flags) if one.count)
 
 

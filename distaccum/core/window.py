@@ -26,7 +26,8 @@ class Source:
     """Connects consecutive windows of one loader with the accumulator that steps them."""
 
     whole: bool = False  # whether a window counts only if every rank has micro-batches for it
-    announcer: Announcer | None = None  # from the accumulator of the latest step; None before the first step
+    # from the accumulator of the latest step; None before the first step
+    announcer: Announcer | None = None
 
 
 class MicroBatches:
@@ -60,15 +61,18 @@ class MicroBatches:
         """
         if denominators is None and not isinstance(micro_batches, Sequence):
             raise ConfigError(
-                "The micro-batches are not in a list, so they can be read only once, but their denominators must be "
-                "known before that. Give a list of micro-batches, or denominators=[...]."
+                "The micro-batches are not in a list, so they can be read only once, but their "
+                "denominators must be known before that. Give a list of micro-batches, or "
+                "denominators=[...]."
             )
         self._micro_batches = micro_batches
         self._num_micro_batches = num_micro_batches
         self.step = step
         self.denominators = denominators
-        self.upcoming: MicroBatches | None = None  # the window after this one, if it is known already
-        self.rounds: int | None = None  # micro-batches on the rank with the most, once ranks have exchanged it
+        # the window after this one, if it is known already
+        self.upcoming: MicroBatches | None = None
+        # micro-batches on the rank with the most, once ranks have exchanged it
+        self.rounds: int | None = None
         self.source: Source | None = None  # shared by the windows of one loader
         self.stepped = False  # whether an accumulator has finished it, by a step or by skipping it
 

@@ -20,7 +20,9 @@ class Dataset(Protocol):
         """Return the number of samples in one epoch, which is the same on every rank."""
         ...
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+    def batch(
+        self, indices: Sequence[int], generator: torch.Generator
+    ) -> Mapping[str, torch.Tensor]:
         """Read the samples of one micro-batch and stack them.
 
         Args:
@@ -66,5 +68,7 @@ def numbered(indices: Sequence[int], size: int) -> npt.NDArray[np.int64]:
     """
     samples = np.asarray(indices, dtype=np.int64)
     if samples.ndim != 1 or not len(samples) or samples.min() < 0 or samples.max() >= size:
-        raise IndexError(f"samples are numbered 0 to {size - 1}, and at least one is needed; got {indices}")
+        raise IndexError(
+            f"samples are numbered 0 to {size - 1}, and at least one is needed; got {indices}"
+        )
     return samples

@@ -36,14 +36,22 @@ def parts(value: Any) -> Parts | None:
         items = dict(dict.items(value))
     elif isinstance(value, list | tuple):
         items = dict(enumerate(value))
-    elif not isinstance(value, Mapping) and not (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+    elif not isinstance(value, Mapping) and not (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    ):
         return None
     own = getattr(value, "__dict__", {})
     attributes = {} if own is value else dict(own)  # the attributes of such a dict are its items
     if dataclasses.is_dataclass(value):  # with slots, its fields are not in __dict__
-        attributes |= {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if hasattr(value, f.name)}
+        attributes |= {
+            f.name: getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if hasattr(value, f.name)
+        }
     return (
-        Parts(items, attributes) if items or attributes or not isinstance(value, Mapping) or len(value) == 0 else None
+        Parts(items, attributes)
+        if items or attributes or not isinstance(value, Mapping) or len(value) == 0
+        else None
     )
 
 
@@ -84,7 +92,9 @@ def mapped(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bo
     old = parts(value)
     if old is None:
         return value
-    new = Parts(*({name: mapped(part, change, is_leaf) for name, part in kind.items()} for kind in old))
+    new = Parts(
+        *({name: mapped(part, change, is_leaf) for name, part in kind.items()} for kind in old)
+    )
     same = all(new[i][name] is part for i, kind in enumerate(old) for name, part in kind.items())
     return value if same else rebuilt(value, new)
 

@@ -95,14 +95,15 @@ def open_corpus(
             cache.mkdir(parents=True, exist_ok=True)
             with open(lock, "wb") as held:
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(held, fcntl.LOCK_EX)  # released when the process ends, even if killed
+                    # Released when the process ends, even if it is killed.
+                    fcntl.flock(held, fcntl.LOCK_EX)
                 if not folder.is_dir():
                     _store(root, files, validation_fraction, folder, encoder)
         except OSError as error:
             raise ConfigError(
                 f"The tokens of {root} cannot be stored in {cache}: {error}. They need a few bytes "
-                f"for each byte of text. Choose a writable folder with enough space: "
-                f"data.cache_dir=FOLDER"
+                "for each byte of text. Choose a writable folder with enough space: "
+                "data.cache_dir=FOLDER"
             ) from error
         finally:
             with suppress(OSError):
@@ -123,7 +124,7 @@ def _store(
         raise ConfigError(
             f"{root} has no text to train on: {len(files)} files, {len(files) - len(texts)} of "
             f"them binary, {size} bytes of text in the others. Give a file or a folder with text: "
-            f"data=path data.path=FILE_OR_FOLDER"
+            "data=path data.path=FILE_OR_FOLDER"
         )
     vocabulary = encoder.vocabulary
     train, validation, rule = split(texts, validation_fraction, vocabulary != BYTES)
@@ -158,7 +159,9 @@ def _store(
         _move_in_place(draft, folder)
 
 
-def _write(parts: Sequence[FilePart], encoder: Encoder, folder: Path, contents: dict[str, Any]) -> int:
+def _write(
+    parts: Sequence[FilePart], encoder: Encoder, folder: Path, contents: dict[str, Any]
+) -> int:
     """Write the tokens of the documents of one split, and return how many there are.
 
     The bytes that were read are added to the hashes in `contents`.
@@ -220,9 +223,12 @@ def _opened(folder: Path, vocabulary: Vocabulary) -> Corpus:
         actual = {name: (folder / name).stat().st_size for name in sizes}
         corpus = Corpus(str(folder), vocabulary, **fields)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"The stored tokens in {folder} cannot be read ({error}). {again}") from error
+        raise ConfigError(
+            f"The stored tokens in {folder} cannot be read ({error}). {again}"
+        ) from error
     if actual != sizes:
         raise ConfigError(
-            f"The stored tokens in {folder} are damaged: they have {actual} bytes and should have {sizes}. {again}"
+            f"The stored tokens in {folder} are damaged: they have {actual} bytes and should have "
+            f"{sizes}. {again}"
         )
     return corpus

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distaccum.data.containers import Parts, mapped, parts, tensors_in
 
-_SHARED = (type(None), bool, str, bytes, int, float, torch.dtype, torch.device)  # equal in both halves
+# equal in both halves
+_SHARED = (type(None), bool, str, bytes, int, float, torch.dtype, torch.device)
 
 
 def to_device(micro_batch: Any, device: torch.device) -> Any:
@@ -103,7 +104,9 @@ def _takes_non_blocking(to: Callable[..., Any]) -> bool:
         options = inspect.signature(to).parameters.values()
     except ValueError:  # a method that is not written in Python may have no signature
         return False
-    return any(option.name == "non_blocking" or option.kind is option.VAR_KEYWORD for option in options)
+    return any(
+        option.name == "non_blocking" or option.kind is option.VAR_KEYWORD for option in options
+    )
 
 
 def _copied(value: Any) -> Any:
@@ -120,12 +123,18 @@ def _num_rows(micro_batch: Any) -> int | None:
     The number is at least 2.
     """
     sizes = {
-        len(tensor) if tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested else 0
+        (
+            len(tensor)
+            if tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested
+            else 0
+        )
         for tensor in tensors_in(micro_batch)
     }
     rows = sizes.pop() if len(sizes) == 1 else 0
     old = _opened(micro_batch)
-    if rows < 2 or not (isinstance(micro_batch, Tensor) or (old is not None and _are_known(old, rows))):
+    if rows < 2 or not (
+        isinstance(micro_batch, Tensor) or (old is not None and _are_known(old, rows))
+    ):
         return None
     return rows
 
@@ -143,7 +152,8 @@ def _is_known(value: Any, rows: int) -> bool:
     if isinstance(value, Tensor) or _is_column(value, rows):
         return True
     if isinstance(value, _SHARED):
-        return isinstance(value, bool) or value != rows  # a number of samples would be wrong in a half
+        # a number of samples would be wrong in a half
+        return isinstance(value, bool) or value != rows
     old = None if isinstance(value, list | tuple) and len(value) == rows else _opened(value)
     return old is not None and _are_known(old, rows)
 
@@ -154,7 +164,9 @@ def _is_column(value: Any, rows: int) -> bool:
     Lists of numbers are excluded, because their meaning is not certain: [32, 32] may be a shape.
     """
     is_list = isinstance(value, list) and len(value) == rows
-    return is_list and not any(isinstance(item, int | float) or _has_tensors(item) for item in value)
+    return is_list and not any(
+        isinstance(item, int | float) or _has_tensors(item) for item in value
+    )
 
 
 def _num_items(micro_batch: Any) -> int | None:
@@ -164,7 +176,11 @@ def _num_items(micro_batch: Any) -> int | None:
     """
     old = _opened(micro_batch)
     held = [] if old is None else [part for kind in old for part in kind.values()]
-    if not held or not all(isinstance(part, list) for part in held) or not _has_tensors(micro_batch):
+    if (
+        not held
+        or not all(isinstance(part, list) for part in held)
+        or not _has_tensors(micro_batch)
+    ):
         return None
     sizes = {len(part) for part in held}
     size = sizes.pop()

@@ -18,7 +18,9 @@ from distaccum.errors import ConfigError
 _SNIFF_BYTES = 8000
 # Test folders are left out because they are most of the library and the least like written text.
 # Installed packages would make the corpus different on every machine.
-_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_NOT_LIBRARY = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
 
 
 class Source(Enum):
@@ -65,7 +67,9 @@ def cache_root(cache_dir: str | None) -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "distaccum"
 
 
-def find(source: Source, path: str | None, cache_dir: str | None) -> tuple[str, Path, list[SourceFile]]:
+def find(
+    source: Source, path: str | None, cache_dir: str | None
+) -> tuple[str, Path, list[SourceFile]]:
     """Find a text, and return its name, the folder or file that it is in, and its files.
 
     There is at least one file.
@@ -90,7 +94,7 @@ def find(source: Source, path: str | None, cache_dir: str | None) -> tuple[str, 
         label, suffix = f"standard library of Python {platform.python_version()}", ".py"
         missing = (
             f"This Python has no source code of its standard library in {root}. Give other text: "
-            f"data=path data.path=FILE_OR_FOLDER"
+            "data=path data.path=FILE_OR_FOLDER"
         )
     elif source is Source.shakespeare:
         root = cache_root(cache_dir) / "shakespeare" if path is None else Path(path).expanduser()
@@ -112,7 +116,7 @@ def find(source: Source, path: str | None, cache_dir: str | None) -> tuple[str, 
         found = "has no file that is not hidden" if root.exists() else "does not exist"
         missing = (
             f"data.path ({path}) {found} (looked for {root}). Give a file or a folder with text "
-            f"that every machine of the job can read."
+            "that every machine of the job can read."
         )
     without = _NOT_LIBRARY if source is Source.stdlib else frozenset[str]()
     files = find_files(root, suffix, without) if root.exists() else []
@@ -128,12 +132,15 @@ def _readable() -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"The text at {error.filename} cannot be read: {error.strerror}. Remove the file, or make it readable."
+            f"The text at {error.filename} cannot be read: {error.strerror}. Remove the file, or "
+            "make it readable."
         ) from error
 
 
 @_readable()
-def find_files(root: Path, suffix: str = "", without: Collection[str] = frozenset()) -> list[SourceFile]:
+def find_files(
+    root: Path, suffix: str = "", without: Collection[str] = frozenset()
+) -> list[SourceFile]:
     """List the files of a corpus, sorted by their relative POSIX path, without reading them.
 
     Args:
@@ -227,7 +234,7 @@ def read(part: FilePart) -> bytes:
     if len(content) < part.end - part.begin or not same:
         raise ConfigError(
             f"{part.file.path} changed while it was read. It had {part.file.size} bytes when it "
-            f"was found. Start the program again."
+            "was found. Start the program again."
         )
     return content
 
@@ -248,5 +255,5 @@ def check_validation_fraction(fraction: float, samples: str) -> None:
         raise ConfigError(
             f"data.validation_fraction ({fraction}) must be more than 0 and less than 1, because "
             f"some {samples} are used for training and some for validation. For a twentieth of "
-            f"them, write 0.05."
+            "them, write 0.05."
         )

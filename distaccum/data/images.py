@@ -152,15 +152,15 @@ def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
         if config.path is not None or config.size_px is not None:
             raise ConfigError(
                 f"{given}: the digits come with scikit-learn and have their own size. Leave both "
-                f"null, or write data=images to use your own images."
+                "null, or write data=images to use your own images."
             )
         collection = digits()
     else:
         if config.path is None or config.size_px is None or config.size_px < 1:
             raise ConfigError(
                 f"{given}: your own images need a folder with one sub-folder per class, and the "
-                f"size to which they are resized. Write data=images data.path=FOLDER "
-                f"data.size_px=64"
+                "size to which they are resized. Write data=images data.path=FOLDER "
+                "data.size_px=64"
             )
         collection = folder(config.path, config.size_px)
     held = np.array([in_validation(n, config.validation_fraction) for n in collection.names])
@@ -170,7 +170,7 @@ def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
             raise ConfigError(
                 f"None of the {len(held)} images of {collection.facts['source']} is in the {which} "
                 f"split with data.validation_fraction={config.validation_fraction}. Give another "
-                f"fraction, or more images."
+                "fraction, or more images."
             )
     scale = _channel_statistics(collection, train)
     return (
@@ -179,7 +179,9 @@ def load_images(config: ImagesConfig) -> tuple[ImageDataset, ImageDataset]:
     )
 
 
-def frequency_loss(train: ImageDataset, validation: ImageDataset, samples: Sequence[int] | None = None) -> float:
+def frequency_loss(
+    train: ImageDataset, validation: ImageDataset, samples: Sequence[int] | None = None
+) -> float:
     """Compute the validation loss of a prediction from class frequencies alone, in nats per image.
 
     A useful model has a lower loss. The probability of a class is (its count among the labels of
@@ -197,7 +199,9 @@ def frequency_loss(train: ImageDataset, validation: ImageDataset, samples: Seque
     return float(-logp[labels].mean())
 
 
-def _channel_statistics(collection: Collection, train: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def _channel_statistics(
+    collection: Collection, train: npt.NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the training images, [C, 1, 1] each.
 
     They are computed over all images in memory, or over 512 spread evenly over a folder's.
@@ -219,7 +223,10 @@ def _varied(images: Tensor, mirrored: bool, generator: torch.Generator) -> Tenso
     framed = F.pad(images, (reach,) * 4)
     offsets = torch.randint(2 * reach + 1, (len(images), 2), generator=generator).tolist()
     shifted = torch.stack(
-        [image[:, y : y + height, x : x + width] for image, (y, x) in zip(framed, offsets, strict=True)]
+        [
+            image[:, y : y + height, x : x + width]
+            for image, (y, x) in zip(framed, offsets, strict=True)
+        ]
     )
     if mirrored:
         flips = torch.rand(len(images), generator=generator) < 0.5

@@ -38,7 +38,14 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, plan: Plan, rank: int, world_size: int, *, workers: int = 0, pin_memory: bool = False
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        rank: int,
+        world_size: int,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         """Store the arguments; `windows` starts reading.
 
@@ -60,7 +67,9 @@ class Loader:
         self._open: Generator[Any, None, None] | None = None
         self.waited_s = 0.0  # seconds that the computation has waited for data
 
-    def windows(self, step: int, start: int, last_step: int) -> Iterator[tuple[Window, MicroBatches]]:
+    def windows(
+        self, step: int, start: int, last_step: int
+    ) -> Iterator[tuple[Window, MicroBatches]]:
         """Yield the windows `step` to `last_step - 1` with this rank's micro-batches.
 
         The micro-batches of each window have those of the next window in `upcoming`.
@@ -92,11 +101,15 @@ class Loader:
 
     def _micro_batches(self, window: Window, stream: Iterator[Any]) -> MicroBatches:
         micro_batches = window.of_rank(self._rank, self._world_size)
-        counted = [self._dataset.num_targets(self.plan.samples(micro_batch)) for micro_batch in micro_batches]
+        counted = [
+            self._dataset.num_targets(self.plan.samples(micro_batch))
+            for micro_batch in micro_batches
+        ]
         known = all(denominator is not None for denominator in counted)
         content = islice(stream, len(micro_batches))
         return MicroBatches(
-            content if known else list(content),  # denominators depend on the content, so it is read first
+            # denominators depend on the content, so it is read first
+            (content if known else list(content)),
             len(micro_batches),
             step=window.step,
             denominators=counted if known else None,
@@ -159,5 +172,7 @@ class _MicroBatchSource(TorchDataset[Any]):
     plan: Plan
 
     def __getitem__(self, micro_batch: MicroBatch) -> Any:
-        generator = torch.Generator().manual_seed(random_key(self.plan.seed, micro_batch.step, micro_batch.number))
+        generator = torch.Generator().manual_seed(
+            random_key(self.plan.seed, micro_batch.step, micro_batch.number)
+        )
         return self.dataset.batch(self.plan.samples(micro_batch), generator)

@@ -67,7 +67,9 @@ def digits() -> Collection:
         "files": 1,
         "skipped_files": 0,
         "bytes": pixels.nbytes,
-        "digest": hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:12],
+        "digest": (
+            hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:12]
+        ),
     }
     names = [f"digits/{i}" for i in range(len(labels))]
     in_memory = torch.from_numpy(pixels)[:, None]
@@ -85,7 +87,8 @@ def folder(path: str, size_px: int) -> Collection:
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
         raise ConfigError(
-            f"data.path ({path}) is not a folder (looked for {root}). Give a folder with one sub-folder per class."
+            f"data.path ({path}) is not a folder (looked for {root}). Give a folder with one "
+            "sub-folder per class."
         )
     files = find_files(root)
     images = [file for file in files if file.name.lower().endswith(SUFFIXES)]
@@ -112,16 +115,19 @@ def _check_classes(root: Path, names: list[str], folders: list[str]) -> None:
     outside = [name for name in names if "/" not in name]
     empty = set(folders) - {name.split("/")[0] for name in names}
     if outside:
-        problem = f"the image {outside[0]} is in no class. Move images into one sub-folder per class."
+        problem = (
+            f"the image {outside[0]} is in no class. Move images into one sub-folder per class."
+        )
     elif empty:
         problem = (
-            f"there is no image in the folder {min(empty)}. Every sub-folder is a class: remove it, "
-            f"or put images into it ({', '.join(SUFFIXES)}; symbolic links to folders are not "
-            f"followed)."
+            f"there is no image in the folder {min(empty)}. Every sub-folder is a class: remove "
+            f"it, or put images into it ({', '.join(SUFFIXES)}; symbolic links to folders are not "
+            "followed)."
         )
     elif len(folders) < 2:
         problem = (
-            f"it has {len(folders)} sub-folders with images. Make one sub-folder per class, and at least two classes."
+            f"it has {len(folders)} sub-folders with images. Make one sub-folder per class, and at "
+            "least two classes."
         )
     else:
         return
@@ -134,7 +140,7 @@ def _imported(module: str, option: str, package: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{option} needs {package}, which cannot be imported ({error}). Install it with: "
-            f"pip install distaccum[images]"
+            "pip install distaccum[images]"
         ) from error
 
 
@@ -153,5 +159,6 @@ def _pixels(path: Path, size_px: int) -> npt.NDArray[np.uint8]:
             return np.asarray(ImageOps.fit(whole, size, Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(
-            f"{path} cannot be read as an image: {error}. Repair the file, convert it to 8 bits, or remove it."
+            f"{path} cannot be read as an image: {error}. Repair the file, convert it to 8 bits, "
+            "or remove it."
         ) from error

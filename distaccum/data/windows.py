@@ -79,7 +79,11 @@ class Windows:
     split = staticmethod(split)
 
     def __init__(
-        self, loader: Iterable[Any], gradient_accumulation_steps: int, *, last: Last | str = Last.keep
+        self,
+        loader: Iterable[Any],
+        gradient_accumulation_steps: int,
+        *,
+        last: Last | str = Last.keep,
     ) -> None:
         """Store the loader without reading from it.
 
@@ -185,11 +189,13 @@ class Windows:
         if (state["loader"] is not None) != self._has_state:
             had, has = ("no", "supports") if state["loader"] is None else ("a", "does not support")
             raise ConfigError(
-                f"The saved state has {had} loader state, but this loader ({type(self._loader).__name__}) {has} "
-                "state_dict() and load_state_dict(). Use the same class of loader as when it was saved."
+                f"The saved state has {had} loader state, but this loader "
+                f"({type(self._loader).__name__}) {has} state_dict() and load_state_dict(). Use "
+                "the same class of loader as when it was saved."
             )
         self._epoch = _Epoch(int(state["read"]), deque(state["held"]), bool(state["over"]))
-        self._reads_ahead = self._reads_ahead and not self._epoch.held  # held micro-batches cannot be read again
+        # held micro-batches cannot be read again
+        self._reads_ahead = self._reads_ahead and not self._epoch.held
         self._skip = 0 if self._has_state else self._epoch.read
         if self._has_state:
             self._loader.load_state_dict(state["loader"])  # type: ignore[attr-defined]
@@ -216,8 +222,9 @@ class Windows:
         skipped = sum(1 for _ in islice(stream, skip))
         if skipped < skip:
             raise ConfigError(
-                f"The loader has {skipped} micro-batches, but {skip} had been used when the state was saved. Build it "
-                "over the same data, with the same micro-batch size and the same number of ranks."
+                f"The loader has {skipped} micro-batches, but {skip} had been used when the state "
+                "was saved. Build it over the same data, with the same micro-batch size and the "
+                "same number of ranks."
             )
         return stream
 
@@ -244,14 +251,15 @@ windows = Windows  # for loops: `for window in da.windows(loader, gradient_accum
 def _check(loader: object) -> None:
     if isinstance(loader, Mapping | Tensor | str | bytes):
         raise ConfigError(
-            f"windows() got a {type(loader).__name__} as its loader. It takes an iterable of micro-batches: a "
-            "DataLoader, a list, a generator. To cut one loaded batch, write "
+            f"windows() got a {type(loader).__name__} as its loader. It takes an iterable of "
+            "micro-batches: a DataLoader, a list, a generator. To cut one loaded batch, write "
             "accumulator.step(da.windows.split(batch, gradient_accumulation_steps))."
         )
     if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
         raise ConfigError(
-            f"windows() got a {type(loader).__name__} as its loader, which cannot be iterated over. It takes an "
-            "iterable of micro-batches: a DataLoader, a list, a generator (call the function that makes it)."
+            f"windows() got a {type(loader).__name__} as its loader, which cannot be iterated "
+            "over. It takes an iterable of micro-batches: a DataLoader, a list, a generator (call "
+            "the function that makes it)."
         )
 
 
@@ -269,4 +277,8 @@ def _is_unnoticed(loader: object) -> bool:
     order = loader.sampler
     has_generator = getattr(order, "generator", None) is not None
     torchs_own = type(order) in (SequentialSampler, RandomSampler, DistributedSampler)
-    return torchs_own and not has_generator and type(loader.batch_sampler) in (BatchSampler, type(None))
+    return (
+        torchs_own
+        and not has_generator
+        and type(loader.batch_sampler) in (BatchSampler, type(None))
+    )

@@ -27,7 +27,12 @@ class SumDtype(Enum):
     @property
     def torch(self) -> torch.dtype:
         """Return the torch dtype of this name."""
-        names = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        names = {
+            "fp64": torch.float64,
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "fp16": torch.float16,
+        }
         return names[self.value]
 
 
@@ -91,14 +96,20 @@ class GradientSums:
     @torch.no_grad()
     def absorb(self) -> None:
         """Add the gradients of one backward to the sums and clear them."""
-        fresh = {i: p.grad.to(self._dtypes.accumulated(p)) for i, p in enumerate(self.parameters) if p.grad is not None}
+        fresh = {
+            i: p.grad.to(self._dtypes.accumulated(p))
+            for i, p in enumerate(self.parameters)
+            if p.grad is not None
+        }
         for parameter in self.parameters:
             parameter.grad = None
         if self._reduce_each:
             fresh = self._reduced(fresh)
         known = [index for index in fresh if index in self._sums]
         if known:
-            torch._foreach_add_([self._sums[index] for index in known], [fresh[index] for index in known])
+            torch._foreach_add_(
+                [self._sums[index] for index in known], [fresh[index] for index in known]
+            )
         self._sums = fresh | self._sums
 
     @torch.no_grad()
@@ -129,7 +140,11 @@ class GradientSums:
             return sums
         narrowed = [
             # Ranks may have used different parameters, but all must send the same ones.
-            sums[i].to(self._dtypes.reduced(p)) if i in sums else torch.zeros_like(p, dtype=self._dtypes.reduced(p))
+            (
+                sums[i].to(self._dtypes.reduced(p))
+                if i in sums
+                else torch.zeros_like(p, dtype=self._dtypes.reduced(p))
+            )
             for i, p in enumerate(self.parameters)
         ]
         sent = []
@@ -139,7 +154,9 @@ class GradientSums:
         reduced = {}
         for bucket, flat, work in sent:
             work.wait()
-            for index, part in zip(bucket, flat.split([narrowed[index].numel() for index in bucket]), strict=True):
+            for index, part in zip(
+                bucket, flat.split([narrowed[index].numel() for index in bucket]), strict=True
+            ):
                 parameter = self.parameters[index]
                 reduced[index] = part.view_as(parameter).to(self._dtypes.accumulated(parameter))
         return reduced
@@ -151,4 +168,7 @@ def _buckets(sizes: list[int]) -> list[list[int]]:
     The last indices come first, as in a backward.
     """
     last = len(sizes) - 1
-    return [[last - position for position in bucket] for bucket in fill_buckets(sizes[::-1], BUCKET_BYTES)]
+    return [
+        [last - position for position in bucket]
+        for bucket in fill_buckets(sizes[::-1], BUCKET_BYTES)
+    ]

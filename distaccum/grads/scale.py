@@ -19,7 +19,9 @@ class LossScale:
     section 3.2). Only numbers that all ranks share decide this, so every rank has the same scale.
     """
 
-    def __init__(self, initial: float = 2.0**16, growth_windows: int = 2000, smallest: float = 1.0) -> None:
+    def __init__(
+        self, initial: float = 2.0**16, growth_windows: int = 2000, smallest: float = 1.0
+    ) -> None:
         """Start with the scale `initial`.
 
         Args:

@@ -76,7 +76,10 @@ def countless(name: MeanOver, micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     so the host does not wait for it.
     """
     empty = counted(name, micro_batch) == 0
-    return {**micro_batch, **{key: micro_batch[key].masked_fill(empty, 0) for key in label_names(micro_batch)}}
+    return {
+        **micro_batch,
+        **{key: micro_batch[key].masked_fill(empty, 0) for key in label_names(micro_batch)},
+    }
 
 
 def check_micro_batch(name: MeanOver, micro_batch: Any) -> None:
@@ -88,41 +91,52 @@ def check_micro_batch(name: MeanOver, micro_batch: Any) -> None:
     """
     if not isinstance(micro_batch, Mapping):
         raise ConfigError(
-            f"HuggingFace needs micro-batches that are mappings of model inputs, got {type(micro_batch).__name__}. The "
-            "model is called as model(**micro_batch), so use a collator that returns a dict."
+            "HuggingFace needs micro-batches that are mappings of model inputs, got "
+            f"{type(micro_batch).__name__}. The model is called as model(**micro_batch), so use a "
+            "collator that returns a dict."
         )
     for foreign in ("num_items_in_batch", "shift_labels"):
         if foreign in micro_batch:
             raise ConfigError(
-                f"HuggingFace: the micro-batch contains {foreign!r}, with which the head no longer returns the mean "
-                "over its own labels. Leave it out: distaccum divides by the global count, once."
+                f"HuggingFace: the micro-batch contains {foreign!r}, with which the head no longer "
+                "returns the mean over its own labels. Leave it out: distaccum divides by the "
+                "global count, once."
             )
     if is_question_answering(micro_batch):
-        starts, ends = (int(in_range(micro_batch, f"{end}_positions").sum()) for end in ("start", "end"))
+        starts, ends = (
+            int(in_range(micro_batch, f"{end}_positions").sum()) for end in ("start", "end")
+        )
         if starts != ends:
             raise ConfigError(
-                f"HuggingFace: {starts} start_positions and {ends} end_positions of this micro-batch lie within the "
-                "sequence. The head returns the mean of two means with these two denominators, which cannot be "
-                "separated. Put both positions of a sample without an answer out of range, or write an Objective with "
-                "two terms over .start_logits and .end_logits."
+                f"HuggingFace: {starts} start_positions and {ends} end_positions of this "
+                "micro-batch lie within the sequence. The head returns the mean of two means with "
+                "these two denominators, which cannot be separated. Put both positions of a sample "
+                "without an answer out of range, or write an Objective with two terms over "
+                ".start_logits and .end_logits."
             )
         return
     labels = micro_batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim == 0:
         raise ConfigError(
-            f"HuggingFace: the micro-batch has {sorted(micro_batch)}, but no tensor 'labels' [B, ...] (nor "
-            "start_positions and end_positions). Without labels a head returns no loss. Let the collator return them "
-            "under these names."
+            f"HuggingFace: the micro-batch has {sorted(micro_batch)}, but no tensor 'labels' [B, "
+            "...] (nor start_positions and end_positions). Without labels a head returns no loss. "
+            "Let the collator return them under these names."
         )
     if not countable(name, labels):
         raise ConfigError(
-            f"HuggingFace(mean_over={name.value!r}) cannot count labels of shape {list(labels.shape)} and "
-            f"{labels.dtype}. Use HuggingFace.find(model, micro_batch), which measures what the head averages over."
+            f"HuggingFace(mean_over={name.value!r}) cannot count labels of shape "
+            f"{list(labels.shape)} and {labels.dtype}. Use HuggingFace.find(model, micro_batch), "
+            "which measures what the head averages over."
         )
-    if name is MeanOver.samples and not labels.is_floating_point() and bool((labels == IGNORED).any()):
+    if (
+        name is MeanOver.samples
+        and not labels.is_floating_point()
+        and bool((labels == IGNORED).any())
+    ):
         raise ConfigError(
-            f"HuggingFace(mean_over='samples'): {int((labels == IGNORED).sum())} of {labels.numel()} labels are "
-            "-100, which cross entropy leaves out of its mean. Use mean_over='tokens', which leaves them out too."
+            f"HuggingFace(mean_over='samples'): {int((labels == IGNORED).sum())} of "
+            f"{labels.numel()} labels are -100, which cross entropy leaves out of its mean. Use "
+            "mean_over='tokens', which leaves them out too."
         )
 
 
@@ -133,7 +147,9 @@ def is_question_answering(micro_batch: Mapping[str, Any]) -> bool:
 
 def label_names(micro_batch: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the inputs from which the loss is computed."""
-    return ("start_positions", "end_positions") if is_question_answering(micro_batch) else ("labels",)
+    return (
+        ("start_positions", "end_positions") if is_question_answering(micro_batch) else ("labels",)
+    )
 
 
 def in_range(micro_batch: Mapping[str, Any], name: str) -> Tensor:
@@ -141,7 +157,9 @@ def in_range(micro_batch: Mapping[str, Any], name: str) -> Tensor:
 
     Heads clamp positions to [0, T] and ignore T, so a negative position counts as position 0.
     """
-    inputs = micro_batch["input_ids"] if "input_ids" in micro_batch else micro_batch["inputs_embeds"]
+    inputs = (
+        micro_batch["input_ids"] if "input_ids" in micro_batch else micro_batch["inputs_embeds"]
+    )
     counts: Tensor = micro_batch[name] < inputs.shape[1]
     return counts
 
@@ -155,21 +173,36 @@ def mean_and_aux(output: Any) -> tuple[Tensor, Tensor | None]:
         ConfigError: if the output has no scalar loss, or further losses whose denominators are not
             known.
     """
-    fields = output if isinstance(output, Mapping) else vars(output) if hasattr(output, "loss") else {}
-    loss = fields.get("loss") if fields else output[0] if isinstance(output, tuple) and output else None
+    fields = (
+        output if isinstance(output, Mapping) else vars(output) if hasattr(output, "loss") else {}
+    )
+    loss = (
+        fields.get("loss")
+        if fields
+        else output[0]
+        if isinstance(output, tuple) and output
+        else None
+    )
     if not isinstance(loss, Tensor) or loss.ndim != 0:
         got = (
-            f"a loss of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"no loss in {type(output).__name__}"
+            f"a loss of shape {list(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"no loss in {type(output).__name__}"
         )
         raise ConfigError(
-            f"HuggingFace: the model returned {got}. It must return its mean as one number .loss. For other models, "
-            "write an Objective(loss_sum, denominator) over .logits."
+            f"HuggingFace: the model returned {got}. It must return its mean as one number .loss. "
+            "For other models, write an Objective(loss_sum, denominator) over .logits."
         )
-    others = [name for name, value in fields.items() if name.endswith("_loss") and isinstance(value, Tensor)]
+    others = [
+        name
+        for name, value in fields.items()
+        if name.endswith("_loss") and isinstance(value, Tensor)
+    ]
     if others not in ([], ["aux_loss"]):
         raise ConfigError(
-            f"HuggingFace: the model returned {others} in addition to .loss. It is not known how they are contained in "
-            ".loss and what each is averaged over. Switch them off, or write an Objective with one term for each."
+            f"HuggingFace: the model returned {others} in addition to .loss. It is not known how "
+            "they are contained in .loss and what each is averaged over. Switch them off, or write "
+            "an Objective with one term for each."
         )
     aux = fields["aux_loss"] if others else None
     return widened(loss), None if aux is None else widened(aux)

@@ -48,7 +48,9 @@ class HFConfig:
     options: dict[str, Any]
 
 
-def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> nn.Module:
+def build_hf(
+    config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None
+) -> nn.Module:
     """Build the model in float32 on the CPU, in training mode, without a cache for generation.
 
     Random weights are drawn from torch's global CPU generator, which the caller seeds, so they are
@@ -66,9 +68,14 @@ def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | Non
     """
     hf_config = configuration(config, vocab_size, seq_len)
     auto = getattr(_transformers(), HEADS[config.head])
-    folder = None if config.weights is None else _folder(config.weights, "model.weights", "*.safetensors")
+    folder = (
+        None
+        if config.weights is None
+        else _folder(config.weights, "model.weights", "*.safetensors")
+    )
     try:
-        if folder is None or torch.get_default_device().type == "meta":  # on meta no values can be loaded
+        # on meta no values can be loaded
+        if folder is None or torch.get_default_device().type == "meta":
             model = auto.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
         else:
             model = auto.from_pretrained(
@@ -81,7 +88,8 @@ def build_hf(config: HFConfig, vocab_size: int | None = None, seq_len: int | Non
             )
     except ValueError as error:
         raise ConfigError(
-            f"model.config={config.config} cannot be built with model.head={config.head}: {str(error).splitlines()[0]}"
+            f"model.config={config.config} cannot be built with model.head={config.head}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     built: nn.Module = model.train()
     return built
@@ -99,7 +107,9 @@ def allow_float64(model: nn.Module) -> nn.Module:
     return model
 
 
-def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None) -> Any:
+def configuration(
+    config: HFConfig, vocab_size: int | None = None, seq_len: int | None = None
+) -> Any:
     """Return the transformers configuration of the model that `build_hf` builds.
 
     Arguments and errors are those of `build_hf`. No weights are made.
@@ -115,21 +125,30 @@ def configuration(config: HFConfig, vocab_size: int | None = None, seq_len: int 
 def _configuration(transformers: Any, config: HFConfig, vocab_size: int | None) -> Any:
     if not config.config:
         raise ConfigError(
-            "model.config is null. Give a configuration class (GPT2Config), or a folder with config.json."
+            "model.config is null. Give a configuration class (GPT2Config), or a folder with "
+            "config.json."
         )
     _refuse_kernels("model.options", config.options)
     if "/" in config.config or Path(config.config).is_dir():
         folder = _folder(config.config, "model.config", "config.json")
-        _refuse_kernels(str(folder / "config.json"), json.loads((folder / "config.json").read_text()))
+        _refuse_kernels(
+            str(folder / "config.json"), json.loads((folder / "config.json").read_text())
+        )
         try:
-            hf_config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            hf_config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except ValueError as error:
-            raise ConfigError(f"model.config={config.config}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"model.config={config.config}: {str(error).splitlines()[0]}"
+            ) from error
         _check_options(hf_config, config.options)
         for name, value in config.options.items():
             setattr(hf_config, name, value)
     else:
-        kind = getattr(transformers, config.config, None) if config.config.endswith("Config") else None
+        kind = (
+            getattr(transformers, config.config, None) if config.config.endswith("Config") else None
+        )
         if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedConfig):
             names = [name for name in dir(transformers) if name.endswith("Config")]
             raise ConfigError(
@@ -156,7 +175,10 @@ def _check_options(hf_config: Any, options: dict[str, Any]) -> None:
     """
     known = {*hf_config.to_dict(), *type(hf_config).attribute_map}
     for name in sorted(options.keys() - known):
-        raise ConfigError(f"model.options.{name}: {type(hf_config).__name__} has no such field.{_near(name, known)}")
+        raise ConfigError(
+            f"model.options.{name}: {type(hf_config).__name__} has no such "
+            f"field.{_near(name, known)}"
+        )
 
 
 def _refuse_kernels(where: str, node: Any) -> None:
@@ -167,8 +189,8 @@ def _refuse_kernels(where: str, node: Any) -> None:
     for name, value in node.items() if isinstance(node, dict) else ():
         if name.endswith("_implementation") and "/" in str(value):
             raise ConfigError(
-                f"{where} has {name}={value!r}, which means code on a hub. Use an implementation that is part of "
-                "transformers, such as sdpa or eager."
+                f"{where} has {name}={value!r}, which means code on a hub. Use an implementation "
+                "that is part of transformers, such as sdpa or eager."
             )
         _refuse_kernels(where, value)
 
@@ -178,31 +200,42 @@ def _check_data(hf_config: Any, vocab_size: int | None, seq_len: int | None) -> 
     token_ids = getattr(text, "vocab_size", None)
     if vocab_size is not None and token_ids is not None and token_ids < vocab_size:
         raise ConfigError(
-            f"The model has {token_ids} token ids, but the data has {vocab_size}. Leave model.options.vocab_size out, "
-            f"or set it to at least {vocab_size}. A model from a folder needs data encoded with its own tokenizer."
+            f"The model has {token_ids} token ids, but the data has {vocab_size}. Leave "
+            f"model.options.vocab_size out, or set it to at least {vocab_size}. A model from a "
+            "folder needs data encoded with its own tokenizer."
         )
     positions = getattr(text, "max_position_embeddings", None)
     if seq_len is not None and positions is not None and 0 < positions < seq_len:
         raise ConfigError(
-            f"The model has {positions} positions, but samples have {seq_len} tokens. Use data.seq_len={positions}, or "
-            f"model.options.max_position_embeddings={seq_len} for a model with random weights."
+            f"The model has {positions} positions, but samples have {seq_len} tokens. Use "
+            f"data.seq_len={positions}, or model.options.max_position_embeddings={seq_len} for a "
+            "model with random weights."
         )
 
 
 def _folder(path: str, key: str, pattern: str) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir() or not any(folder.glob(pattern)):
-        missing = f"there is no {pattern} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+        missing = (
+            f"there is no {pattern} in {folder}"
+            if folder.is_dir()
+            else f"there is no folder {folder}"
+        )
         raise ConfigError(
-            f"{key}={path}: {missing}. Models are read from local folders with config.json and *.safetensors, as "
-            "save_pretrained() writes them. Model names of a hub and pickled weights are not read."
+            f"{key}={path}: {missing}. Models are read from local folders with config.json and "
+            "*.safetensors, as save_pretrained() writes them. Model names of a hub and pickled "
+            "weights are not read."
         )
     return folder
 
 
 def _near(name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(near)}?" if near else f" Known: {', '.join(sorted(known)[:12])}."
+    return (
+        f" Did you mean {' or '.join(near)}?"
+        if near
+        else f" Known: {', '.join(sorted(known)[:12])}."
+    )
 
 
 def _transformers() -> Any:
@@ -210,6 +243,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(
-            "model=hf needs transformers, which cannot be imported. Install it with: pip install distaccum[hf]"
+            "model=hf needs transformers, which cannot be imported. Install it with: pip install "
+            "distaccum[hf]"
         ) from error
     return transformers

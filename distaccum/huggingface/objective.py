@@ -80,7 +80,9 @@ class HuggingFace:
         """
         return cls(*probe(model, micro_batch))
 
-    def loss_sum(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor | dict[str, Tensor]:
+    def loss_sum(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> Tensor | dict[str, Tensor]:
         """Return the head's mean times its denominator [], and the auxiliary term if there is one.
 
         Both are float32 or wider. A micro-batch in which no label counts is computed with labels 0
@@ -91,10 +93,11 @@ class HuggingFace:
         mean, aux = mean_and_aux(model(**countless(name, micro_batch)))
         if (aux is None) == (self.aux_coef != 0):
             raise ConfigError(
-                f"HuggingFace(aux_coef={self.aux_coef}): the model returned {'no' if aux is None else 'an'} .aux_loss. "
-                "With output_router_logits=True it is part of .loss and has its own denominator: set that option "
-                "before HuggingFace.find(model, micro_batch), or use aux_coef=config.router_aux_loss_coef. Without "
-                "that option, use aux_coef=0."
+                f"HuggingFace(aux_coef={self.aux_coef}): the model returned "
+                f"{'no' if aux is None else 'an'} .aux_loss. With output_router_logits=True it is "
+                "part of .loss and has its own denominator: set that option before "
+                "HuggingFace.find(model, micro_batch), or use "
+                "aux_coef=config.router_aux_loss_coef. Without that option, use aux_coef=0."
             )
         share = 0.0 if aux is None else self.aux_coef * aux
         # If nothing counts even with labels 0 (as in sequences of one token), the mean is NaN.
@@ -147,26 +150,31 @@ class HuggingFaceCausalLM:
         aux_coef = configured_aux_coef(config)
         if aux_coef is None:
             raise ConfigError(
-                f"{type(config).__name__} has output_router_logits=True, but no router_aux_loss_coef. Set that factor, "
-                "or output_router_logits=False."
+                f"{type(config).__name__} has output_router_logits=True, but no "
+                "router_aux_loss_coef. Set that factor, or output_router_logits=False."
             )
         return cls(aux_coef)
 
-    def loss_sum(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor | dict[str, Tensor]:
+    def loss_sum(
+        self, model: nn.Module, micro_batch: Mapping[str, Any]
+    ) -> Tensor | dict[str, Tensor]:
         """Return the sum of the tokens' cross entropies [], and the auxiliary term if there is one.
 
         Both are float32 or wider.
         """
         output = model(input_ids=micro_batch["input_ids"])
         logits = output.logits.flatten(0, 1)
-        loss = F.cross_entropy(widened(logits), micro_batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(
+            widened(logits), micro_batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         if not self.aux_coef:
             return loss
         aux = getattr(output, "aux_loss", None)
         if not isinstance(aux, Tensor):
             raise ConfigError(
-                f"HuggingFaceCausalLM(aux_coef={self.aux_coef}): the model returned no .aux_loss. Set "
-                "output_router_logits=True in its configuration (model.options on the command line), or aux_coef=0."
+                f"HuggingFaceCausalLM(aux_coef={self.aux_coef}): the model returned no .aux_loss. "
+                "Set output_router_logits=True in its configuration (model.options on the command "
+                "line), or aux_coef=0."
             )
         return {"loss": loss, "aux": self.aux_coef * aux * (micro_batch["labels"] != IGNORED).any()}
 

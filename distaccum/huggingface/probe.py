@@ -8,7 +8,7 @@ If the samples differ in D, only the right D satisfies this.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,27 +81,34 @@ def probe(model: nn.Module, micro_batch: Mapping[str, Any]) -> tuple[MeanOver, f
         except (IndexError, RuntimeError) as error:
             if size > 1 or is_out_of_memory(error):
                 raise
-            raise ConfigError(_several_rows(f"the head fails on a copy with ignored labels ({error})")) from error
+            raise _one_row(f"the head fails on a copy with ignored labels ({error})") from error
         if len(kept) == 1 or labels is None or labels.is_floating_point():
-            return _preferred(kept, labels), aux_coef, f"measured: the samples fit only {_named(kept)}"
+            return (
+                _preferred(kept, labels),
+                aux_coef,
+                f"measured: the samples fit only {_named(kept)}",
+            )
         _refuse_unsafe(labels, kept)
         try:
-            left = _explaining(model, {**micro_batch, "labels": _mostly_ignored(labels)}, aux_coef, kept)
+            left = _explaining(
+                model, {**micro_batch, "labels": _mostly_ignored(labels)}, aux_coef, kept
+            )
         except (IndexError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             # For such a head every label counts, so the candidates differ at most in their unit.
             reason = (
-                f"{_named(kept)} fit the samples equally well, and the head accepts no label -100 ({error}); labels "
-                "that it ignores under another number would be counted"
+                f"{_named(kept)} fit the samples equally well, and the head accepts no label -100 "
+                f"({error}); labels that it ignores under another number would be counted"
             )
             return _preferred(kept, labels), aux_coef, reason
     if len(left) > 1 and not (labels.numel() == len(labels) and set(left) == _PER_SAMPLE):
         raise ConfigError(
-            f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples have almost the same "
-            "loss (as with a model that has just been initialized) or the same length, or the precision of the model "
-            "is too low. Write HuggingFace(mean_over=...), with 'shifted_tokens' for a causal language model, or call "
-            "find with other samples or on a float32 model."
+            f"HuggingFace.find cannot tell {_named(left)} apart on this micro-batch: its samples "
+            "have almost the same loss (as with a model that has just been initialized) or the "
+            "same length, or the precision of the model is too low. Write "
+            "HuggingFace(mean_over=...), with 'shifted_tokens' for a causal language model, or "
+            "call find with other samples or on a float32 model."
         )
     reason = f"measured with ignored labels: the samples fit only {_named(left)}"
     return _preferred(left, labels), aux_coef, reason
@@ -129,20 +136,24 @@ def _explaining(
         shown.append(f"{name.value}: {left:.8g} together, {right:.8g} alone (counts {counts})")
     if not kept:
         raise ConfigError(
-            "HuggingFace.find: no denominator fits. With the right one, the head's mean over all samples times its "
-            "denominator is the sum of the same products of each sample alone. Measured: "
-            f"{'; '.join(shown)}. Write HuggingFace(mean_over=...) if you know what the head averages over, or an "
-            "Objective(loss_sum, denominator) over .logits."
+            "HuggingFace.find: no denominator fits. With the right one, the head's mean over all "
+            "samples times its denominator is the sum of the same products of each sample alone. "
+            f"Measured: {'; '.join(shown)}. Write HuggingFace(mean_over=...) if you know what the "
+            "head averages over, or an Objective(loss_sum, denominator) over .logits."
         )
     return kept
 
 
-def _token_mean(model: nn.Module, micro_batch: Mapping[str, Any], aux_coef: float) -> tuple[float, float]:
+def _token_mean(
+    model: nn.Module, micro_batch: Mapping[str, Any], aux_coef: float
+) -> tuple[float, float]:
     """Return the head's mean without an auxiliary loss, and its relative rounding error."""
     output = model(**micro_batch)
     mean, aux = mean_and_aux(output)
     floats = [v.dtype for v in (*model.parameters(), *_tensors(output)) if v.is_floating_point()]
-    return float(mean) - aux_coef * float(aux or 0.0), max(torch.finfo(dtype).eps for dtype in floats)
+    return float(mean) - aux_coef * float(aux or 0.0), max(
+        torch.finfo(dtype).eps for dtype in floats
+    )
 
 
 def _aux_coef(model: nn.Module, micro_batch: Mapping[str, Any]) -> float:
@@ -159,9 +170,10 @@ def _aux_coef(model: nn.Module, micro_batch: Mapping[str, Any]) -> float:
     rounding = TOLERANCE_EPS * torch.finfo(loss.dtype).eps * abs(float(loss))
     if rest is not None or coef is None or abs(difference - coef * float(aux)) > rounding:
         raise ConfigError(
-            f"HuggingFace.find: the model returns an .aux_loss of {float(aux):.6g}, and its configuration has the "
-            f"factor {coef}, but .loss changes by {difference:.6g} with output_router_logits=False. Write "
-            "HuggingFace(mean_over=..., aux_coef=...) if you know the factor, or an Objective with two terms."
+            f"HuggingFace.find: the model returns an .aux_loss of {float(aux):.6g}, and its "
+            f"configuration has the factor {coef}, but .loss changes by {difference:.6g} with "
+            "output_router_logits=False. Write HuggingFace(mean_over=..., aux_coef=...) if you "
+            "know the factor, or an Objective with two terms."
         )
     return coef
 
@@ -169,10 +181,11 @@ def _aux_coef(model: nn.Module, micro_batch: Mapping[str, Any]) -> float:
 def _refuse_unsafe(labels: Tensor, kept: list[MeanOver]) -> None:
     if labels.device.type != "cpu" and not bool((labels == IGNORED).any()):
         raise ConfigError(
-            f"HuggingFace.find: {_named(kept)} fit this micro-batch equally well. To tell them apart, labels are "
-            f"ignored in a copy. This is not done on {labels.device.type}, where a head that does not know the label "
-            "-100 would end the process. Call find while the model is on the CPU, pass a micro-batch with labels of "
-            "-100, or write HuggingFace(mean_over=...)."
+            f"HuggingFace.find: {_named(kept)} fit this micro-batch equally well. To tell them "
+            f"apart, labels are ignored in a copy. This is not done on {labels.device.type}, where "
+            "a head that does not know the label -100 would end the process. Call find while the "
+            "model is on the CPU, pass a micro-batch with labels of -100, or write "
+            "HuggingFace(mean_over=...)."
         )
 
 
@@ -182,35 +195,34 @@ def _two_rows(micro_batch: Mapping[str, Any]) -> dict[str, Any]:
     The two rows have different means, because different labels count.
     """
     if is_question_answering(micro_batch):
-        raise ConfigError(_several_rows("the positions of one sample say nothing about a mean"))
+        raise _one_row("the positions of one sample say nothing about a mean")
     labels: Tensor = micro_batch["labels"]
     places = (labels != IGNORED).flatten().nonzero().flatten()
-    if len(labels) != 1 or labels.is_floating_point() or labels.ndim < 2 or len(places) < FEWEST_LABELS:
-        raise ConfigError(
-            _several_rows(
-                f"its labels of shape {list(labels.shape)} and {labels.dtype} cannot be turned into a second sample"
-            )
+    if (
+        len(labels) != 1
+        or labels.is_floating_point()
+        or labels.ndim < 2
+        or len(places) < FEWEST_LABELS
+    ):
+        raise _one_row(
+            f"its labels of shape {list(labels.shape)} and {labels.dtype} cannot be turned into a "
+            "second sample"
         )
     if labels.device.type != "cpu" and len(places) == labels.numel():
-        raise ConfigError(
-            _several_rows(
-                f"on {labels.device.type} a head that does not know the label -100 would end the process, so no "
-                "labels are ignored there; call find on the CPU"
-            )
+        raise _one_row(
+            f"on {labels.device.type} a head that does not know the label -100 would end the "
+            "process, so no labels are ignored there; call find on the CPU"
         )
-    two = {
-        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim and len(value) == 1 else value
-        for name, value in micro_batch.items()
-    }
+    two = _by_rows(micro_batch, lambda value: torch.cat([value, value]))
     two["labels"][1].view(-1)[places[1::2]] = IGNORED
     return two
 
 
-def _several_rows(reason: str) -> str:
-    return (
-        f"HuggingFace.find needs at least two samples to compare, but this micro-batch has one: {reason}. Pass several "
-        "rows, HuggingFace.find(model, collate([row1, row2])), or write HuggingFace(mean_over=...) if you know what "
-        "the head averages over."
+def _one_row(reason: str) -> ConfigError:
+    return ConfigError(
+        "HuggingFace.find needs at least two samples to compare, but this micro-batch has one: "
+        f"{reason}. Pass several rows, HuggingFace.find(model, collate([row1, row2])), or write "
+        "HuggingFace(mean_over=...) if you know what the head averages over."
     )
 
 
@@ -232,15 +244,27 @@ def _preferred(names: list[MeanOver], labels: Tensor | None) -> MeanOver:
 
 
 def _rows(micro_batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    return _by_rows(micro_batch, lambda value: value[rows])
+
+
+def _by_rows(micro_batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Change the tensors that have a row for each sample."""
     size = len(micro_batch[label_names(micro_batch)[0]])
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in micro_batch.items()
-    }
+
+    def has_rows(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+
+    return {name: change(v) if has_rows(v) else v for name, v in micro_batch.items()}
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    values = (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, tuple)
+        else ()
+    )
     return [value for value in values if isinstance(value, Tensor)]
 
 

@@ -14,13 +14,23 @@ from enum import Enum
 from typing import Any
 
 from distaccum.errors import ConfigError
+from distaccum.huggingface.argument_tables import (
+    CURVES,
+    DEFAULTS,
+    REMARKS,
+    SAME,
+    SILENT,
+    SWITCHES,
+    WHY,
+)
 
 
 @dataclass(frozen=True)
 class ConvertedArguments:
     """Holds a set of training arguments as overrides of conf/."""
 
-    overrides: list[str] = field(default_factory=list)  # for the command line, such as accum.micro_batch_size=8
+    # for the command line, such as accum.micro_batch_size=8
+    overrides: list[str] = field(default_factory=list)
     # Reasons by argument: for each one that is not at its default and has no counterpart, or a
     # counterpart with a slightly different meaning.
     not_carried: dict[str, str] = field(default_factory=dict)
@@ -29,84 +39,6 @@ class ConvertedArguments:
     def command(self) -> str:
         """Return the command line of the training, quoted for a shell."""
         return shlex.join(["python", "-m", "distaccum", "train", *self.overrides])
-
-
-# The arguments that are carried over, with their defaults in transformers for mappings that leave
-# them out.
-_DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0,
-    "num_train_epochs": 3.0, "max_steps": -1, "seed": 42, "data_seed": None, "full_determinism": False,
-    "use_cpu": False,
-    "learning_rate": 5e-5, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": None, "warmup_steps": 0,
-    "warmup_ratio": None, "optim": "adamw_torch", "optim_args": None, "weight_decay": 0.0, "adam_beta1": 0.9,
-    "adam_beta2": 0.999, "adam_epsilon": 1e-8, "bf16": False, "fp16": False, "torch_compile": False,
-    "activation_checkpointing": None, "gradient_checkpointing": None, "logging_strategy": "steps", "logging_steps": 500,
-    "eval_strategy": "no", "eval_steps": None, "report_to": "none", "run_name": None, "project": "huggingface",
-    "dataloader_num_workers": 0, "dataloader_pin_memory": True, "ddp_find_unused_parameters": None,
-    "ddp_bucket_cap_mb": None, "ddp_static_graph": None, "ddp_timeout": 1800, "fsdp": None, "fsdp_config": None,
-}  # fmt: skip
-
-# Arguments whose value is carried over unchanged, if there is one.
-_SAME = {
-    "per_device_train_batch_size": "accum.micro_batch_size",
-    "gradient_accumulation_steps": "accum.gradient_accumulation_steps",
-    "seed": "train.seed",
-    "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "run_name": "logger.run_name",
-    "dataloader_num_workers": "loader.workers",
-    "ddp_timeout": "train.timeout_s",
-    "ddp_find_unused_parameters": "parallel.find_unused_parameters",
-    "ddp_static_graph": "parallel.static_graph",
-    "ddp_bucket_cap_mb": "parallel.bucket_mb",
-}
-# Switches, and what is set where they are on.
-_SWITCHES: dict[str, tuple[str, Any]] = {
-    "bf16": ("precision", "bf16"),
-    "fp16": ("precision", "fp16"),
-    "full_determinism": ("train.deterministic", True),
-    "use_cpu": ("device", "cpu"),
-    "activation_checkpointing": ("nn.checkpoint", True),
-    "gradient_checkpointing": ("nn.checkpoint", True),
-    "torch_compile": ("nn.compile", True),
-}
-# Remarks about arguments that are set.
-_REMARKS = {
-    "optim_args": "set optim.momentum and optim.eps instead, if they are meant",
-    "weight_decay": "the number is carried over; here parameters of one dimension do not decay, while transformers "
-    "excludes biases and norms by name",
-    "torch_compile": "carried over; here each block is compiled, not the whole model",
-}
-# The curves that have a counterpart.
-_CURVES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant",
-           "cosine_with_min_lr": "cosine"}  # fmt: skip
-
-# Arguments that do not affect the training, or repeat another one.
-_SILENT = {
-    "output_dir", "logging_dir", "disable_tqdm", "log_level", "log_level_replica", "local_rank", "do_train", "do_eval",
-    "do_predict", "accelerator_config", "torch_compile_backend", "remove_unused_columns",
-    "include_num_input_tokens_seen",
-}  # fmt: skip
-
-_WHY = {
-    "average_tokens_across_devices": "not needed: the loss is always divided once, by the tokens of all ranks",
-    "label_smoothing_factor": "not an option here; implement it in an Objective",
-    "dataloader_drop_last": "it drops a short micro-batch; here micro-batches may be uneven, and nothing is dropped. "
-    "To drop a short window at the end of an epoch, set accum.last_window=drop",
-    "per_device_eval_batch_size": "validation uses the micro-batch size of the training",
-    "gradient_checkpointing_kwargs": "nn.checkpoint recomputes each block with use_reentrant=False, without options",
-    "activation_checkpointing_kwargs": "nn.checkpoint recomputes each block with use_reentrant=False, without options",
-    "torch_compile_mode": "nn.compile compiles each block with torch's default mode",
-    "deepspeed": "use parallel=fsdp or parallel=hsdp",
-    "auto_find_batch_size": "the micro-batch size is part of the plan: set accum.micro_batch_size",
-    "ignore_data_skip": "a resumed run continues after the last sample that was used",
-    "ddp_backend": "the backend is nccl on GPUs and gloo on CPUs",
-    "ddp_broadcast_buffers": "DDP's own default is used",
-    "use_liger_kernel": "not an option here; apply the kernels to your model",
-    "train_sampling_strategy": "samples are always shuffled",
-    "group_by_length": "samples are always shuffled",
-    "adafactor": "the optimizers are adamw and sgd",
-}
 
 
 def from_training_arguments(args: Any) -> ConvertedArguments:
@@ -126,25 +58,26 @@ def from_training_arguments(args: Any) -> ConvertedArguments:
         ConfigError: if arguments contradict each other.
     """
     given = _plain(args)
-    values = {**_DEFAULTS, **{name: given[name] for name in _DEFAULTS if name in given}}
+    values = {**DEFAULTS, **{name: given[name] for name in DEFAULTS if name in given}}
     if values["bf16"] and values["fp16"]:
         raise ConfigError("bf16 and fp16 are both set. Set one of them to False.")
     overrides: dict[str, Any] = {
         "precision": "fp32",
-        **{key: values[name] for name, key in _SAME.items() if values[name] not in (None, "")},
-        **{key: value for name, (key, value) in _SWITCHES.items() if values[name]},
+        **{key: values[name] for name, key in SAME.items() if values[name] not in (None, "")},
+        **{key: value for name, (key, value) in SWITCHES.items() if values[name]},
         "optim.clip_norm": values["max_grad_norm"] or None,
-        "loader.pin_memory": None if values["dataloader_pin_memory"] else False,  # null: if there is a GPU
+        # null: if there is a GPU
+        "loader.pin_memory": (None if values["dataloader_pin_memory"] else False),
     }
-    why = {name: remark for name, remark in _REMARKS.items() if values[name]}
+    why = {name: remark for name, remark in REMARKS.items() if values[name]}
     for translate in (_sharding, _logger, _length, _optimizer, _schedule, _intervals):
         translate(values, overrides, why)
     defaults = {f.name: _plain_value(f.default) for f in fields(args)} if is_dataclass(args) else {}
     for name, value in given.items():
-        known = name in _DEFAULTS or name in _SILENT or name.startswith("_")
-        default = defaults.get(name, None if name in _WHY else False)
+        known = name in DEFAULTS or name in SILENT or name.startswith("_")
+        default = defaults.get(name, None if name in WHY else False)
         if not known and value not in (default, None, "", [], {}):
-            why[name] = _WHY.get(name, "there is no counterpart here")
+            why[name] = WHY.get(name, "there is no counterpart here")
     groups_first = sorted(overrides, key=lambda key: "." in key)
     return ConvertedArguments([f"{key}={_in_hydra(overrides[key])}" for key in groups_first], why)
 
@@ -162,7 +95,8 @@ def _sharding(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, 
         why["fsdp"] = "offloading to the CPU is not supported; the rest is carried over"
     if options:
         why["fsdp_config"] = (
-            "only reshard_after_forward is carried over: each block is an FSDP2 group, and the rest is another"
+            "only reshard_after_forward is carried over: each block is an FSDP2 group, and the "
+            "rest is another"
         )
 
 
@@ -170,7 +104,9 @@ def _logger(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, st
     names = _words(values["report_to"])
     if "wandb" in names:
         overrides |= {"logger": "wandb", "logger.project": values["project"]}
-        why["report_to"] = "wandb is carried over; it writes into the run folder unless logger.mode=online"
+        why["report_to"] = (
+            "wandb is carried over; it writes into the run folder unless logger.mode=online"
+        )
     others = ", ".join(name for name in names if name not in ("wandb", "none"))
     if others:
         why["report_to"] = f"{others}: the loggers are wandb, and metrics.jsonl in every run folder"
@@ -184,7 +120,8 @@ def _length(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, st
         overrides |= {"train.steps": None, "train.epochs": int(epochs)}
     else:
         why["num_train_epochs"] = (
-            f"{epochs} is not a whole number of epochs: set train.steps to the same number of optimizer steps"
+            f"{epochs} is not a whole number of epochs: set train.steps to the same number of "
+            "optimizer steps"
         )
     if values["data_seed"] not in (None, values["seed"]):
         why["data_seed"] = "weights, sample order and dropout use one seed, train.seed"
@@ -202,27 +139,33 @@ def _optimizer(values: dict[str, Any], overrides: dict[str, Any], why: dict[str,
     elif name == "sgd":
         overrides |= {"optim": "sgd", "optim.momentum": 0.0}
     else:
-        why["optim"] = f"{name}: the optimizers are adamw and sgd; da.Accumulator works with any other"
+        why["optim"] = (
+            f"{name}: the optimizers are adamw and sgd; da.Accumulator works with any other"
+        )
 
 
 def _schedule(values: dict[str, Any], overrides: dict[str, Any], why: dict[str, str]) -> None:
     name = str(values["lr_scheduler_type"])
-    if name not in _CURVES:
+    if name not in CURVES:
         why["lr_scheduler_type"] = f"{name}: the curves are constant, linear, cosine and wsd"
         return
-    overrides |= {"optim.schedule.name": _CURVES[name], "optim.schedule.unit": "steps"}
+    overrides |= {"optim.schedule.name": CURVES[name], "optim.schedule.unit": "steps"}
     options = dict(values["lr_scheduler_kwargs"] or {})
-    if _CURVES[name] != "constant":
+    if CURVES[name] != "constant":
         ratio, lowest = options.pop("min_lr_rate", None), options.pop("min_lr", None)
         ratio = ratio if lowest is None else lowest / values["learning_rate"]
         overrides["optim.schedule.final_ratio"] = float(ratio or 0.0)
     if options:
-        why["lr_scheduler_kwargs"] = f"{', '.join(options)}: the curve of {name} has no such option here"
+        why["lr_scheduler_kwargs"] = (
+            f"{', '.join(options)}: the curve of {name} has no such option here"
+        )
     by_ratio = bool(values["warmup_ratio"]) and not values["warmup_steps"]
     argument = "warmup_ratio" if by_ratio else "warmup_steps"
     warmup = values[argument] if name != "constant" else 0
     if warmup:
-        why[argument] = "carried over; the first step has 1 / warmup of the peak here, 0 in transformers"
+        why[argument] = (
+            "carried over; the first step has 1 / warmup of the peak here, 0 in transformers"
+        )
     key, is_fraction = "optim.schedule.warmup", by_ratio or 0 < warmup < 1
     _set_steps(key, argument, warmup, is_fraction, values["max_steps"], overrides, why)
 
@@ -235,7 +178,7 @@ def _intervals(values: dict[str, Any], overrides: dict[str, Any], why: dict[str,
         steps = values[argument] or values["logging_steps"]
         if values[strategy] == "steps":
             _set_steps(key, argument, steps, steps < 1, values["max_steps"], overrides, why)
-        elif values[strategy] != _DEFAULTS[strategy]:
+        elif values[strategy] != DEFAULTS[strategy]:
             why[strategy] = f"{values[strategy]}: the interval here is in optimizer steps, {key}"
 
 

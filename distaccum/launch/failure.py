@@ -53,8 +53,10 @@ _TIMED_OUT = (
 
 # What to write instead, which Hydra does not say, by a part of Hydra's message.
 _ADVICE = {
-    "does not support sweep type": "interval(a,b) needs hydra/sweeper=optuna. Without it: key=1,2,3, key=range(1,4) "
-    "or key=choice(a,b).",
+    "does not support sweep type": (
+        "interval(a,b) needs hydra/sweeper=optuna. Without it: key=1,2,3, key=range(1,4) "
+        "or key=choice(a,b)."
+    ),
     "Could not find 'hydra/sweeper/optuna'": "It comes with pip install 'distaccum[optuna]'.",
 }
 
@@ -76,7 +78,11 @@ def is_foreseen(error: BaseException) -> bool:
     These are the user's mistakes, errors of this package (a divergence, a wrong forecast) and a
     disk that is full (or the user's quota) or read-only.
     """
-    is_full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    is_full_disk = isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+    )
     return is_users(error) or isinstance(error, DistaccumError) or is_full_disk
 
 

@@ -16,7 +16,9 @@ def override(key: str, text: str) -> str:
 def _quoted(key: str, text: str) -> str:
     quote = "'" if "'" in text else '"'
     # Hydra keeps a backslash, unless it precedes a quote or another backslash that does.
-    inside = re.sub(rf"(\\*)({quote}|$)", lambda found: 2 * found[1] + (f"\\{quote}" if found[2] else ""), text)
+    inside = re.sub(
+        rf"(\\*)({quote}|$)", lambda found: 2 * found[1] + (f"\\{quote}" if found[2] else ""), text
+    )
     return f"{key}={quote}{inside}{quote}"
 
 
@@ -44,7 +46,10 @@ def advice(error: BaseException) -> list[str]:
     if not is_there:
         return [
             message,
-            "An override has the form key=value. Quote a value with spaces for the shell: 'key=one two'.",
+            (
+                "An override has the form key=value. Quote a value with spaces for the shell: "
+                "'key=one two'."
+            ),
         ]
     if not _reads_as(quoted, value):
         return [message]

@@ -81,7 +81,10 @@ def _start_once(job: Job, num_ranks: int, task: Task, grace: Grace, came: list[i
             if -failure.exitcode in came:
                 raise SystemExit(128 - failure.exitcode) from None
             if failure.exitcode < 0:
-                text = f"was ended by {failure.signal_name()} (possibly manually, or by the system for lack of memory)"
+                text = (
+                    f"was ended by {failure.signal_name()} (possibly manually, or by the system "
+                    "for lack of memory)"
+                )
                 say(f"[rank {rank}] {text}")
                 return Ended(1, f"rank {rank} {text}")
             # Without an error file, torch's message is only advice for users of torchrun.

@@ -49,7 +49,9 @@ class Peers:
         MissingRankError: The store was not reachable in time.
     """
 
-    def __init__(self, place: Place, grace: Grace, limit_s: float = LIMIT_S, start_id: str | None = None) -> None:
+    def __init__(
+        self, place: Place, grace: Grace, limit_s: float = LIMIT_S, start_id: str | None = None
+    ) -> None:
         self.rank, self.size, self.grace = place.rank, place.world_size, grace
         self._limit_s = limit_s
         root = f"distaccum/{os.environ.get('TORCHELASTIC_RUN_ID', '')}"

@@ -172,7 +172,10 @@ def _leave_without_store(error: BaseException, rank: int) -> NoReturn:
     With the network cut, the store's host neither answers nor closes the connection.
     """
     report(error, f"[rank {rank}] ")
-    say(f"[rank {rank}] exits without an answer from the other ranks: the host of the job's store does not answer")
+    say(
+        f"[rank {rank}] exits without an answer from the other ranks: the host of the job's store "
+        "does not answer"
+    )
     leave(exit_code(error))
 
 
@@ -180,9 +183,14 @@ def _who_is_missing(run_dir: Path, peers: Peers) -> str:
     """Name the ranks that are not in a collective, when the others have timed out."""
     missing = peers.missing("in collective", peers.grace.timeout_s, allowed=1)
     if not missing:
-        return f"all ranks are in a collective, but not in the same one; their stacks are in {run_dir / 'stacks'}"
+        return (
+            "all ranks are in a collective, but not in the same one; their stacks are in "
+            f"{run_dir / 'stacks'}"
+        )
     ranks = ", ".join(map(str, missing))
     files = ", ".join(str(stack_file(run_dir, rank)) for rank in missing)
     one = len(missing) == 1
-    named, have = (f"rank {ranks}", "its stack is") if one else (f"ranks {ranks}", "their stacks are")
+    named, have = (
+        (f"rank {ranks}", "its stack is") if one else (f"ranks {ranks}", "their stacks are")
+    )
     return f"{named} did not join it; {have} in {files}"

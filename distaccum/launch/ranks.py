@@ -46,7 +46,11 @@ class Place:
         """
         is_one_machine = self.started_by == "torchrun" and self.local_world_size == self.world_size
         if self.world_size > 1 and not is_one_machine:
-            starter = "environment variables have" if self.started_by == "environment" else f"{self.started_by} has"
+            starter = (
+                "environment variables have"
+                if self.started_by == "environment"
+                else f"{self.started_by} has"
+            )
             raise ConfigError(
                 f"--multirun cannot use the {self.world_size} ranks that {starter} "
                 "started: each job of a sweep starts its own ranks, on one machine. Start one "
@@ -87,8 +91,8 @@ def detect_launcher(environment: Mapping[str, str]) -> Place:
     local_world_size = whole_number(environment, "LOCAL_WORLD_SIZE", world_size, at_least=1)
     if "LOCAL_RANK" not in environment and rank >= local_world_size:
         raise ConfigError(
-            f"LOCAL_WORLD_SIZE={local_world_size} is set and LOCAL_RANK is not. Set LOCAL_RANK to this process's "
-            f"number on its machine, from 0 to {local_world_size - 1}."
+            f"LOCAL_WORLD_SIZE={local_world_size} is set and LOCAL_RANK is not. Set LOCAL_RANK to "
+            f"this process's number on its machine, from 0 to {local_world_size - 1}."
         )
     total_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "WORLD_SIZE"
     local_rank = _below(environment, "LOCAL_RANK", total_name, local_world_size, default=rank)
@@ -99,14 +103,16 @@ def detect_launcher(environment: Mapping[str, str]) -> Place:
 
 
 _NEEDED = (
-    "Without torchrun, each process needs RANK (0, 1, ...), WORLD_SIZE (the number of processes), MASTER_ADDR (the "
-    "host of rank 0) and MASTER_PORT (a free port there). For a single process, unset all four: env -u RANK -u "
-    "WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT ..."
+    "Without torchrun, each process needs RANK (0, 1, ...), WORLD_SIZE (the number of processes), "
+    "MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port there). For a single process, "
+    "unset all four: env -u RANK -u WORLD_SIZE -u MASTER_ADDR -u MASTER_PORT ..."
 )
 _RELATED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def whole_number(environment: Mapping[str, str], name: str, default: int | None = None, at_least: int = 0) -> int:
+def whole_number(
+    environment: Mapping[str, str], name: str, default: int | None = None, at_least: int = 0
+) -> int:
     """Read a whole number from an environment variable.
 
     Raises:
@@ -117,21 +123,30 @@ def whole_number(environment: Mapping[str, str], name: str, default: int | None 
         return default
     if text is None:
         related = ", ".join(other for other in _RELATED if other in environment)
-        raise ConfigError(f"{name} is not set, although related variables ({related}) are. {_NEEDED}")
+        raise ConfigError(
+            f"{name} is not set, although related variables ({related}) are. {_NEEDED}"
+        )
     if re.fullmatch(r"[0-9]{1,9}", text) is None or int(text) < at_least:
         raise ConfigError(
-            f"The environment has {name}={text!r}; it must be a whole number, {at_least} or more. {_NEEDED}"
+            f"The environment has {name}={text!r}; it must be a whole number, {at_least} or more. "
+            f"{_NEEDED}"
         )
     return int(text)
 
 
-def _below(environment: Mapping[str, str], name: str, total_name: str, total: int, default: int | None = None) -> int:
+def _below(
+    environment: Mapping[str, str],
+    name: str,
+    total_name: str,
+    total: int,
+    default: int | None = None,
+) -> int:
     """Read a rank, which must be less than the number of ranks."""
     rank = whole_number(environment, name, default)
     if rank >= total:
         raise ConfigError(
-            f"The environment has {name}={rank} and {total_name}={total}: ranks are numbered from 0 to "
-            f"{total_name} - 1, which is {total - 1}. {_NEEDED}"
+            f"The environment has {name}={rank} and {total_name}={total}: ranks are numbered from "
+            f"0 to {total_name} - 1, which is {total - 1}. {_NEEDED}"
         )
     return rank
 
@@ -141,7 +156,9 @@ def _check_meeting_point(environment: Mapping[str, str]) -> None:
         given = "is empty" if "MASTER_ADDR" in environment else "is missing"
         raise ConfigError(f"MASTER_ADDR {given} in the environment. {_NEEDED}")
     if whole_number(environment, "MASTER_PORT", at_least=1) >= 1 << 16:
-        raise ConfigError(f"MASTER_PORT={environment['MASTER_PORT']} is not a port: ports end at 65535. {_NEEDED}")
+        raise ConfigError(
+            f"MASTER_PORT={environment['MASTER_PORT']} is not a port: ports end at 65535. {_NEEDED}"
+        )
 
 
 def _is_one_of_several_tasks(environment: Mapping[str, str]) -> bool:
@@ -154,7 +171,9 @@ def _task(environment: Mapping[str, str]) -> Place:
     tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     # SLURM_LAUNCH_NODE_IPADDR would be the host on which srun was called.
     host = first_host(environment["SLURM_STEP_NODELIST"])
-    bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+    bound = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get(
+        "SLURM_TRES_PER_TASK", ""
+    )
     return Place(
         "srun",
         int(environment["SLURM_PROCID"]),
@@ -172,8 +191,9 @@ def warn_without_srun(environment: Mapping[str, str], count: int) -> None:
     tasks = whole_number(environment, "SLURM_NTASKS", 1) if "SLURM_JOB_ID" in environment else 1
     if place.started_by == "alone" and tasks > count:
         say(
-            f"warning: the allocation has {tasks} tasks, but this start without srun has {count} rank"
-            f"{'s' if count > 1 else ''} on one machine. To use all tasks: srun python -m distaccum ..."
+            f"warning: the allocation has {tasks} tasks, but this start without srun has {count} "
+            f"rank{'s' if count > 1 else ''} on one machine. To use all tasks: srun python -m "
+            "distaccum ..."
         )
 
 
@@ -188,12 +208,16 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
     """
     given = value_of(config, "launch.nproc_per_node")
     if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
-        raise ConfigError(f"launch.nproc_per_node ({given!r}) must be a whole number of ranks, 1 or more, or null.")
+        raise ConfigError(
+            f"launch.nproc_per_node ({given!r}) must be a whole number of ranks, 1 or more, or "
+            "null."
+        )
     if place.started_by != "alone":
         if given is not None and given != place.local_world_size:
             raise ConfigError(
-                f"launch.nproc_per_node ({given}) differs from the {place.local_world_size} ranks per node that "
-                f"{place.started_by} has started. Leave launch.nproc_per_node out, or start with `python -m distaccum`."
+                f"launch.nproc_per_node ({given}) differs from the {place.local_world_size} ranks "
+                f"per node that {place.started_by} has started. Leave launch.nproc_per_node out, "
+                "or start with `python -m distaccum`."
             )
         given = place.local_world_size
     count = given or 1
@@ -201,7 +225,8 @@ def ranks_here(config: dict[str, Any], place: Place) -> int:
         gpus = torch.cuda.device_count()
         if count > gpus and not place.sees_one_gpu():
             raise ConfigError(
-                f"There would be {count} ranks on this machine, but it has {gpus} GPU{'s' if gpus != 1 else ''}: each "
-                f"rank needs its own. Start {gpus} or fewer per machine, or write device=cpu."
+                f"There would be {count} ranks on this machine, but it has {gpus} "
+                f"GPU{'s' if gpus != 1 else ''}: each rank needs its own. Start {gpus} or fewer "
+                "per machine, or write device=cpu."
             )
     return count

@@ -50,9 +50,9 @@ def held(run_dir: Path) -> Iterator[None]:
 def cannot_write(folder: Path | str, error: OSError) -> ConfigError:
     """Return the error for a folder that cannot be written to."""
     return ConfigError(
-        f"Cannot write to the run folder {folder} ({error.strerror}). Free some space, fix its permissions, or choose "
-        "another: run_dir=FOLDER (for a sweep hydra.sweep.dir=FOLDER). By default it is created under the current "
-        "directory."
+        f"Cannot write to the run folder {folder} ({error.strerror}). Free some space, fix its "
+        "permissions, or choose another: run_dir=FOLDER (for a sweep hydra.sweep.dir=FOLDER). By "
+        "default it is created under the current directory."
     )
 
 
@@ -65,18 +65,21 @@ def _lock(file: FileIO, run_dir: Path) -> None:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 say(
-                    f"warning: the file system of {run_dir} has no locks ({error.strerror}). A second start in the "
-                    "same run folder would not be noticed, so make sure that there is none."
+                    f"warning: the file system of {run_dir} has no locks ({error.strerror}). A "
+                    "second start in the same run folder would not be noticed, so make sure that "
+                    "there is none."
                 )
                 return
             if error.errno not in _HELD:
                 raise
         if time.monotonic() >= end:
             file.seek(0)
-            holder = file.read(1000).decode(errors="replace").strip() or "a process that left no name"
+            holder = (
+                file.read(1000).decode(errors="replace").strip() or "a process that left no name"
+            )
             raise ConfigError(
-                f"{run_dir} is in use by another run ({holder}). Two runs would overwrite each other's files, so "
-                "nothing was changed. Wait for it or stop it, then start again to resume from its checkpoint; or "
-                "choose another run_dir."
+                f"{run_dir} is in use by another run ({holder}). Two runs would overwrite each "
+                "other's files, so nothing was changed. Wait for it or stop it, then start again "
+                "to resume from its checkpoint; or choose another run_dir."
             )
         time.sleep(0.05)

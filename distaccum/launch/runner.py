@@ -80,7 +80,9 @@ def hydra_task(
     return run
 
 
-def _run_in_sweep(settings: Any, do: Callable[[], Ended], outcomes: Outcomes, until_end: ExitStack) -> float | None:
+def _run_in_sweep(
+    settings: Any, do: Callable[[], Ended], outcomes: Outcomes, until_end: ExitStack
+) -> float | None:
     """Run one job of a sweep; return its number for the sweeper, or None.
 
     A failure is not raised to Hydra, which would then start no further job.
@@ -124,7 +126,10 @@ def refuse_empty_sweep(argv: list[str]) -> int:
     """Return the exit code of a start that has run no job: 2 if it was to be a sweep."""
     if not MULTIRUN & set(argv) or _SHOWS & set(argv):
         return 0
-    say("error: the sweep has no jobs: one of its keys has no values, as in range(3,1). Give each key a value.")
+    say(
+        "error: the sweep has no jobs: one of its keys has no values, as in range(3,1). Give each "
+        "key a value."
+    )
     return 2
 
 

@@ -62,22 +62,26 @@ class SlurmLaunch:
                 raise ConfigError(f"launch.{name} ({value}) must be 1 or more.")
         if self.gpus_per_node is not None and self.ranks_per_node > self.gpus_per_node:
             raise ConfigError(
-                f"launch.tasks_per_node ({self.tasks_per_node}) exceeds launch.gpus_per_node ({self.gpus_per_node}): "
-                "each rank needs a GPU of its own. Leave launch.tasks_per_node out."
+                f"launch.tasks_per_node ({self.tasks_per_node}) exceeds launch.gpus_per_node "
+                f"({self.gpus_per_node}): each rank needs a GPU of its own. Leave "
+                "launch.tasks_per_node out."
             )
         if self.signal_s < 0:
-            raise ConfigError(f"launch.signal_s ({self.signal_s}) must be 0 (no signal) or a number of seconds.")
+            raise ConfigError(
+                f"launch.signal_s ({self.signal_s}) must be 0 (no signal) or a number of seconds."
+            )
         for line in self.extra:
             if not line.startswith("-"):
                 raise ConfigError(
-                    f"launch.extra contains {line!r}, but arguments of sbatch begin with '-'. Write them as in "
-                    "['--exclusive']."
+                    f"launch.extra contains {line!r}, but arguments of sbatch begin with '-'. "
+                    "Write them as in ['--exclusive']."
                 )
         limit_s = None if self.time is None else seconds_of(self.time)
         if limit_s is not None and self.signal_s and limit_s <= self.signal_s + _EARLY_S:
             raise ConfigError(
-                f"launch.signal_s ({self.signal_s}) leaves nothing of launch.time ({self.time}), because SLURM may "
-                f"send the signal {_EARLY_S} s too early. Set a longer launch.time or a smaller launch.signal_s."
+                f"launch.signal_s ({self.signal_s}) leaves nothing of launch.time ({self.time}), "
+                f"because SLURM may send the signal {_EARLY_S} s too early. Set a longer "
+                "launch.time or a smaller launch.signal_s."
             )
 
     @property
@@ -97,18 +101,24 @@ def seconds_of(time: Any) -> int | None:
     Raises:
         ConfigError: The value is not a time limit in this notation.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time) if isinstance(time, str) else None
+    found = (
+        re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+        if isinstance(time, str)
+        else None
+    )
     if isinstance(time, str) and time.upper() in ("UNLIMITED", "INFINITE"):
         return None
     if found is None or time.isdigit():
         raise ConfigError(
-            f"launch.time ({time!r}) is not a time limit. Write hours:minutes:seconds or days-hours:minutes, with "
-            "quotes in a YAML file: '1:30:00'. A bare number is refused, because SLURM reads it as minutes and YAML "
-            "reads an unquoted 1:30:00 as 5400."
+            f"launch.time ({time!r}) is not a time limit. Write hours:minutes:seconds or "
+            "days-hours:minutes, with quotes in a YAML file: '1:30:00'. A bare number is refused, "
+            "because SLURM reads it as minutes and YAML reads an unquoted 1:30:00 as 5400."
         )
     days, *parts = found.groups()
     numbers = [int(part) for part in parts if part is not None]
     units: tuple[int, ...] = (3600, 60, 1)
     if days is None:  # [hours:]minutes:seconds, else days-hours[:minutes[:seconds]]
         units = units[-len(numbers) :]
-    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(numbers, units, strict=False))
+    return int(days or 0) * 86400 + sum(
+        number * unit for number, unit in zip(numbers, units, strict=False)
+    )

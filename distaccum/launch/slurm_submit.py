@@ -55,7 +55,10 @@ class Submission:
         """
         is_ours = bool(value_of(job.config, "launch.name") == "slurm")
         if self._jobs and not is_ours:
-            raise ConfigError("either all jobs of a sweep have launch=slurm or none has. Do not sweep over launch.")
+            raise ConfigError(
+                "either all jobs of a sweep have launch=slurm or none has. Do not sweep over "
+                "launch."
+            )
         return is_ours
 
     def add(self, job: Job) -> Ended:
@@ -66,16 +69,18 @@ class Submission:
         self._refuse_place()
         if job.sweep is not None and sweeper_needs_results():
             say(
-                "error: launch=slurm submits all jobs of a sweep at once, but this sweeper chooses each by the results "
-                "of those before it. Leave hydra/sweeper out and list the values: key=0.1,0.2,0.3. Or run the whole "
-                "sweep inside one allocation: salloc ..., then train --multirun hydra/sweeper=... launch=local."
+                "error: launch=slurm submits all jobs of a sweep at once, but this sweeper chooses "
+                "each by the results of those before it. Leave hydra/sweeper out and list the "
+                "values: key=0.1,0.2,0.3. Or run the whole sweep inside one allocation: salloc "
+                "..., then train --multirun hydra/sweeper=... launch=local."
             )
             raise SystemExit(2)
         # sbatch reads a log's name line by line and gives a backslash in it a special meaning.
         if "\\" in str(job.run_dir) or "\n" in str(job.run_dir):
             raise ConfigError(
-                f"launch=slurm cannot pass the run folder {str(job.run_dir)!r} to sbatch: it contains a backslash or "
-                "a line break. Set another run_dir, or start from another folder."
+                f"launch=slurm cannot pass the run folder {str(job.run_dir)!r} to sbatch: it "
+                "contains a backslash or a line break. Set another run_dir, or start from another "
+                "folder."
             )
         self.in_sweep = job.sweep is not None
         self._jobs.append(replace(job, overrides=self._arguments(job)))
@@ -91,16 +96,20 @@ class Submission:
         refused = sum(job.status != "done" for job in sweep.jobs)
         if refused:
             raise ConfigError(
-                f"nothing was submitted, because {refused} of {len(sweep.jobs)} jobs cannot run (see above)."
+                f"nothing was submitted, because {refused} of {len(sweep.jobs)} jobs cannot run "
+                "(see above)."
             )
         if len(self._jobs) < len(sweep.jobs):
             raise ConfigError("nothing was submitted: not all jobs of the sweep have launch=slurm.")
         settings = [job.config["launch"] for job in self._jobs]
-        differing = sorted(key for key in settings[0] if len({str(each[key]) for each in settings}) > 1)
+        differing = sorted(
+            key for key in settings[0] if len({str(each[key]) for each in settings}) > 1
+        )
         if differing:
             raise ConfigError(
-                f"nothing was submitted: the jobs differ in {', '.join(f'launch.{key}' for key in differing)}, but all "
-                "jobs of an array get the same resources. Start one sweep for each value."
+                "nothing was submitted: the jobs differ in "
+                f"{', '.join(f'launch.{key}' for key in differing)}, but all jobs of an array get "
+                "the same resources. Start one sweep for each value."
             )
         return self._submit(sweep.folder)
 
@@ -108,13 +117,15 @@ class Submission:
         job_id = os.environ.get("SLURM_JOB_ID")
         if job_id is not None:
             raise ConfigError(
-                f"launch=slurm inside SLURM job {job_id} would submit another job. Use launch=local here, as in "
-                "srun python -m distaccum train ..., or submit from a shell outside the job."
+                f"launch=slurm inside SLURM job {job_id} would submit another job. Use "
+                "launch=local here, as in srun python -m distaccum train ..., or submit from a "
+                "shell outside the job."
             )
         if self._place.started_by != "alone":
             raise ConfigError(
-                f"launch=slurm submits a job, but {self._place.started_by} has already started ranks. Use only one "
-                "of them. launch.launcher=torchrun starts torchrun on each node inside the job."
+                f"launch=slurm submits a job, but {self._place.started_by} has already started "
+                "ranks. Use only one of them. launch.launcher=torchrun starts torchrun on each "
+                "node inside the job."
             )
 
     def _arguments(self, job: Job) -> list[str]:
@@ -129,8 +140,8 @@ class Submission:
             self._check(composed_with([*overrides, "launch=local"]))
         except ConfigError as error:
             raise ConfigError(
-                f"Inside the job, where launch=local replaces launch=slurm: {error} Move what an experiment sets in "
-                "launch into a file of conf/launch/ with name: slurm."
+                f"Inside the job, where launch=local replaces launch=slurm: {error} Move what an "
+                "experiment sets in launch into a file of conf/launch/ with name: slurm."
             ) from None
         return [*flags(), *overrides]
 
@@ -146,10 +157,13 @@ class Submission:
             return 0
         if shutil.which("sbatch") is None:
             raise ConfigError(
-                "launch=slurm needs sbatch, which is not on PATH: this machine is not part of a SLURM cluster, or the "
-                f"cluster's module is not loaded. The script is {script}; launch.dry_run=true shows it."
+                "launch=slurm needs sbatch, which is not on PATH: this machine is not part of a "
+                f"SLURM cluster, or the cluster's module is not loaded. The script is {script}; "
+                "launch.dry_run=true shows it."
             )
-        done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False
+        )
         if done.stderr:
             say(done.stderr)
         if done.returncode == 0:

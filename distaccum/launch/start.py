@@ -105,7 +105,9 @@ def launch(
                 until_done.enter_context(held(job.run_dir))
                 runner.keep_composed(job)
                 if agent_holds_store() and peers is not None:
-                    peers.kept.set("folder", str(job.run_dir if job.sweep is None else outcomes.folder))
+                    peers.kept.set(
+                        "folder", str(job.run_dir if job.sweep is None else outcomes.folder)
+                    )
             if job.sweep is not None or (peers is None and count > 1):
                 return own_ranks.start(job, count, task, grace)
             if peers is None:

@@ -29,7 +29,14 @@ class Outcomes:
         self.folder = Path()  # the sweep's, from its first job on
         self.jobs: list[JobOutcome] = []
 
-    def run(self, number: int, overrides: list[str], folder: Path, run_dir: Path, do: Callable[[], Ended]) -> None:
+    def run(
+        self,
+        number: int,
+        overrides: list[str],
+        folder: Path,
+        run_dir: Path,
+        do: Callable[[], Ended],
+    ) -> None:
         """Run one job and record what became of it.
 
         What `do` raises is shown and recorded. Only what ends the whole sweep (a signal) is raised
@@ -51,7 +58,9 @@ class Outcomes:
         finally:
             result = read_result(run_dir) or {}
             line = None if ended.error is None else one_line(ended.error)
-            self.jobs.append(JobOutcome(number, tuple(overrides), run_dir, status, ended.code, line, result))
+            self.jobs.append(
+                JobOutcome(number, tuple(overrides), run_dir, status, ended.code, line, result)
+            )
 
     def last_objective(self) -> float | None:
         """Return the number of the last job for the sweeper; None if it failed or is not finite.
@@ -69,7 +78,9 @@ class Outcomes:
         """Return the exit code of the sweep if Hydra itself ended with `code`."""
         if self.jobs[-1].status == "interrupted":
             return self.jobs[-1].exit_code
-        return code if code > 128 else int(code != 0 or any(job.status != "done" for job in self.jobs))
+        return (
+            code if code > 128 else int(code != 0 or any(job.status != "done" for job in self.jobs))
+        )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ class Console:
         is_terminal: whether the stream is a terminal.
     """
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._clock = clock
         self.is_terminal = self._stream.isatty()
@@ -117,7 +119,8 @@ class Console:
         # line.
         room = self._columns() - 1
         text = self._bar[:room]
-        self._write("\r" + text.ljust(min(len(self._drawn), room)))  # spaces erase the rest of a longer text
+        # spaces erase the rest of a longer text
+        self._write("\r" + text.ljust(min(len(self._drawn), room)))
         self._drawn = text
         self._drawn_at = now
 

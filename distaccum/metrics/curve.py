@@ -19,7 +19,9 @@ TRAIN, VALIDATION, BASELINE, RATE = "#4477aa", "#cc3311", "#555555", "#228833"
 MIN_POINTS_FOR_MEDIAN = 60
 
 
-def draw_curve(metrics_path: Path, out: Path, baseline: float | None = None, unit: str = "nats per token") -> bool:
+def draw_curve(
+    metrics_path: Path, out: Path, baseline: float | None = None, unit: str = "nats per token"
+) -> bool:
     """Draw the losses and the learning rate of a run into a PNG of about 1350 x 1050 pixels.
 
     The loss and the learning rate are read from records of the kind "step", and the validation loss
@@ -74,12 +76,20 @@ def _draw_losses(axis: Any, train: Points, validation: Points, baseline: float |
         window = len(train) // 25 | 1
         _plot(axis, train, color=TRAIN, linewidth=1.2, alpha=0.35, label="training loss, each step")
         smooth = _running_median(train, window)
-        _plot(axis, smooth, color=TRAIN, linewidth=2.2, label=f"training loss, median of {window} steps")
+        _plot(
+            axis,
+            smooth,
+            color=TRAIN,
+            linewidth=2.2,
+            label=f"training loss, median of {window} steps",
+        )
     elif train:
         _plot(axis, train, color=TRAIN, linewidth=1.6, label="training loss")
     if validation:
         label = f"validation loss (last {marks[-1]:.3f})"
-        _plot(axis, validation, color=VALIDATION, linewidth=1.8, marker="o", markersize=6, label=label)
+        _plot(
+            axis, validation, color=VALIDATION, linewidth=1.8, marker="o", markersize=6, label=label
+        )
     if baseline is not None:
         marks.append(baseline)
         label = f"baseline by frequency alone ({baseline:.3f})"
@@ -134,5 +144,7 @@ def _running_median(points: Points, window: int) -> Points:
     smooth = []
     for index in sorted({*range(0, len(points), max(1, len(points) // 500)), len(points) - 1}):
         reach = min(window // 2, index, len(points) - 1 - index)
-        smooth.append((points[index][0], statistics.median(values[index - reach : index + reach + 1])))
+        smooth.append(
+            (points[index][0], statistics.median(values[index - reach : index + reach + 1]))
+        )
     return smooth

@@ -33,7 +33,9 @@ class Report:
         ConfigError: `metrics.jsonl` cannot be opened for writing.
     """
 
-    def __init__(self, run_dir: Path, console: Console, wandb: WandbRun, *, go_on: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, console: Console, wandb: WandbRun, *, go_on: bool = False
+    ) -> None:
         self.run_dir = run_dir
         self.metrics_path = run_dir / "metrics.jsonl"
         self._console = console
@@ -44,8 +46,8 @@ class Report:
             self._metrics = MetricsFile(self.metrics_path)
         except OSError as error:
             raise ConfigError(
-                f"{self.metrics_path} cannot be written ({error.strerror}). Free some disk space, get write permission "
-                "for this folder, or give another run_dir."
+                f"{self.metrics_path} cannot be written ({error.strerror}). Free some disk space, "
+                "get write permission for this folder, or give another run_dir."
             ) from None
         self._started_at = time.monotonic()
         self._ended = False
@@ -96,7 +98,11 @@ class Report:
         self._wandb.log("validation", fields)
         loss = fields.get("loss")
         shown = f"{loss:.4f}" if isinstance(loss, (int, float)) else "-"
-        others = [f", {name} {value:.4f}" for name, value in fields.items() if name not in _AXES and value is not None]
+        others = [
+            f", {name} {value:.4f}"
+            for name, value in fields.items()
+            if name not in _AXES and value is not None
+        ]
         self._console.line(f"validation loss {shown}{''.join(others)} at step {fields['step']}")
 
     def note(self, line: str) -> None:
@@ -156,8 +162,12 @@ class Report:
         try:
             draw_curve(self.metrics_path, self.run_dir / "curve.png", baseline, loss_unit)
         except Exception as error:  # metrics.jsonl has all numbers, so a plot must not fail the run
-            self._console.line(f"curve.png was not drawn ({in_one_line(error)}); the numbers are in metrics.jsonl")
-        self._wandb.update_summary({f"end/{name}": value for name, value in final.items() if value is not None})
+            self._console.line(
+                f"curve.png was not drawn ({in_one_line(error)}); the numbers are in metrics.jsonl"
+            )
+        self._wandb.update_summary(
+            {f"end/{name}": value for name, value in final.items() if value is not None}
+        )
         self._wandb.finish(exit_code)
         self._console.line(f"run folder: {self.run_dir}")
 
@@ -167,14 +177,16 @@ class Report:
         except OSError as error:
             if not self._go_on:
                 raise RecordError(
-                    f"{self.metrics_path} cannot be written ({error.strerror}), so the run stops. Free some disk space "
-                    "and start again with the same run_dir to resume. With checkpoint.on_failure=continue, a run keeps "
-                    "training and reports at its end how many records were lost."
+                    f"{self.metrics_path} cannot be written ({error.strerror}), so the run stops. "
+                    "Free some disk space and start again with the same run_dir to resume. With "
+                    "checkpoint.on_failure=continue, a run keeps training and reports at its end "
+                    "how many records were lost."
                 ) from None
             self._num_lost += 1
             if self._num_lost == 1:
                 self._console.line(
-                    f"{self.metrics_path} cannot be written ({error.strerror}); the run continues without these records"
+                    f"{self.metrics_path} cannot be written ({error.strerror}); the run continues "
+                    "without these records"
                 )
 
 
@@ -203,4 +215,6 @@ def make_report(
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     console = Console(stream)
-    return Report(run_dir, console, WandbRun(run_dir, config, run_config, console.line), go_on=go_on)
+    return Report(
+        run_dir, console, WandbRun(run_dir, config, run_config, console.line), go_on=go_on
+    )

@@ -59,11 +59,13 @@ class MetricsFile:
         taken = {"kind", NON_FINITE} & fields.keys()
         if taken:
             raise ValueError(
-                f"A field of metrics.jsonl cannot be named {sorted(taken)}, because the format uses this name. Rename "
-                "the field."
+                f"A field of metrics.jsonl cannot be named {sorted(taken)}, because the format "
+                "uses this name. Rename the field."
             )
         non_finite = {
-            name: repr(float(x)) for name, x in fields.items() if isinstance(x, float) and not math.isfinite(x)
+            name: repr(float(x))
+            for name, x in fields.items()
+            if isinstance(x, float) and not math.isfinite(x)
         }
         record = {"kind": kind, **fields, **dict.fromkeys(non_finite)}
         if non_finite:
@@ -106,8 +108,9 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
             records.append({"kind": TORN, "bytes": len(line)})
         elif line.strip():
             raise ValueError(
-                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. A run leaves at most its last line "
-                "incomplete, so another program has written to this file. Remove the line to read the rest."
+                f"{path}, line {number}: expected a JSON object, got {line[:80]!r}. A run leaves "
+                "at most its last line incomplete, so another program has written to this file. "
+                "Remove the line to read the rest."
             )
     return records
 

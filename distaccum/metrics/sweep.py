@@ -81,12 +81,16 @@ def report_sweep(sweep: Sweep, stream: TextIO | None = None) -> None:
     try:
         write_csv(sweep.folder / "sweep.csv", sweep.jobs)
     except OSError as error:
-        console.line(f"sweep.csv was not written ({error.strerror}); the table above has its numbers")
+        console.line(
+            f"sweep.csv was not written ({error.strerror}); the table above has its numbers"
+        )
     try:
         if any(job.loss is not None for job in sweep.jobs):
             draw_sweep(sweep.folder / "sweep.png", sweep.jobs)
     except Exception as error:
-        console.line(f"sweep.png was not drawn ({in_one_line(error)}); the numbers are in sweep.csv")
+        console.line(
+            f"sweep.png was not drawn ({in_one_line(error)}); the numbers are in sweep.csv"
+        )
     console.line(f"sweep folder: {sweep.folder}")
 
 
@@ -128,7 +132,9 @@ def write_csv(path: Path, jobs: Sequence[JobOutcome]) -> None:
         writer.writerow(["job", *keys, "status", "exit_code", *names, "error", "run_dir"])
         for job in jobs:
             values, results = map(job.values.get, keys), map(job.result.get, names)
-            writer.writerow([job.number, *values, job.status, job.exit_code, *results, job.error, job.run_dir])
+            writer.writerow(
+                [job.number, *values, job.status, job.exit_code, *results, job.error, job.run_dir]
+            )
 
 
 def swept_keys(jobs: Sequence[JobOutcome]) -> list[str]:
@@ -153,7 +159,9 @@ def draw_sweep(out: Path, jobs: Sequence[JobOutcome]) -> None:
     columns = columns or {"job": [str(job.number) for job in jobs]}
     losses, rates = [job.loss for job in jobs], [job.finite(RATE) for job in jobs]
     figure = open_picture(max(6.0, 4.2 * len(columns)), 6.5)
-    panels = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False, height_ratios=(2, 1))
+    panels = figure.subplots(
+        2, len(columns), sharex="col", sharey="row", squeeze=False, height_ratios=(2, 1)
+    )
     for (above, below), (key, texts) in zip(panels.T, columns.items(), strict=True):
         places, are_numbers = _places(texts, below)
         # With several keys, neighbors on one axis differ in the other keys too and are not joined.
@@ -163,19 +171,28 @@ def draw_sweep(out: Path, jobs: Sequence[JobOutcome]) -> None:
         failed = [place for place, loss in zip(places, losses, strict=True) if loss is None]
         # Heights are shares of the panel, because these jobs have no loss.
         x_of_data = above.get_xaxis_transform()
-        above.plot(failed, [0.03] * len(failed), "x", color=FAILED_COLOR, markersize=9, transform=x_of_data)
+        above.plot(
+            failed, [0.03] * len(failed), "x", color=FAILED_COLOR, markersize=9, transform=x_of_data
+        )
         below.set_xlabel(key, fontsize=12)
     panels[0][0].set_ylabel("validation loss", fontsize=12)
     panels[0][0].margins(y=0.12)  # room for the crosses below the lowest loss
     panels[1][0].set_ylabel("samples/s", fontsize=12)
     panels[1][0].set_ylim(bottom=0)
     if None in losses:
-        figure.legend([panels[0][0].lines[1]], ["no validation loss"], loc="outside upper right", frameon=False)
+        figure.legend(
+            [panels[0][0].lines[1]],
+            ["no validation loss"],
+            loc="outside upper right",
+            frameon=False,
+        )
     save_picture(figure, out)
 
 
 def _draw(axis: Any, places: Sequence[float], values: Sequence[float | None], **style: Any) -> None:
-    points = sorted((place, value) for place, value in zip(places, values, strict=True) if value is not None)
+    points = sorted(
+        (place, value) for place, value in zip(places, values, strict=True) if value is not None
+    )
     axis.plot([place for place, _ in points], [value for _, value in points], marker="o", **style)
 
 
@@ -192,7 +209,9 @@ def _places(texts: Sequence[str], axis: Any) -> tuple[list[float], bool]:
             axis.set_xticks(sorted(set(numbers)))
         return numbers, True
     names = list(dict.fromkeys(texts))
-    axis.set_xticks(range(len(names)), [name if len(name) <= 24 else f"{name[:21]}..." for name in names])
+    axis.set_xticks(
+        range(len(names)), [name if len(name) <= 24 else f"{name[:21]}..." for name in names]
+    )
     axis.margins(x=0.15)
     return [float(names.index(text)) for text in texts], False
 

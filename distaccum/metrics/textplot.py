@@ -11,7 +11,9 @@ from distaccum.metrics.format import text
 Points = Sequence[tuple[float, float]]
 
 
-def plot(series: Mapping[str, Points], x_label: str, until: float, *, width: int = 80, height: int = 7) -> str:
+def plot(
+    series: Mapping[str, Points], x_label: str, until: float, *, width: int = 80, height: int = 7
+) -> str:
     """Draw each series in a panel of its own, one above the other over a shared x axis.
 
     A value holds until the next point, so that the jumps of a schedule are drawn as jumps. Each
@@ -58,6 +60,7 @@ def _panel(points: Points, edges: Sequence[float], margin: int, height: int) -> 
         previous = hit[-1]
     labels = {top: text(high), 0: text(low)}
     lines = [
-        f"{labels.get(row, ''):>{margin - 2}} |{''.join(column[row] for column in columns)}" for row in range(top + 1)
+        f"{labels.get(row, ''):>{margin - 2}} |{''.join(column[row] for column in columns)}"
+        for row in range(top + 1)
     ]
     return lines[::-1]

@@ -76,10 +76,17 @@ def allowed(mode: WandbMode, environment: Mapping[str, str]) -> tuple[WandbMode 
     disabled = environment.get("WANDB_DISABLED", "").strip().lower()
     if wish == "disabled" or disabled in ("1", "true", "yes", "on"):
         name = "WANDB_MODE" if wish == "disabled" else "WANDB_DISABLED"
-        return None, f"W&B: {name}={environment[name]}, so W&B is off in this run and writes no files"
+        return (
+            None,
+            f"W&B: {name}={environment[name]}, so W&B is off in this run and writes no files",
+        )
     if wish in ("offline", "dryrun") and mode is WandbMode.online:
-        return WandbMode.offline, (
-            f"W&B: WANDB_MODE={environment['WANDB_MODE']} overrides logger.mode=online, so this run is offline"
+        return (
+            WandbMode.offline,
+            (
+                f"W&B: WANDB_MODE={environment['WANDB_MODE']} overrides logger.mode=online, so "
+                "this run is offline"
+            ),
         )
     return mode, ""
 
@@ -109,7 +116,11 @@ class WandbRun:
     """
 
     def __init__(
-        self, run_dir: Path, logger: LoggerConfig, config: Mapping[str, object], warn: Callable[[str], None]
+        self,
+        run_dir: Path,
+        logger: LoggerConfig,
+        config: Mapping[str, object],
+        warn: Callable[[str], None],
     ) -> None:
         self._warn = warn
         self._run: Any = None  # wandb.Run, half of whose methods carry no types
@@ -125,15 +136,17 @@ class WandbRun:
         earlier = len(list((run_dir / "wandb").glob("*run-*")))
         if earlier:
             warn(
-                f"W&B: {run_dir / 'wandb'} already holds {earlier} run(s); this start is recorded as a separate run. "
-                "metrics.jsonl holds all starts in one file"
+                f"W&B: {run_dir / 'wandb'} already holds {earlier} run(s); this start is recorded "
+                "as a separate run. metrics.jsonl holds all starts in one file"
             )
         start = partial(_start, run_dir, logger, config, self._stop_pressed)
         if mode is WandbMode.online:
             self._run = self._guarded("init", partial(start, mode), "falling back to offline")
         if self._run is None:
             self.mode, self.active = WandbMode.offline, True
-            self._run = self._guarded("init offline", partial(start, self.mode), "no W&B in this run")
+            self._run = self._guarded(
+                "init offline", partial(start, self.mode), "no W&B in this run"
+            )
         self._guarded("define_metric", self._define_axes)
 
     def log(self, kind: str, fields: Mapping[str, float | int | str | None]) -> None:
@@ -147,12 +160,18 @@ class WandbRun:
             fields: `step`, `samples` and `tokens` are logged under these names, other fields as
                 `kind/name`. Fields that are None are left out.
         """
-        row = {n if n in AXES else f"{kind}/{n}": value for n, value in fields.items() if value is not None}
+        row = {
+            n if n in AXES else f"{kind}/{n}": value
+            for n, value in fields.items()
+            if value is not None
+        }
         self._guarded("log", lambda: self._run.log(row))
 
     def update_config(self, fields: Mapping[str, object]) -> None:
         """Add values to the run's config that were not known when the run started."""
-        self._guarded("config", lambda: self._run.config.update(plain_dict(fields), allow_val_change=True))
+        self._guarded(
+            "config", lambda: self._run.config.update(plain_dict(fields), allow_val_change=True)
+        )
 
     def update_summary(self, fields: Mapping[str, object]) -> None:
         """Set final values, which W&B shows in its table of runs."""
@@ -170,7 +189,9 @@ class WandbRun:
         run, self._run = self._run, None
         if run is not None:
             self._call(
-                "finish", lambda: run.finish(exit_code=exit_code), f"rows that were not sent are in {self.where}"
+                "finish",
+                lambda: run.finish(exit_code=exit_code),
+                f"rows that were not sent are in {self.where}",
             )
         self.active = False
 
@@ -182,7 +203,10 @@ class WandbRun:
         self.where = self._run.url or str(Path(self._run.dir).parent)
 
     def _guarded(
-        self, what: str, call: Callable[[], T], consequence: str = "W&B is off from here on, metrics.jsonl continues"
+        self,
+        what: str,
+        call: Callable[[], T],
+        consequence: str = "W&B is off from here on, metrics.jsonl continues",
     ) -> T | None:
         """Call W&B unless logging is off, and return the result."""
         return self._call(what, call, consequence) if self.active else None
@@ -199,14 +223,19 @@ class WandbRun:
 
     def _stop_pressed(self) -> None:
         self._warn(
-            "W&B: somebody pressed the stop button on the web page. The run continues, because a rank that stopped "
-            "alone would leave the others waiting. Send SIGTERM to the job to stop it"
+            "W&B: somebody pressed the stop button on the web page. The run continues, because a "
+            "rank that stopped alone would leave the others waiting. Send SIGTERM to the job to "
+            "stop it"
         )
 
 
 def _start(
-    run_dir: Path, logger: LoggerConfig, config: Mapping[str, object], stop_fn: Callable[[], None], mode: WandbMode
-) -> Any:  # fmt: skip
+    run_dir: Path,
+    logger: LoggerConfig,
+    config: Mapping[str, object],
+    stop_fn: Callable[[], None],
+    mode: WandbMode,
+) -> Any:
     import wandb
 
     # Silent for the whole process, not only for the run. Otherwise an online start asks for a key

@@ -63,7 +63,8 @@ class GPT(nn.Module):
         ConfigError: if no model can have these sizes.
     """
 
-    blocks: nn.ModuleList  # the decoder blocks in the order of computation, each [B, T, width] -> [B, T, width]
+    # the decoder blocks in the order of computation, each [B, T, width] -> [B, T, width]
+    blocks: nn.ModuleList
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -107,14 +108,14 @@ class GPT(nn.Module):
         """
         if input_ids.dtype != torch.int64 or input_ids.ndim != 2:
             raise ConfigError(
-                f"GPT got input_ids of {input_ids.dtype} {list(input_ids.shape)}, not torch.int64 [B, T]. "
-                f"Pass a batch of token ids."
+                f"GPT got input_ids of {input_ids.dtype} {list(input_ids.shape)}, not torch.int64 "
+                "[B, T]. Pass a batch of token ids."
             )
         num_tokens = input_ids.shape[1]
         if num_tokens > self.max_seq_len:
             raise ConfigError(
-                f"GPT got a sequence of {num_tokens} tokens, but model.max_seq_len is {self.max_seq_len}. "
-                f"Use shorter sequences, or model.max_seq_len={num_tokens}."
+                f"GPT got a sequence of {num_tokens} tokens, but model.max_seq_len is "
+                f"{self.max_seq_len}. Use shorter sequences, or model.max_seq_len={num_tokens}."
             )
         # A slice of the positions, not a look-up: its backward is deterministic on every device.
         x: Tensor = self.dropout(self.wte(input_ids) + self.wpe.weight[:num_tokens])
@@ -134,7 +135,8 @@ class _Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, T, width / heads]
+        # [B, heads, 3, T, width / heads]
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)
         query, key, value = qkv.unbind(2)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
@@ -183,9 +185,13 @@ def _check(config: GPTConfig) -> tuple[int, int]:
         below = config.width - remainder
         nearest = f"{below} or {below + config.num_heads}" if below else config.num_heads
         raise ConfigError(
-            f"model.width ({config.width}) must be a multiple of model.num_heads ({config.num_heads}), because each "
-            f"head has width / num_heads features. Use model.width={nearest}."
+            f"model.width ({config.width}) must be a multiple of model.num_heads "
+            f"({config.num_heads}), because each head has width / num_heads features. Use "
+            f"model.width={nearest}."
         )
     if not 0 <= config.dropout < 1:
-        raise ConfigError(f"model.dropout ({config.dropout}) must be a probability in [0, 1); 0 switches dropout off.")
+        raise ConfigError(
+            f"model.dropout ({config.dropout}) must be a probability in [0, 1); 0 switches dropout "
+            "off."
+        )
     return vocab_size, max_seq_len

@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         if not config.widths or min(config.widths) < 1:
             raise ConfigError(
                 f"model.widths ({config.widths}) must list the channels of each stage, at least 1 "
-                f"each: write [16,32,64]"
+                "each: write [16,32,64]"
             )
         device = torch.get_default_device()
         # On meta first: torch's own initialization would be discarded, and its random draws would
@@ -115,8 +115,8 @@ class ResNet(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise ConfigError(
-                f"ResNet got images of shape {list(images.shape)}, not [B, {self.in_channels}, H, W]. Pass a batch of "
-                f"images with {self.in_channels} channel(s)."
+                f"ResNet got images of shape {list(images.shape)}, not [B, {self.in_channels}, H, "
+                f"W]. Pass a batch of images with {self.in_channels} channel(s)."
             )
         x: Tensor = self.pool(F.relu(self.norm(self.stem(images))))
         for block in self.blocks:

@@ -25,7 +25,10 @@ def checked_sizes(config: object, from_data: Sequence[str], others: Sequence[str
     sizes = {key: getattr(config, key) for key in (*from_data, *others)}
     if None in sizes.values():
         got = ", ".join(f"model.{key}={sizes[key]}" for key in from_data)
-        raise ConfigError(f"{got}: both must be known when the model is built. Take them from the data, or set them.")
+        raise ConfigError(
+            f"{got}: both must be known when the model is built. Take them from the data, or set "
+            "them."
+        )
     for key, size in sizes.items():
         if size < 1:
             raise ConfigError(f"model.{key} ({size}) must be at least 1.")
@@ -52,7 +55,7 @@ def draw(model: nn.Module, std_of: Callable[[str, Tensor], float]) -> None:
         if parameter.is_meta:
             raise ConfigError(
                 f"{type(model).__name__}.init_weights: the parameter {name} is on the meta device; "
-                f"call to_empty(device=...) first."
+                "call to_empty(device=...) first."
             )
         if parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -70,5 +73,7 @@ def write(parameter: Tensor, full: Tensor) -> None:
     """
     if isinstance(parameter, DTensor):
         full = full.to(parameter.device, parameter.dtype)
-        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        full = distribute_tensor(
+            full, parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
     parameter.copy_(full)

@@ -59,7 +59,11 @@ def buffers_of(layer: nn.BatchNorm1d) -> tuple[Tensor, ...]:
 
     The result is empty if the layer does not keep running statistics.
     """
-    return tuple(b for b in (layer.running_mean, layer.running_var, layer.num_batches_tracked) if b is not None)
+    return tuple(
+        b
+        for b in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        if b is not None
+    )
 
 
 def running_of(layer: nn.BatchNorm1d) -> tuple[Tensor, ...]:
@@ -94,7 +98,9 @@ def update_running_stats(
     return (1 - factor) * mean + factor * new_mean, (1 - factor) * var + factor * new_var, batches
 
 
-def normalise(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def normalise(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """Return (x - mean) / sqrt(var + eps) * weight + bias.
 
     `weight` and `bias` are cast to the dtype of `mean`; `x` keeps its own.
@@ -144,7 +150,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         dims, channels = _other_dims(x), _along_channels(x)
         g = gradient.to(mean.dtype)
         z = (x - mean.view(channels)) * inverse_std.view(channels)
-        own = torch.stack([g.sum(dims, dtype=torch.float64), (g * z).sum(dims, dtype=torch.float64)])
+        own = torch.stack(
+            [g.sum(dims, dtype=torch.float64), (g * z).sum(dims, dtype=torch.float64)]
+        )
         mean_g, mean_gz = (all_reduced(own.clone(), ctx.group) * share).to(mean.dtype)
         scale = inverse_std if weight is None else inverse_std * weight.to(mean.dtype)
         dx = (g - mean_g.view(channels) - z * mean_gz.view(channels)) * scale.view(channels)

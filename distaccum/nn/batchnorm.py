@@ -57,7 +57,9 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
     """
     mode = choice(BatchNormMode, mode, "mode")
     modules = {name or "the model": module for name, module in model.named_modules()}
-    layers: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, (*CONVERTED, *LAZY))}
+    layers: dict[str, Any] = {
+        name: m for name, m in modules.items() if isinstance(m, (*CONVERTED, *LAZY))
+    }
     if mode is BatchNormMode.micro_batch:
         for layer in layers.values():
             layer.left_alone = True  # it was chosen, so no warning is given
@@ -65,17 +67,19 @@ def convert_batchnorm(model: nn.Module, mode: BatchNormMode | str) -> nn.Module:
     for name, layer in layers.items():
         require(
             not isinstance(layer, LAZY),
-            f"{name} is a {type(layer).__name__} and does not know its channels yet. Run a forward on one "
-            "micro-batch before you convert it, or give its number of channels.",
+            f"{name} is a {type(layer).__name__} and does not know its channels yet. Run a forward "
+            "on one micro-batch before you convert it, or give its number of channels.",
         )
         require(
             type(layer) in CONVERTED or isinstance(layer, Windowed),
-            f"{name} is a {type(layer).__name__}, a BatchNorm with code of its own, which would be lost. Convert "
-            "before fully_shard, use torch's nn.BatchNorm, or keep the layers unchanged with mode 'micro_batch'.",
+            f"{name} is a {type(layer).__name__}, a BatchNorm with code of its own, which would be "
+            "lost. Convert before fully_shard, use torch's nn.BatchNorm, or keep the layers "
+            "unchanged with mode 'micro_batch'.",
         )
         require(
             mode is not BatchNormMode.frozen or layer.running_mean is not None,
-            f"{name} has no running statistics to be frozen (track_running_stats=False). Use mode 'pooled' or 'sync'.",
+            f"{name} has no running statistics to be frozen (track_running_stats=False). Use mode "
+            "'pooled' or 'sync'.",
         )
     for layer in layers.values():
         layer.__class__ = CONVERTED.get(type(layer), type(layer))
@@ -91,13 +95,20 @@ def mode_of(model: nn.Module) -> BatchNormMode | None:
     Raises:
         ConfigError: if the layers have different modes.
     """
-    layers = [(name, m) for name, m in model.named_modules() if m.training and isinstance(m, tuple(CONVERTED))]
-    modes = {layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro_batch: name for name, layer in layers}
+    layers = [
+        (name, m)
+        for name, m in model.named_modules()
+        if m.training and isinstance(m, tuple(CONVERTED))
+    ]
+    modes = {
+        layer.mode if isinstance(layer, Windowed) else BatchNormMode.micro_batch: name
+        for name, layer in layers
+    }
     found = ", ".join(f"{name} is {mode.value}" for mode, name in modes.items())
     require(
         len(modes) <= 1,
-        f"verify() needs one BatchNorm mode for all layers, but {found}. Call convert_batchnorm(model, mode) on "
-        "the whole model.",
+        f"verify() needs one BatchNorm mode for all layers, but {found}. Call "
+        "convert_batchnorm(model, mode) on the whole model.",
     )
     return next(iter(modes), None)
 
@@ -105,12 +116,18 @@ def mode_of(model: nn.Module) -> BatchNormMode | None:
 def with_mode(model: nn.Module) -> list[str]:
     """List the names of the layers for which a mode was chosen, including `micro_batch`."""
     layers = model.named_modules()
-    return [name for name, layer in layers if isinstance(layer, Windowed) or getattr(layer, "left_alone", False)]
+    return [
+        name
+        for name, layer in layers
+        if isinstance(layer, Windowed) or getattr(layer, "left_alone", False)
+    ]
 
 
 def unconverted(model: nn.Module) -> nn.Module:
     """Return the model after giving its converted layers torch's own classes again, in place."""
-    own: dict[type[nn.Module], type[nn.Module]] = {converted: plain for plain, converted in CONVERTED.items()}
+    own: dict[type[nn.Module], type[nn.Module]] = {
+        converted: plain for plain, converted in CONVERTED.items()
+    }
     for module in model.modules():
         module.__class__ = own.get(type(module), type(module))
     return model
@@ -156,7 +173,9 @@ class PooledStatistics:
         """Store the layers to serve, whose mode is pooled or sync."""
         self.layers = layers
         self._pooled = [
-            layer for layer in layers if layer.mode is BatchNormMode.pooled and layer.plain.running_mean is not None
+            layer
+            for layer in layers
+            if layer.mode is BatchNormMode.pooled and layer.plain.running_mean is not None
         ]
         self._table: Tensor | None = None  # flat float64, the sums of all pooled layers
         self._work: dist.Work | None = None
@@ -192,7 +211,10 @@ class PooledStatistics:
         """
         if not self._pooled:
             return
-        rows = [zero_sums(layer.plain, device) if layer.moments is None else layer.moments for layer in self._pooled]
+        rows = [
+            zero_sums(layer.plain, device) if layer.moments is None else layer.moments
+            for layer in self._pooled
+        ]
         self._table = torch.cat([row.to(device) for row in rows])
         if group is not None:
             self._table = self._table if is_served(group, device) else self._table.cpu()
@@ -210,10 +232,14 @@ class PooledStatistics:
             rows = self._table.split([width(layer.plain) for layer in self._pooled])
             for layer, row in zip(self._pooled, rows, strict=True):
                 plain, shift = layer.plain, cast(Tensor, layer.plain.running_mean)
-                layer.pending = update_running_stats(running_of(plain), row.to(shift.device), shift, plain.momentum)
+                layer.pending = update_running_stats(
+                    running_of(plain), row.to(shift.device), shift, plain.momentum
+                )
         with torch.no_grad():
             for layer in self.layers:
-                for buffer, value in zip(buffers_of(layer.plain), layer.pending or (), strict=False):
+                for buffer, value in zip(
+                    buffers_of(layer.plain), layer.pending or (), strict=False
+                ):
                     buffer.copy_(value)
         self.forget()
 
@@ -239,4 +265,8 @@ class PooledStatistics:
 
 
 def _layers(model: nn.Module, *modes: BatchNormMode) -> list[Windowed]:
-    return [module for module in model.modules() if isinstance(module, Windowed) and module.mode in modes]
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Windowed) and module.mode in modes
+    ]

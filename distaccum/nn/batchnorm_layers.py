@@ -85,15 +85,21 @@ class Windowed(nn.Module):
         layer = self.plain
         if input.ndim not in self.num_dims:
             raise ValueError(
-                f"{type(self).__name__} got an input of {input.ndim} dimensions. Give it an input [B, C, ...] of "
-                f"{' or '.join(map(str, self.num_dims))} dimensions."
+                f"{type(self).__name__} got an input of {input.ndim} dimensions. Give it an input "
+                f"[B, C, ...] of {' or '.join(map(str, self.num_dims))} dimensions."
             )
-        if layer.running_mean is not None and (not self.training or self.mode is BatchNormMode.frozen):
+        if layer.running_mean is not None and (
+            not self.training or self.mode is BatchNormMode.frozen
+        ):
             # Copies, because the backward needs them, and buffers may be written in place before it
             # (broadcast or restored).
             mean, var = (buffer.clone() for buffer in buffers_of(layer)[:2])
             return normalise(input, mean, var, layer.weight, layer.bias, layer.eps)
-        return self._synced(input) if self.training and self.mode is BatchNormMode.sync else self._pooled(input)
+        return (
+            self._synced(input)
+            if self.training and self.mode is BatchNormMode.sync
+            else self._pooled(input)
+        )
 
     def _pooled(self, x: Tensor) -> Tensor:
         layer = self.plain
@@ -108,7 +114,9 @@ class Windowed(nn.Module):
         repeated = not self.observing and len(self.known) == 1
         mean, var, share = self.known[0] if repeated else self._of_all_ranks(x)
         layer = self.plain
-        out: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, mean, var, share, layer.eps, self.group)  # type: ignore[no-untyped-call]
+        out: Tensor = SyncBatchNormFunction.apply(
+            x, layer.weight, layer.bias, mean, var, share, layer.eps, self.group
+        )  # type: ignore[no-untyped-call]
         return out
 
     def _of_all_ranks(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +127,21 @@ class Windowed(nn.Module):
         """
         layer = self.plain
         shift = layer.running_mean if layer.running_mean is not None else x.new_zeros(x.shape[1])
-        totals = all_reduced(batch_sums(x, shift) if self.counts else zero_sums(layer, x.device), self.group)
+        totals = all_reduced(
+            batch_sums(x, shift) if self.counts else zero_sums(layer, x.device), self.group
+        )
         if self.observing and layer.running_mean is not None:
-            self.pending = update_running_stats(self.pending or running_of(layer), totals, shift, layer.momentum)
+            self.pending = update_running_stats(
+                self.pending or running_of(layer), totals, shift, layer.momentum
+            )
         count, mean, squares = statistics(totals, shift)
         share = 1 / count.clamp(min=1)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        known = (mean.to(dtype), (squares * share).to(dtype), share if self.counts else torch.zeros_like(share))
+        known = (
+            mean.to(dtype),
+            (squares * share).to(dtype),
+            share if self.counts else torch.zeros_like(share),
+        )
         if self.observing:
             self.known = (*self.known, known)
         return known

@@ -13,7 +13,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Return a context for a forward that must not change any buffer of the model."""
     # Copies replace the buffers inside. If the buffers were restored in place instead, autograd
     # would refuse the backward of operations that saved them.
-    own = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
+    own = [
+        (m, name, buffer)
+        for m in model.modules()
+        for name, buffer in m.named_buffers(recurse=False)
+    ]
     for module, name, buffer in own:
         setattr(module, name, buffer.clone())
     try:

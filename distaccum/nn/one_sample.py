@@ -5,10 +5,11 @@ from __future__ import annotations
 from distaccum.errors import ConfigError
 
 CURES = (
-    "BatchNorm cannot normalize with the statistics of a single sample. There are three remedies: avoid micro-batches "
-    "of one sample (set drop_last=True in the loader to drop the short last one, or choose sizes that leave no "
-    "remainder of one); before the model is wrapped, call da.convert_batchnorm(model, 'sync') if other ranks have "
-    "samples in the same round, or use mode 'frozen'; or use GroupNorm, which normalizes each sample separately."
+    "BatchNorm cannot normalize with the statistics of a single sample. There are three remedies: "
+    "avoid micro-batches of one sample (set drop_last=True in the loader to drop the short last "
+    "one, or choose sizes that leave no remainder of one); before the model is wrapped, call "
+    "da.convert_batchnorm(model, 'sync') if other ranks have samples in the same round, or use "
+    "mode 'frozen'; or use GroupNorm, which normalizes each sample separately."
 )
 
 

@@ -8,17 +8,14 @@ from distaccum.optim.optimizer import (
     decay_groups,
     make_optimizer,
 )
+from distaccum.optim.scale import LRRule, ScaleConfig, lr_scale, scaled_beta2
 from distaccum.optim.schedule import (
     AUTO,
     MOST_WARMUP_STEPS,
-    LRRule,
     LRSchedule,
-    ScaleConfig,
     ScheduleConfig,
     ScheduleName,
     lr_factor,
-    lr_scale,
-    scaled_beta2,
     with_warmup,
 )
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from distaccum.errors import ConfigError, require
-from distaccum.optim.schedule import AUTO, ScaleConfig, ScheduleConfig
+from distaccum.optim.scale import ScaleConfig
+from distaccum.optim.schedule import AUTO, ScheduleConfig
 
 
 class OptimName(Enum):
@@ -89,7 +90,8 @@ class OptimConfig:
         warmup = self.schedule.warmup
         require(
             warmup == AUTO or type(warmup) is int,
-            f"optim.schedule.warmup is {warmup!r}; give a whole number in optim.schedule.unit, 0 for none, or auto.",
+            f"optim.schedule.warmup is {warmup!r}; give a whole number in optim.schedule.unit, 0 "
+            "for none, or auto.",
         )
 
 
@@ -134,7 +136,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     if not groups:
         frozen = len(list(model.parameters()))
         raise ConfigError(
-            f"The model has 0 trainable parameters ({frozen} are frozen). Set requires_grad=True on those to train."
+            f"The model has 0 trainable parameters ({frozen} are frozen). Set requires_grad=True "
+            "on those to train."
         )
     implementation = config.implementation
     if implementation is OptimImplementation.auto:

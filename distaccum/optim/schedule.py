@@ -1,4 +1,4 @@
-"""Computes the learning rate, and Adam's beta2, from the position and the effective batch size."""
+"""Sets the learning rate, and Adam's beta2, from the position and the effective batch size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from distaccum.core.batch_schedule import ScheduleUnit
 from distaccum.errors import ConfigError
+from distaccum.optim.scale import LRRule, ScaleConfig, base_batch, lr_scale, scaled_beta2
 
 AUTO = "auto"  # a warmup that depends on the length of the training, see `with_warmup`
 MOST_WARMUP_STEPS = 20  # the longest such warmup
@@ -46,31 +47,6 @@ class ScheduleConfig:
     total: int | None
     decay: int
     final_ratio: float
-
-
-class LRRule(Enum):
-    """Names how the learning rate depends on the effective batch size B; B0 is `base_batch`."""
-
-    none = "none"  # not at all
-    linear = "linear"  # B / B0, for SGD
-    sqrt = "sqrt"  # the square root of B / B0, for Adam
-
-
-@dataclass
-class ScaleConfig:
-    """Configures what is scaled if the effective batch size differs from the one tuned for.
-
-    Attributes:
-        lr: the rule for the learning rate.
-        base_batch: the effective batch size, in samples, for which `lr` and `beta2` were chosen.
-            None: the first one of the training, filled in by the caller.
-        beta2: adamw: whether the average squared gradient keeps its half-life in samples, see
-            `scaled_beta2`.
-    """
-
-    lr: LRRule
-    base_batch: int | None
-    beta2: bool
 
 
 def lr_factor(position: float, schedule: ScheduleConfig, total: int | None) -> float:
@@ -139,9 +115,9 @@ def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) 
         return schedule
     if tenth is None:
         raise ConfigError(
-            f"optim.schedule.warmup=auto cannot be converted to {schedule.unit.value}, because samples differ in "
-            f"length. Set optim.schedule.warmup in {schedule.unit.value} (0 for none), or use "
-            "optim.schedule.unit=steps or samples."
+            f"optim.schedule.warmup=auto cannot be converted to {schedule.unit.value}, because "
+            f"samples differ in length. Set optim.schedule.warmup in {schedule.unit.value} (0 for "
+            "none), or use optim.schedule.unit=steps or samples."
         )
     end = total if schedule.total is None else schedule.total
     assert end is not None, "`tenth` is None if the length of the training is unknown"
@@ -149,33 +125,6 @@ def with_warmup(schedule: ScheduleConfig, total: int | None, tenth: int | None) 
     if schedule.total is not None:
         most = min(most, end // 10)
     return replace(schedule, warmup=max(0, min(tenth, most)))
-
-
-def lr_scale(ratio: float, rule: LRRule) -> float:
-    """Return the factor of the learning rate for an effective batch `ratio` times the base batch.
-
-    It is exactly 1 if the ratio is 1 or the rule is none.
-
-    * linear: the ratio, for SGD. Goyal et al., "Accurate, Large Minibatch SGD", 2017.
-    * sqrt: the square root of the ratio, which keeps the noise of an update. Krizhevsky, "One weird
-      trick for parallelizing convolutional neural networks", 2014; for Adam, Malladi et al., "On
-      the SDEs and Scaling Rules for Adaptive Gradient Algorithms", 2022. Malladi et al. scale both
-      betas and eps as well; here only beta2 can be scaled, by `scaled_beta2`.
-    """
-    if rule is LRRule.none:
-        return 1.0
-    return ratio if rule is LRRule.linear else math.sqrt(ratio)
-
-
-def scaled_beta2(beta2: float, ratio: float) -> float:
-    """Return the beta2 that forgets as much per sample as `beta2` does at the base batch size.
-
-    It is beta2 ** ratio, where `ratio` is the effective batch size / the base batch size. The
-    half-life in tokens is constant (Marek et al., "Small Batch Size Training for Language Models",
-    2025). To first order this is the rule of Malladi et al. (2022), 1 - ratio (1 - beta2), but it
-    never leaves [0, 1).
-    """
-    return float(beta2**ratio)
 
 
 @final
@@ -212,10 +161,16 @@ class LRSchedule:
         self.warmup: int = config.warmup
         self._total = total
         self._scale = scale or ScaleConfig(LRRule.none, None, False)
-        self._base_batch = _base_batch(self._scale, optimizer)
-        self._peaks = [float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        self._base_batch = base_batch(self._scale, optimizer)
+        self._peaks = [
+            float(group.setdefault("initial_lr", group["lr"])) for group in optimizer.param_groups
+        ]
         self._beta2s = [
-            float(group.setdefault("initial_beta2", group["betas"][1])) if scale and "betas" in group else None
+            (
+                float(group.setdefault("initial_beta2", group["betas"][1]))
+                if scale and "betas" in group
+                else None
+            )
             for group in optimizer.param_groups
         ]
 
@@ -241,18 +196,29 @@ class LRSchedule:
         Returns:
             The learning rate of the first group.
         """
-        factor, ratio = lr_factor(position, self._config, self._total), self._ratio(effective_batch_size)
-        for group, peak, beta2 in zip(self._optimizer.param_groups, self._peaks, self._beta2s, strict=True):
+        factor, ratio = (
+            lr_factor(position, self._config, self._total),
+            self._ratio(effective_batch_size),
+        )
+        for group, peak, beta2 in zip(
+            self._optimizer.param_groups, self._peaks, self._beta2s, strict=True
+        ):
             group["lr"] = peak * factor * lr_scale(ratio, self._scale.lr)
             if beta2 is not None:
-                group["betas"] = (group["betas"][0], scaled_beta2(beta2, ratio if self._scale.beta2 else 1.0))
+                group["betas"] = (
+                    group["betas"][0],
+                    scaled_beta2(beta2, ratio if self._scale.beta2 else 1.0),
+                )
         return float(self._optimizer.param_groups[0]["lr"])
 
     def _ratio(self, effective_batch_size: int | None) -> float:
         if self._base_batch is None:
             return 1.0
         if effective_batch_size is None:
-            raise ValueError("optim.scale needs the effective batch size: set(position, window.effective_batch_size)")
+            raise ValueError(
+                "optim.scale needs the effective batch size: set(position, "
+                "window.effective_batch_size)"
+            )
         return effective_batch_size / self._base_batch
 
 
@@ -264,35 +230,31 @@ def _check_schedule(schedule: ScheduleConfig, total: int | None) -> int | None:
     if schedule.name is ScheduleName.constant:
         return None
     if not 0 <= schedule.final_ratio <= 1:
-        raise ConfigError(f"{key}.final_ratio ({schedule.final_ratio}) must be in [0, 1], as a fraction of optim.lr.")
+        raise ConfigError(
+            f"{key}.final_ratio ({schedule.final_ratio}) must be in [0, 1], as a fraction of "
+            "optim.lr."
+        )
     end = total if schedule.total is None else schedule.total
     name = schedule.name.value
     if end is None:
-        raise ConfigError(f"{key}.name={name} needs an end. Set {key}.total (in {unit}), or use {key}.name=constant.")
+        raise ConfigError(
+            f"{key}.name={name} needs an end. Set {key}.total (in {unit}), or use "
+            f"{key}.name=constant."
+        )
     decay = schedule.decay if schedule.name is ScheduleName.wsd else 1
     if decay < 1:
-        raise ConfigError(f"{key}.decay ({decay}) must be at least 1 with name=wsd. For no decay, use name=constant.")
-    if schedule.warmup + decay > end:
-        fits = f"a warmup of at most {end - decay}" if decay <= end else f"a decay of at most {max(1, end)}"
         raise ConfigError(
-            f"{key}: a warmup of {schedule.warmup} and the decay of {name} (at least {decay}) do not fit into {end} "
-            f"{unit}. Use {fits}, or a longer training."
+            f"{key}.decay ({decay}) must be at least 1 with name=wsd. For no decay, use "
+            "name=constant."
+        )
+    if schedule.warmup + decay > end:
+        fits = (
+            f"a warmup of at most {end - decay}"
+            if decay <= end
+            else f"a decay of at most {max(1, end)}"
+        )
+        raise ConfigError(
+            f"{key}: a warmup of {schedule.warmup} and the decay of {name} (at least {decay}) do "
+            f"not fit into {end} {unit}. Use {fits}, or a longer training."
         )
     return end
-
-
-def _base_batch(scale: ScaleConfig, optimizer: torch.optim.Optimizer) -> int | None:
-    """Refuse an impossible scaling, and return its base batch size (None if nothing is scaled)."""
-    if scale.lr is LRRule.none and not scale.beta2:
-        return None
-    if scale.base_batch is None or scale.base_batch < 1:
-        raise ConfigError(
-            f"optim.scale.base_batch ({scale.base_batch}) is the effective batch size, in samples, for which optim.lr "
-            "was chosen; it must be at least 1. To scale nothing, write optim.scale.lr=none optim.scale.beta2=false"
-        )
-    if scale.beta2 and not all("betas" in group for group in optimizer.param_groups):
-        raise ConfigError(
-            f"optim.scale.beta2=true needs an optimizer with betas, but {type(optimizer).__name__} has none. Use "
-            "optim=adamw, or optim.scale.beta2=false"
-        )
-    return scale.base_batch

@@ -36,7 +36,11 @@ class ParallelConfig:
 
 
 def wrap(
-    model: nn.Module, blocks: Sequence[nn.Module], config: ParallelConfig, world: World, policy: MixedPrecisionPolicy
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    config: ParallelConfig,
+    world: World,
+    policy: MixedPrecisionPolicy,
 ) -> nn.Module:
     """Return the model, wrapped for the configured strategy.
 
@@ -61,14 +65,15 @@ def wrap(
     if name is StrategyName.single:
         if world.size > 1:
             raise ConfigError(
-                f"parallel=single was chosen on {world.size} ranks, so each rank would train alone. "
-                "Use parallel=ddp, fsdp or hsdp."
+                f"parallel=single was chosen on {world.size} ranks, so each rank would train "
+                "alone. Use parallel=ddp, fsdp or hsdp."
             )
         return model
     if world.group is None:
         raise ConfigError(
-            f"parallel={name.value} needs ranks, but this is a single process without a process group. Start it "
-            "with torchrun --nproc-per-node N (N may be 1) or launch.nproc_per_node=N, or use parallel=single."
+            f"parallel={name.value} needs ranks, but this is a single process without a process "
+            "group. Start it with torchrun --nproc-per-node N (N may be 1) or "
+            "launch.nproc_per_node=N, or use parallel=single."
         )
     if name is StrategyName.ddp:
         return DistributedDataParallel(
@@ -81,9 +86,13 @@ def wrap(
     # torch treats meshes with equal names as equal, and caches what it computes for a mesh. What it
     # cached for a process group that sends nothing (dry run) must not be used for one that sends.
     names = tuple(f"{dim} in {world.group.group_name}" for dim in _NAMES[name])
-    mesh = init_device_mesh(world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=names)
+    mesh = init_device_mesh(
+        world.device.type, mesh_shape(name, config.replicas, world.size), mesh_dim_names=names
+    )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
@@ -109,7 +118,7 @@ def mesh_shape(name: StrategyName, replicas: int | None, ranks: int) -> tuple[in
     groups = replicas if replicas is not None else 2
     if groups < 1 or ranks % groups:
         raise ConfigError(
-            f"parallel.replicas={groups} does not divide {ranks} ranks. HSDP needs replicas x shards = ranks: use one "
-            f"of {[n for n in range(1, ranks + 1) if ranks % n == 0]}."
+            f"parallel.replicas={groups} does not divide {ranks} ranks. HSDP needs replicas x "
+            f"shards = ranks: use one of {[n for n in range(1, ranks + 1) if ranks % n == 0]}."
         )
     return groups, ranks // groups

@@ -35,7 +35,7 @@ class Strategy(ABC):
 
     def __init__(
         self, model: nn.Module, world: World, sync: Sync, dtypes: GradientDtypes, reason: str = ""
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Store the model and the settings of this strategy.
 
         Args:
@@ -56,8 +56,10 @@ class Strategy(ABC):
         self.sums: GradientSums | None = None
         # The running statistics of BatchNorm layers in the modes pooled and sync, if there are any.
         self.statistics = pooled_statistics(model, world.group)
-        # Whether micro-batches before the last one communicate too, so that all ranks need them all.
-        self.communicates = world.group is not None and (sync is Sync.every or bool(collectives(model)))
+        # Whether micro-batches before the last one communicate too, so that all ranks need them.
+        self.communicates = world.group is not None and (
+            sync is Sync.every or bool(collectives(model))
+        )
 
     @abstractmethod
     def micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
@@ -83,12 +85,16 @@ class Strategy(ABC):
             return "a single process sends nothing"
         if self.sums is not None:
             return (
-                "gradients are sent after the window (they are summed in another dtype than the parameters', or "
-                "agree_on_oom is set)"
+                "gradients are sent after the window (they are summed in another dtype than the "
+                "parameters', or agree_on_oom is set)"
             )
         if collectives(self.model):
             return "BatchNorm layers in mode 'sync' keep the statistics of one forward at a time"
-        return f"{len(blocks)} block(s) were found in the model, but two are needed" if len(blocks) < 2 else None
+        return (
+            f"{len(blocks)} block(s) were found in the model, but two are needed"
+            if len(blocks) < 2
+            else None
+        )
 
     def tail_micro_batch(self, *, first: bool, last: bool) -> AbstractContextManager[None]:
         """Return the context for a micro-batch whose backward is run block by block.
@@ -161,9 +167,10 @@ class Strategy(ABC):
                 parameter.grad = torch.zeros_like(parameter)
             elif not parameter.requires_grad:
                 raise ConfigError(
-                    f"A parameter of shape {list(parameter.shape)} got a gradient although it is frozen: it was "
-                    "trained when the model was wrapped or the accumulator was made. Freeze parameters before that, or "
-                    "wrap the model and make the accumulator again."
+                    f"A parameter of shape {list(parameter.shape)} got a gradient although it is "
+                    "frozen: it was trained when the model was wrapped or the accumulator was "
+                    "made. Freeze parameters before that, or wrap the model and make the "
+                    "accumulator again."
                 )
             found.append(parameter.grad)
         return found
@@ -232,6 +239,7 @@ class Strategy(ABC):
         kept = POLICIES[name]
         if self.sync not in kept:
             raise ConfigError(
-                f"sync='{self.sync.value}' is not supported by {name.value}: {reason}. "
-                f"Use {' or '.join(repr(policy.value) for policy in kept)} (accum.sync on the command line)."
+                f"sync='{self.sync.value}' is not supported by {name.value}: {reason}. Use "
+                f"{' or '.join(repr(policy.value) for policy in kept)} (accum.sync on the command "
+                "line)."
             )

@@ -28,7 +28,12 @@ class DDP(Strategy):
     sends_at_once = True
 
     def __init__(
-        self, model: DistributedDataParallel, world: World, sync: Sync, dtypes: GradientDtypes, apart: bool
+        self,
+        model: DistributedDataParallel,
+        world: World,
+        sync: Sync,
+        dtypes: GradientDtypes,
+        apart: bool,
     ) -> None:
         """Check that this DDP module can accumulate gradients, and prepare its reduction.
 
@@ -48,8 +53,9 @@ class DDP(Strategy):
         obstacle = _torch.ddp_obstacle(model)
         if obstacle is not None:
             raise ConfigError(
-                f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the model without it. "
-                "For bf16 use autocast inside the objective, or FSDP2's MixedPrecisionPolicy."
+                f"This DistributedDataParallel cannot accumulate gradients: {obstacle}. Wrap the "
+                "model without it. For bf16 use autocast inside the objective, or FSDP2's "
+                "MixedPrecisionPolicy."
             )
         apart = apart or not dtypes.are_own(model.parameters())
         self.first_window_differs = not apart  # DDP rebuilds its buckets after that window
@@ -58,9 +64,9 @@ class DDP(Strategy):
         if apart:
             if model.static_graph:
                 raise ConfigError(
-                    "static_graph=True needs DDP's own reduction, but here gradients are sent after the window: they "
-                    "are summed in another dtype than the parameters', or agree_on_oom is set. Wrap the model without "
-                    "static_graph."
+                    "static_graph=True needs DDP's own reduction, but here gradients are sent "
+                    "after the window: they are summed in another dtype than the parameters', or "
+                    "agree_on_oom is set. Wrap the model without static_graph."
                 )
             self.sums = GradientSums(
                 model.parameters(), dtypes, model.process_group, reduce_each=self.sync is Sync.every
@@ -114,10 +120,17 @@ class DDP(Strategy):
             blocks: the model's blocks, in their order.
         """
         if _torch.has_hooks(self.model.parameters()):
-            return "a parameter has hooks, which would miss the gradients that are added outside of autograd"
+            return (
+                "a parameter has hooks, which would miss the gradients that are added outside of "
+                "autograd"
+            )
         if self.model.find_unused_parameters or self.model.static_graph:
             return "find_unused_parameters and static_graph need the whole graph of a micro-batch"
-        return "sync='every' reduces in each micro-batch" if self.sync is Sync.every else super().tail_obstacle(blocks)
+        return (
+            "sync='every' reduces in each micro-batch"
+            if self.sync is Sync.every
+            else super().tail_obstacle(blocks)
+        )
 
     def abort(self) -> None:
         """Discard an unfinished window and replace DDP's reducer, which cannot be used again."""
@@ -136,9 +149,16 @@ class DDP(Strategy):
             num_rounds: micro-batches per rank, padding included.
         """
         if self.sums is not None:
-            messages, reductions = self.sums.messages(), num_rounds if self.sync is Sync.every else 1
-            return Traffic.total(replicated(sum(messages), [len(messages)] * reductions, 0, 0, self.world.size))
-        synced = sum(self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds))
+            messages, reductions = (
+                self.sums.messages(),
+                (num_rounds if self.sync is Sync.every else 1),
+            )
+            return Traffic.total(
+                replicated(sum(messages), [len(messages)] * reductions, 0, 0, self.world.size)
+            )
+        synced = sum(
+            self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds)
+        )
         buckets = [_torch.ddp_buckets(self.model)] * synced
         if self._windows_begun <= 1:
             buckets[:1] = [self._first_buckets]
@@ -147,7 +167,9 @@ class DDP(Strategy):
         else:
             maps = synced if self.model.find_unused_parameters else 0
         num_bytes = sum(p.numel() * p.element_size() for p in self._reduced)
-        return Traffic.total(replicated(num_bytes, buckets, len(self._reduced), maps, self.world.size))
+        return Traffic.total(
+            replicated(num_bytes, buckets, len(self._reduced), maps, self.world.size)
+        )
 
     @property
     def evaluation_model(self) -> nn.Module:

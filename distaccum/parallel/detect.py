@@ -71,7 +71,11 @@ def in_shards(model: nn.Module) -> nn.Module:
 
 
 def _strategy(
-    model: nn.Module, policy: Sync, dtypes: GradientDtypes, apart: bool, others: Sequence[nn.Parameter]
+    model: nn.Module,
+    policy: Sync,
+    dtypes: GradientDtypes,
+    apart: bool,
+    others: Sequence[nn.Parameter],
 ) -> Strategy:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if isinstance(model, DistributedDataParallel):
@@ -89,17 +93,21 @@ def _strategy(
         wrapped_part = any(isinstance(module, FSDPModule) for module in model.modules())
     if "replicate" in _torch.composed(model):
         raise ConfigError(
-            "replicate() was applied to this model. It reduces gradients in its own hooks, which cannot be "
-            "postponed to the boundary from outside. Use DistributedDataParallel(model), or fully_shard(model)."
+            "replicate() was applied to this model. It reduces gradients in its own hooks, which "
+            "cannot be postponed to the boundary from outside. Use DistributedDataParallel(model), "
+            "or fully_shard(model)."
         )
-    if wrapped_part or any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    if wrapped_part or any(
+        isinstance(module, DistributedDataParallel) for module in model.modules()
+    ):
         raise ConfigError(
-            "Only a part of this model is wrapped. Pass the wrapped module itself, or call fully_shard() on the whole "
-            "model after its parts."
+            "Only a part of this model is wrapped. Pass the wrapped module itself, or call "
+            "fully_shard() on the whole model after its parts."
         )
     if world.size > 1:
         raise ConfigError(
-            f"This is a plain module on {world.size} ranks, so each rank would train alone. Wrap it in "
-            "DistributedDataParallel(model), or call fully_shard(model), before you make the accumulator."
+            f"This is a plain module on {world.size} ranks, so each rank would train alone. Wrap "
+            "it in DistributedDataParallel(model), or call fully_shard(model), before you make the "
+            "accumulator."
         )
     return Single(model, world, policy, dtypes, others)

@@ -31,9 +31,10 @@ def shard_again(model: nn.Module) -> None:
     """
     if names := _torch.changed_while_gathered(model):
         raise ConfigError(
-            f"{len(names)} parameter(s), such as {names[0]}, were frozen or unfrozen while FSDP2 held the model "
-            "gathered, as it does after an evaluation. FSDP2 forgets that when it shards the model again. Call "
-            "requires_grad_() before the evaluation, or after it and after reshard() of each FSDP2 module."
+            f"{len(names)} parameter(s), such as {names[0]}, were frozen or unfrozen while FSDP2 "
+            "held the model gathered, as it does after an evaluation. FSDP2 forgets that when it "
+            "shards the model again. Call requires_grad_() before the evaluation, or after it and "
+            "after reshard() of each FSDP2 module."
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -60,7 +61,9 @@ class FSDP(Strategy):
         Raises:
             ConfigError: for an unsupported policy, and for dtypes that differ from the module's.
         """
-        reason = "least memory of the policies that reduce once per window" if sync is Sync.auto else ""
+        reason = (
+            "least memory of the policies that reduce once per window" if sync is Sync.auto else ""
+        )
         sync = Sync.boundary if sync is Sync.auto else sync
         super().__init__(model, world, sync, dtypes, reason)
         assert isinstance(model, FSDPModule)
@@ -74,7 +77,8 @@ class FSDP(Strategy):
         self.refuse(name, "a 1-D mesh has no replicas, so there is no all-reduce to postpone")
         refuse_other_dtypes(model, sync, dtypes)
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # sums over ranks in place of means: the loss is divided
+            # Sums over ranks in place of means: the loss is divided.
+            if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         # Ranks may use different parameters in a window, but all must reduce the same ones. With a
@@ -95,11 +99,14 @@ class FSDP(Strategy):
             first: whether this is the first micro-batch of the window.
             last: whether this is the last one.
         """
-        if first:  # an earlier forward without a backward (evaluation) would change what is gathered
+        # an earlier forward without a backward (evaluation) would change what is gathered
+        if first:
             shard_again(self.model)
             _torch.forget_forwards(self.model)
         # The order matters: this call also sets the all-reduce flag.
-        self._module.set_requires_gradient_sync(last or self.sync in (Sync.every, Sync.reduce_scatter))
+        self._module.set_requires_gradient_sync(
+            last or self.sync in (Sync.every, Sync.reduce_scatter)
+        )
         if self.sync is Sync.reduce_scatter:
             self._module.set_requires_all_reduce(last)
         if self.sync is Sync.gather_once:
@@ -116,7 +123,10 @@ class FSDP(Strategy):
             blocks: the model's blocks, in their order.
         """
         if self.sync is not Sync.gather_once:
-            return f"sync='{self.sync.value}' gathers parameters for each micro-batch; sync='gather_once' does not"
+            return (
+                f"sync='{self.sync.value}' gathers parameters for each micro-batch; "
+                "sync='gather_once' does not"
+            )
         if _torch.shared_group(self.model, blocks):
             return "two blocks are in one parameter group of FSDP2"
         return super().tail_obstacle(blocks)
@@ -152,11 +162,17 @@ class FSDP(Strategy):
 
     def owned(self) -> list[nn.Parameter]:
         """List the sharded parameters, the only ones that FSDP2 reduces."""
-        return [parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)]
+        return [
+            parameter for parameter in self.model.parameters() if isinstance(parameter, DTensor)
+        ]
 
     def gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         """Return the local shards of the delivered gradients, without padding."""
-        return [gradient.to_local() for gradient in super().gradients(parameters) if isinstance(gradient, DTensor)]
+        return [
+            gradient.to_local()
+            for gradient in super().gradients(parameters)
+            if isinstance(gradient, DTensor)
+        ]
 
     def abort(self) -> None:
         """Discard an unfinished window, including what FSDP2 keeps outside of the parameters.

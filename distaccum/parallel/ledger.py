@@ -54,17 +54,17 @@ class Verdict:
             return
         if sum(self.counted.bytes.values()) < sum(self.forecast.bytes.values()):
             causes = (
-                "Less was sent than expected: perhaps the objective calls model.module, or a part of it, instead of "
-                "the model it is given"
+                "Less was sent than expected: perhaps the objective calls model.module, or a part "
+                "of it, instead of the model it is given"
             )
         else:
             causes = (
-                "Either a module communicates on its own (synchronized BatchNorm, tensor parallelism), or gradients "
-                "are sent when they should not be"
+                "Either a module communicates on its own (synchronized BatchNorm, tensor "
+                "parallelism), or gradients are sent when they should not be"
             )
         raise LedgerError(
-            f"The window of step {step} sent {self.counted}, but its forecast is {self.forecast}. {causes}. If "
-            "the difference is intended, use audit='never' (accum.audit=never)."
+            f"The window of step {step} sent {self.counted}, but its forecast is {self.forecast}. "
+            f"{causes}. If the difference is intended, use audit='never' (accum.audit=never)."
         )
 
 

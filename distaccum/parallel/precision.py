@@ -32,12 +32,16 @@ class Precision(Enum):
     @property
     def parameter_dtype(self) -> torch.dtype:
         """Return the dtype of parameters, gradients and optimizer state."""
-        return {Precision.fp64: torch.float64, Precision.bf16_pure: torch.bfloat16}.get(self, torch.float32)
+        return {Precision.fp64: torch.float64, Precision.bf16_pure: torch.bfloat16}.get(
+            self, torch.float32
+        )
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype of matrix products."""
-        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self, self.parameter_dtype)
+        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(
+            self, self.parameter_dtype
+        )
 
     def sharded_policy(self, reduce_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
         """Return this precision as a policy for FSDP2, which casts parameters when it gathers them.

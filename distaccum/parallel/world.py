@@ -55,12 +55,16 @@ class World:
         served = f"{self.device.type}:" in dist.get_backend_config(self.group)
         device = self.device if served else torch.device("cpu")
         numbers = torch.tensor(known, dtype=torch.float64, pin_memory=device.type == "cuda")
-        row = torch.cat([numbers.to(device, non_blocking=True), *(part.to(device) for part in measured)])
+        row = torch.cat(
+            [numbers.to(device, non_blocking=True), *(part.to(device) for part in measured)]
+        )
         table = torch.zeros(self.size * row.numel(), dtype=torch.float64, device=device)
         table[self.rank * row.numel() : (self.rank + 1) * row.numel()] = row
         # A gather, written as an all-reduce in which each rank adds to its own row only, because an
         # all-reduce has the same name in all versions of torch.
-        return PendingRows(self.size, [], [table], dist.all_reduce(table, group=self.group, async_op=True))
+        return PendingRows(
+            self.size, [], [table], dist.all_reduce(table, group=self.group, async_op=True)
+        )
 
     def gather_objects(self, value: T) -> list[T]:
         """Return one small object of each rank, in rank order.
@@ -90,7 +94,9 @@ class World:
 class PendingRows:
     """Holds a table with one row per rank whose collective may still be running."""
 
-    def __init__(self, size: int, known: list[float], parts: list[Tensor], work: dist.Work | None) -> None:
+    def __init__(
+        self, size: int, known: list[float], parts: list[Tensor], work: dist.Work | None
+    ) -> None:
         """Store the parts of the table and the collective that fills it.
 
         Args:

@@ -85,7 +85,9 @@ class HardwareProfile:
             draft.write_text(json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n")
             os.replace(draft, path)
         except OSError as error:
-            raise ConfigError(f"machine={path} cannot be written: {error.strerror}. Name another file.") from None
+            raise ConfigError(
+                f"machine={path} cannot be written: {error.strerror}. Name another file."
+            ) from None
 
     @staticmethod
     def load(path: Path) -> HardwareProfile:
@@ -103,7 +105,8 @@ class HardwareProfile:
             content = json.loads(path.read_text())
         except OSError as error:
             raise ConfigError(
-                f"machine={path} cannot be read: {error.strerror}. Name a file that `distaccum profile` has written."
+                f"machine={path} cannot be read: {error.strerror}. Name a file that `distaccum "
+                "profile` has written."
             ) from None
         except ValueError:
             raise _foreign(path, "it is not JSON") from None
@@ -171,7 +174,9 @@ def _keeps(rule: str, value: Any) -> bool:
         _SECONDS: number and value >= 0,
         _MUST_BE["links"]: items is not None and set(items) in (set(), set(KINDS)),
         _MUST_BE["overlaps"]: isinstance(value, bool),
-        _MUST_BE["versions"]: items is not None and all(isinstance(text, str) for text in items.values()),
+        _MUST_BE["versions"]: (
+            items is not None and all(isinstance(text, str) for text in items.values())
+        ),
     }
     return kept[rule]
 
@@ -202,6 +207,6 @@ def _must_be(path: Path, name: str, rule: str, value: Any) -> ConfigError:
 
 def _foreign(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"machine={path} was not written by `distaccum profile`, or is damaged: {why}. Name another file, or delete "
-        "this one and run `distaccum profile` again."
+        f"machine={path} was not written by `distaccum profile`, or is damaged: {why}. Name "
+        "another file, or delete this one and run `distaccum profile` again."
     )

@@ -36,7 +36,8 @@ def parse_bytes(text: str | int, name: str) -> int:
     size = float(found[1]) * _UNITS.get(found[2], 0) if found else 0
     if size < 1:
         raise ConfigError(
-            f"{name} is {text!r}, which is not an amount of memory. Use one such as 2GiB, 512MiB or 80GB."
+            f"{name} is {text!r}, which is not an amount of memory. Use one such as 2GiB, 512MiB "
+            "or 80GB."
         )
     return int(size)
 
@@ -61,7 +62,8 @@ class LimitsConfig:
         """Refuse a margin that is no share, and a memory that is no amount."""
         require(
             0 <= self.margin < 1,
-            f"limits.margin is {self.margin}; it is a share of the memory and must be at least 0 and below 1.",
+            f"limits.margin is {self.margin}; it is a share of the memory and must be at least 0 "
+            "and below 1.",
         )
         _ = self.memory_bytes
 
@@ -77,7 +79,9 @@ class Tracker(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, limit: int | None = None, kind: str = "cpu", *, fake_tensors: bool = False) -> None:
+    def __init__(
+        self, limit: int | None = None, kind: str = "cpu", *, fake_tensors: bool = False
+    ) -> None:
         """Start with a count of 0 bytes.
 
         Args:
@@ -107,7 +111,10 @@ class Tracker(TorchDispatchMode):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         self._resizes.__exit__(kind, error, traceback)
@@ -163,7 +170,8 @@ class Tracker(TorchDispatchMode):
         if self.limit is not None and more > 0 and self.live + more > self.limit:
             # The bytes are not counted, since the caller does not get the tensor.
             raise torch.OutOfMemoryError(
-                f"{more:,} bytes were requested, but {self.live:,} of {self.limit:,} bytes are in use (limits.memory)."
+                f"{more:,} bytes were requested, but {self.live:,} of {self.limit:,} bytes are in "
+                "use (limits.memory)."
             )
         self.live += more
         self._sizes[key] = size
@@ -223,4 +231,8 @@ class Meter:
     @property
     def peak_bytes(self) -> int:
         """Return the peak bytes in use since the meter was first entered or its peak was reset."""
-        return self._tracker.peak if self._tracker is not None else torch.cuda.max_memory_allocated(self.device)
+        return (
+            self._tracker.peak
+            if self._tracker is not None
+            else torch.cuda.max_memory_allocated(self.device)
+        )

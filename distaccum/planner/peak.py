@@ -8,10 +8,10 @@ allocate internally is not included.
 from __future__ import annotations
 
 from distaccum.core.strategies import StrategyName
+from distaccum.planner.segments import MicroBatchTrace, Segment, Update
 from distaccum.planner.shapes import ModelShape, Setup
 from distaccum.planner.sharded import ShardedMemory
 from distaccum.planner.timeline import MemoryTimeline, Peak, ReplicatedMemory, words
-from distaccum.planner.trace import MicroBatchTrace, Segment, Update
 
 MICRO_BATCHES_AT_HAND = 2  # the one being computed and the one that is prefetched
 
@@ -45,7 +45,11 @@ def peak(
     timeline.alloc("micro-batches", MICRO_BATCHES_AT_HAND * micro_batch.micro_batch_bytes)
     if setup.strategy is StrategyName.ddp:
         timeline.alloc("buckets", sum(p.nbytes for p in model.trained))
-    rank = ShardedMemory(model, setup, timeline, device) if setup.sharded else ReplicatedMemory(model, setup, timeline)
+    rank = (
+        ShardedMemory(model, setup, timeline, device)
+        if setup.sharded
+        else ReplicatedMemory(model, setup, timeline)
+    )
     tail = min(overlap_micro_batches, num_micro_batches) if overlap_micro_batches > 1 else 0
     plain = num_micro_batches - tail
     for number in sorted({0, 1, plain - 1} & set(range(plain))):
@@ -58,7 +62,9 @@ def peak(
     rank.deliver()
     if device == "cpu":  # the norm squares one gradient after another, after widening a narrow one
         sizes = [(p.shard(setup.shards), p.dtype.itemsize) for p in model.trained]
-        squares = max((numel * (8 if itemsize < 4 else itemsize) for numel, itemsize in sizes), default=0)
+        squares = max(
+            (numel * (8 if itemsize < 4 else itemsize) for numel, itemsize in sizes), default=0
+        )
         timeline.sample("the gradient norm", squares)
     timeline.sample("the update", update.transient)
     parts = {**timeline.parts, "activations": micro_batch.saved}
@@ -66,7 +72,13 @@ def peak(
 
 
 def _run(
-    rank: ReplicatedMemory, segment: Segment, ends: int, *, last: bool, others: int = 0, manual: bool = False
+    rank: ReplicatedMemory,
+    segment: Segment,
+    ends: int,
+    *,
+    last: bool,
+    others: int = 0,
+    manual: bool = False,
 ) -> None:
     """Simulate one segment of a micro-batch.
 
@@ -101,7 +113,9 @@ def _tail(rank: ReplicatedMemory, micro_batch: MicroBatchTrace, num_micro_batche
     the backwards of all of them.
     """
     segments = [*zip(micro_batch.segments, micro_batch.ends, strict=True)]
-    cut = next((i for i, (s, _) in enumerate(segments) if s.backward and s.group >= 0), len(segments))
+    cut = next(
+        (i for i, (s, _) in enumerate(segments) if s.backward and s.group >= 0), len(segments)
+    )
     manual = rank.setup.strategy is StrategyName.ddp
     for number in range(num_micro_batches):
         last = number == num_micro_batches - 1
@@ -111,6 +125,8 @@ def _tail(rank: ReplicatedMemory, micro_batch: MicroBatchTrace, num_micro_batche
     for segment, ends in segments[cut:]:
         for number in range(num_micro_batches):
             last = number == num_micro_batches - 1
-            others = (num_micro_batches - 1) * segment.begins + num_micro_batches * micro_batch.handed_on
+            others = (
+                num_micro_batches - 1
+            ) * segment.begins + num_micro_batches * micro_batch.handed_on
             _run(rank, segment, ends, last=last, others=others, manual=manual and not last)
     rank.end_micro_batch(last=True)

@@ -132,7 +132,9 @@ class Setup:
                 not self.accumulated(p) is p.dtype is wide(p.dtype) for p in model.trained
             )
         apart = self.apart and self.strategy is StrategyName.ddp
-        return apart or any(not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained)
+        return apart or any(
+            not p.dtype is self.accumulated(p) is self.reduced(p) for p in model.trained
+        )
 
 
 def describe(model: nn.Module, blocks: Sequence[nn.Module]) -> ModelShape:

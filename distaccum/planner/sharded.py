@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from distaccum.core.strategies import StrategyName, Sync
 from distaccum.core.traffic import GroupSizes
+from distaccum.planner.segments import LOSS, Segment
 from distaccum.planner.shapes import ROOT, ModelShape, ParameterShape, Setup, group_sizes
 from distaccum.planner.timeline import MemoryTimeline, ReplicatedMemory, words
-from distaccum.planner.trace import LOSS, Segment
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class _Group:
 class ShardedMemory(ReplicatedMemory):
     """Simulates the memory of rank 0 under FSDP2 and HSDP."""
 
-    def __init__(self, model: ModelShape, setup: Setup, timeline: MemoryTimeline, device: str) -> None:
+    def __init__(
+        self, model: ModelShape, setup: Setup, timeline: MemoryTimeline, device: str
+    ) -> None:
         """Start with the parameter shards only; nothing is gathered yet.
 
         Args:
@@ -57,10 +59,14 @@ class ShardedMemory(ReplicatedMemory):
         super().__init__(model, setup, timeline)
         # gloo reduce-scatters by reducing a copy of the whole input.
         self._copies = device == "cpu" and setup.shards > 1
-        self._groups = {number: _Group.of(number, parameters, setup) for number, parameters in model.groups()}
+        self._groups = {
+            number: _Group.of(number, parameters, setup) for number, parameters in model.groups()
+        }
         self._keeps = setup.sync is Sync.gather_once
         self._reduces_each = setup.sync in (Sync.every, Sync.reduce_scatter)
-        self._in_place = not self._reduces_each and all(setup.gathered(p) is setup.reduced(p) for p in model.trained)
+        self._in_place = not self._reduces_each and all(
+            setup.gathered(p) is setup.reduced(p) for p in model.trained
+        )
         self._arrived: set[int] = set()  # parameters whose gradients are added to in place
         self._runner: list[int] = []  # blocks in the order of this micro-batch's forward
 

@@ -80,13 +80,17 @@ def step_time(
     micro_batch_s = machine.micro_batch_overhead_s + micro_batch_flops / machine.flops_per_s
     compute_s = num_micro_batches * micro_batch_s
     numbers = sum(p.shard(setup.shards) for p in model.trained)
-    sent_s = _carried_s(machine, gradient_sends(model, setup, num_micro_batches) + control_sends(setup))
+    sent_s = _carried_s(
+        machine, gradient_sends(model, setup, num_micro_batches) + control_sends(setup)
+    )
     if setup.strategy is StrategyName.single:
         exposed_s = 0.0
     elif setup.sharded:
         exposed_s = _sharded(machine, model, setup, num_micro_batches, micro_batch_s, sent_s)
     else:
-        exposed_s = _replicated(machine, model, setup, num_micro_batches, micro_batch_s, sent_s, overlap_micro_batches)
+        exposed_s = _replicated(
+            machine, model, setup, num_micro_batches, micro_batch_s, sent_s, overlap_micro_batches
+        )
     return StepTime(compute_s, exposed_s, sent_s - exposed_s, machine.update_s_per_number * numbers)
 
 
@@ -127,7 +131,9 @@ def _replicated(
     for num_bytes in ddp_buckets(model, setup):
         complete += num_bytes
         ready_s = backward_s * complete / total
-        free_s = max(free_s, ready_s) + _message_s(machine, "all_reduce", num_bytes, setup.world_size)
+        free_s = max(free_s, ready_s) + _message_s(
+            machine, "all_reduce", num_bytes, setup.world_size
+        )
     windows = num_micro_batches if setup.sync is Sync.every else 1
     gradients = gradient_sends(model, setup, num_micro_batches)[:1]
     return windows * (free_s - backward_s) + sent_s - _carried_s(machine, gradients)
@@ -137,7 +143,11 @@ def _carried_s(machine: HardwareProfile, sends: Iterable[Collectives]) -> float:
     """Return the seconds that the link needs for these messages, one after another."""
     carried = [entry for entry in sends if entry.ranks > 1]
     return sum(
-        (one.count * _message_s(machine, one.kind, one.num_bytes / one.count, one.ranks) for one in carried), 0.0
+        (
+            one.count * _message_s(machine, one.kind, one.num_bytes / one.count, one.ranks)
+            for one in carried
+        ),
+        0.0,
     )
 
 
@@ -146,8 +156,9 @@ def _message_s(machine: HardwareProfile, kind: str, num_bytes: float, ranks: int
     link = machine.links.get(kind)
     if link is None:
         raise ConfigError(
-            f"The hardware profile was measured on {machine.ranks} rank(s), so it has no speed of {kind} for {ranks} "
-            "ranks. Run `distaccum profile` on two ranks or more, over the network that will be used."
+            f"The hardware profile was measured on {machine.ranks} rank(s), so it has no speed of "
+            f"{kind} for {ranks} ranks. Run `distaccum profile` on two ranks or more, over the "
+            "network that will be used."
         )
     hops = math.log2(ranks) / math.log2(machine.ranks)
     passes = (1 - 1 / ranks) / (1 - 1 / machine.ranks)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distaccum.core.strategies import StrategyName, Sync
+from distaccum.planner.segments import LOSS, Segment
 from distaccum.planner.shapes import ROOT, ModelShape, Setup
-from distaccum.planner.trace import LOSS, Segment
 
 # The part of the memory that each kind of bytes belongs to; other kinds belong to none.
 PART_OF = {
@@ -105,7 +105,9 @@ class ReplicatedMemory:
         self.parameters = model.parameters
         self.trained = model.trained
         self._own_sums = setup.own_sums(model)
-        self._sum_bytes = sum(p.shard(setup.shards) * setup.accumulated(p).itemsize for p in model.trained)
+        self._sum_bytes = sum(
+            p.shard(setup.shards) * setup.accumulated(p).itemsize for p in model.trained
+        )
 
     def begin(self, segment: Segment) -> None:
         """Record that a segment of a micro-batch begins."""
@@ -172,14 +174,20 @@ class ReplicatedMemory:
         A message whose dtype is not that of its sum is copied before and after the reduction.
         """
         if self.setup.strategy is StrategyName.ddp:
-            other = [p for p in self.trained if self.setup.reduced(p) is not self.setup.accumulated(p)]
+            other = [
+                p for p in self.trained if self.setup.reduced(p) is not self.setup.accumulated(p)
+            ]
             sent = sum(p.numel * self.setup.reduced(p).itemsize for p in [*self.trained, *other])
             self.timeline.alloc("message", sent)
-            self.timeline.sample("the reduction", sum(p.numel * self.setup.accumulated(p).itemsize for p in other))
+            self.timeline.sample(
+                "the reduction", sum(p.numel * self.setup.accumulated(p).itemsize for p in other)
+            )
             self.timeline.free("message")
 
 
 def words(segment: Segment) -> str:
     """Describe a segment in words, for messages."""
-    where = {LOSS: "the loss", ROOT: "the layers outside the blocks"}.get(segment.group, f"block {segment.group}")
+    where = {LOSS: "the loss", ROOT: "the layers outside the blocks"}.get(
+        segment.group, f"block {segment.group}"
+    )
     return f"the {'backward' if segment.backward else 'forward'} of {where}"

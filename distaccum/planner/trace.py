@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,93 +20,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from distaccum._torch import fake_tensors
 from distaccum.core.loss import joined
 from distaccum.planner.meter import Tracker
+from distaccum.planner.segments import LOSS, MicroBatchTrace, Segment, Update
 from distaccum.planner.shapes import ROOT
-
-LOSS = -2  # the group of all computation after the model
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Describes one part of a micro-batch: in a block, outside the blocks or after the model.
-
-    Bytes are those of tensors that operators made. Parameters, buffers, the micro-batch itself and
-    parameter gradients that have arrived in `.grad` are not included.
-    """
-
-    group: int  # index of the block, ROOT or LOSS
-    backward: bool
-    begins: int  # bytes alive at the beginning
-    # Peak bytes until the first gradient arrives, then until each further one, then until the end.
-    peaks: tuple[int, ...]
-    # Positions in `model.parameters()` of the gradients that arrive; one fewer than `peaks`.
-    arrivals: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class MicroBatchTrace:
-    """Holds the memory over time and the FLOPs of one micro-batch."""
-
-    samples: int
-    segments: tuple[Segment, ...]  # in the order in which they run
-    saved: int  # bytes kept after the forward for the backward
-    handed_on: int  # bytes that the last block returned
-    micro_batch_bytes: int  # bytes of the samples themselves
-    # Of matrix products in forward and backward, including recomputation by checkpointing.
-    flops: int
-
-    @property
-    def to_head(self) -> int:
-        """Return the bytes of a micro-batch that waits for the backward of its blocks.
-
-        Without blocks these are all bytes kept for the backward.
-        """
-        behind = (segment.begins for segment in self.segments if segment.backward and segment.group >= 0)
-        return next(behind, self.saved) + self.handed_on
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Return the bytes that are alive at the end of each segment."""
-        return (*(segment.begins for segment in self.segments[1:]), 0)
-
-    @staticmethod
-    def between(a: MicroBatchTrace, b: MicroBatchTrace, samples: int) -> MicroBatchTrace:
-        """Return the trace of a micro-batch of another size, on the line through two traces.
-
-        Args:
-            a: the trace of one size.
-            b: the trace of another size.
-            samples: the size of the micro-batch in question, which need not lie between the two.
-
-        Raises:
-            ValueError: if the two traces do not consist of the same segments.
-        """
-        forms, others = ([(s.group, s.backward, s.arrivals) for s in one.segments] for one in (a, b))
-        if forms != others:
-            raise ValueError(f"micro-batches of {a.samples} and of {b.samples} samples run different segments")
-        share = (samples - a.samples) / (b.samples - a.samples) if a.samples != b.samples else 0.0
-
-        def at(one: int, other: int) -> int:
-            return max(0, math.ceil(one + (other - one) * share))
-
-        return MicroBatchTrace(
-            samples,
-            tuple(
-                replace(s, begins=at(s.begins, t.begins), peaks=tuple(map(at, s.peaks, t.peaks)))
-                for s, t in zip(a.segments, b.segments, strict=True)
-            ),
-            at(a.saved, b.saved),
-            at(a.handed_on, b.handed_on),
-            at(a.micro_batch_bytes, b.micro_batch_bytes),
-            at(a.flops, b.flops),
-        )
-
-
-@dataclass(frozen=True)
-class Update:
-    """Holds the bytes of an optimizer on one rank."""
-
-    kept: int  # optimizer state after the first update
-    transient: int  # further bytes at the peak of an update
 
 
 def trace(
@@ -140,11 +54,17 @@ def trace(
     with fake_tensors():
 
         def fake(tensor: Tensor) -> Tensor:
-            chosen = compute if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else None
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=chosen or tensor.dtype, device=device)
+            chosen = (
+                compute if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else None
+            )
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=chosen or tensor.dtype, device=device
+            )
 
         _fill(twin, fake)
-        micro_batch = tree_map(lambda leaf: fake(leaf) if isinstance(leaf, Tensor) else leaf, micro_batch)
+        micro_batch = tree_map(
+            lambda leaf: fake(leaf) if isinstance(leaf, Tensor) else leaf, micro_batch
+        )
         given = [leaf for leaf in tree_leaves(micro_batch) if isinstance(leaf, Tensor)]
         tracker = Tracker(kind=device.type, fake_tensors=True)
         tracker.count([*twin.parameters(), *twin.buffers(), *given])
@@ -154,13 +74,18 @@ def trace(
             result = loss_sum(twin, micro_batch)
             terms = _with_graph(result)
             loss = joined(terms)
-            own = {id(storage): storage.nbytes() for storage in (t.untyped_storage() for t in [*terms, loss])}
+            own = {
+                id(storage): storage.nbytes()
+                for storage in (t.untyped_storage() for t in [*terms, loss])
+            }
             saved = course.alive - sum(own.values())
             course.cut(LOSS, True)
             backward(loss, torch.ones_like(loss))
             course.cut(LOSS, True)  # ends the last segment
     micro_batch_bytes = sum(tensor.nbytes for tensor in given)
-    return MicroBatchTrace(samples, tuple(course.segments), saved, course.handed_on, micro_batch_bytes, flops.total)
+    return MicroBatchTrace(
+        samples, tuple(course.segments), saved, course.handed_on, micro_batch_bytes, flops.total
+    )
 
 
 def update(
@@ -194,7 +119,12 @@ def update(
         tracker.reset_peak()
         before = tracker.live
         optimizer.step()
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
     kept = sum(value.nbytes for value in states if value.device.type == device.type)
     return Update(kept, tracker.peak - before)
 
@@ -250,7 +180,10 @@ class _Course:
     def _left(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
         self.cut(ROOT, False)
         returned = _with_graph(output)
-        self._known, self.handed_on = [id(tensor) for tensor in returned], sum(t.nbytes for t in returned)
+        self._known, self.handed_on = (
+            [id(tensor) for tensor in returned],
+            sum(t.nbytes for t in returned),
+        )
         for tensor in returned:
             tensor.register_hook(partial(self.cut, block, True))
 
@@ -295,5 +228,9 @@ def _fill(model: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
         for name, tensor in [*parameters, *buffers]:
             if id(tensor) not in made:
                 new = make(tensor)
-                made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                made[id(tensor)] = (
+                    nn.Parameter(new, tensor.requires_grad)
+                    if isinstance(tensor, nn.Parameter)
+                    else new
+                )
             setattr(module, name, made[id(tensor)])

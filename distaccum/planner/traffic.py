@@ -11,7 +11,9 @@ from distaccum.grads.accumulate import BUCKET_BYTES
 from distaccum.planner.shapes import ModelShape, Setup, group_sizes
 
 
-def gradient_sends(model: ModelShape, setup: Setup, num_micro_batches: int) -> tuple[Collectives, ...]:
+def gradient_sends(
+    model: ModelShape, setup: Setup, num_micro_batches: int
+) -> tuple[Collectives, ...]:
     """Return the collectives that carry parameters and gradients in one step.
 
     The step is any after the first, when DDP has rebuilt its buckets. Bytes are exact, and so is
@@ -63,4 +65,8 @@ def control_sends(setup: Setup) -> tuple[Collectives, ...]:
 
     There is a second one if ranks agree separately whether one ran out of memory.
     """
-    return (consensus(setup.world_size, num_terms=1, rows=1 + setup.apart),) if setup.world_size > 1 else ()
+    return (
+        (consensus(setup.world_size, num_terms=1, rows=1 + setup.apart),)
+        if setup.world_size > 1
+        else ()
+    )

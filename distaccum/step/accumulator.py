@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from distaccum.core.loss import Denominator, SupportsObjective
 from distaccum.core.strategies import Sync
 from distaccum.core.traffic import Traffic
 from distaccum.core.window import MicroBatches
-from distaccum.errors import ConfigError, DivergenceError, choice
+from distaccum.errors import DivergenceError, choice
 from distaccum.grads.accumulate import GradientDtypes
 from distaccum.grads.clip import clip, squared_norm
 from distaccum.grads.scale import LossScale
@@ -24,7 +25,8 @@ from distaccum.nn.blocks import blocks_of
 from distaccum.parallel.detect import in_shards, strategy_for
 from distaccum.parallel.ledger import Audit, Ledger, Verdict
 from distaccum.step import oom, plain_order
-from distaccum.step.consensus import Consensus, RequestSource, StepStats, WindowTotals
+from distaccum.step.consensus import Consensus
+from distaccum.step.exchange import RequestSource, StepStats, WindowTotals
 from distaccum.step.guards import surroundings
 from distaccum.step.guards.first_window import FirstLook
 from distaccum.step.guards.parameters import Parameters, outside
@@ -91,8 +93,6 @@ class Accumulator:
         Raises:
             ConfigError: for a model, optimizer, scheduler, policy or option that is not supported.
         """
-        if clip_norm is not None and not clip_norm > 0:
-            raise ConfigError(f"clip_norm is {clip_norm}; give a positive norm, or None for no clipping.")
         self.optimizer = surroundings.own_optimizer(optimizer)
         dtypes = GradientDtypes(accum_dtype, reduce_dtype)
         others = outside(in_shards(model), self.optimizer)
@@ -100,7 +100,7 @@ class Accumulator:
         if agree_on_oom:
             oom.refuse(self.strategy)
         self.objective = surroundings.own_objective(objective)
-        self.clip_norm = clip_norm
+        self.clip_norm = surroundings.own_clip_norm(clip_norm)
         self.scheduler = surroundings.own_scheduler(scheduler, self.optimizer)
         self.loss_scale = loss_scale
         self.seed = seed
@@ -117,7 +117,9 @@ class Accumulator:
         self._first_look = FirstLook(self.strategy, check_cut=check_cut)
         self._parameters = Parameters(self.optimizer, self.strategy)
 
-    def step(self, window: MicroBatches | Sequence[Any], requests: RequestSource | None = None) -> StepRecord:
+    def step(
+        self, window: MicroBatches | Sequence[Any], requests: RequestSource | None = None
+    ) -> StepRecord:
         """Run one optimizer step on a window; every rank must call it.
 
         It runs all forwards and backwards, one reduction, clipping, optimizer and scheduler, then
@@ -138,7 +140,8 @@ class Accumulator:
         window = surroundings.checked(window, self.scheduler, strategy.world.device)
         parameters = self._parameters.updated()
         consensus.requests = requests
-        with self._nothing_left_behind():
+        randomness = nullcontext() if self.seed is None else kept(strategy.world.device)
+        with surroundings.undone_after_errors(self.abort), randomness:
             chosen = self._prepare(window, parameters)
             with Ledger.of_window(self.audit, self.verdict) as ledger:
                 rows_before = consensus.rows_sent
@@ -149,30 +152,28 @@ class Accumulator:
                 last_backward = self._all_but_the_last_backward(runner)
                 # The one small collective of the window. The last backward hides it. With sharded
                 # gradients it comes after that backward, since it also carries the shards' norms.
-                pending = None if strategy.sharded else consensus.start(window.upcoming, runner.sums)
+                exchange = partial(consensus.start, window.upcoming, runner.sums)
+                pending = None if strategy.sharded else exchange()
                 last_backward()
                 gradients = self._complete_gradients(parameters)
                 norm = squared_norm(gradients, strategy.world.device)
-                pending = pending or consensus.start(window.upcoming, runner.sums, norm / strategy.replicas)
+                pending = pending or exchange(norm / strategy.replicas)
                 end = mark(strategy.world.device)
                 stats = consensus.finish(pending, norm)
             if ledger is not None:  # after the window, in which DDP may rebuild its buckets
-                forecast = strategy.forecast(totals.rounds) + consensus.traffic(consensus.rows_sent - rows_before)
-                self.verdict = ledger.judge(forecast, self.steps + 1)
+                rows = consensus.traffic(consensus.rows_sent - rows_before)
+                self.verdict = ledger.judge(strategy.forecast(totals.rounds) + rows, self.steps + 1)
             lr = float(self.optimizer.param_groups[0]["lr"])
             self._update(gradients, stats)
 
         losses = totals.denominator.means(stats.sums)
         self._end_window(window, stats, sum(losses.values()))
-        return StepRecord(
+        return StepRecord.of(
+            totals,
+            stats,
+            losses,
             step=self.steps,
-            loss=sum(losses.values()),
-            losses=losses,
-            denominators=totals.denominator.by_term,
-            grad_norm=stats.grad_norm,
             lr=lr,
-            num_micro_batches=totals.num_micro_batches,
-            skipped=stats.trouble,
             exposed_s=self.overlap.observe(runner, end),
             verdict=self.verdict if ledger is not None else None,
             requested=consensus.requested,
@@ -208,12 +209,15 @@ class Accumulator:
         self._consensus.skip(window.upcoming)
         self.num_windows += totals.rounds > 0  # not if no rank has a micro-batch
         window.stepped = True
-        denominators = totals.denominator.by_term
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        return StepRecord(
-            self.steps, math.nan, dict.fromkeys(denominators, math.nan), denominators, math.nan, lr,
-            totals.num_micro_batches, skipped="denominator 0", requested=self._consensus.requested, chosen=chosen,
-        )  # fmt: skip
+        return StepRecord.of(
+            totals,
+            StepStats([], math.nan, trouble="denominator 0"),
+            dict.fromkeys(totals.denominator.by_term, math.nan),
+            step=self.steps,
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            requested=self._consensus.requested,
+            chosen=chosen,
+        )
 
     def _prepare(self, window: MicroBatches, parameters: Sequence[nn.Parameter]) -> str | None:
         """Do what precedes a window; return how overlap was chosen, if it was chosen now."""
@@ -249,7 +253,9 @@ class Accumulator:
             # A smaller loss scale may cure gradients that overflow, but not a loss that does.
             cured = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
             if self.nonfinite is not NonFinite.skip and not cured:
-                raise DivergenceError(f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated.")
+                raise DivergenceError(
+                    f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated."
+                )
             self.strategy.statistics.forget()
         else:
             if self.clip_norm is not None:
@@ -262,7 +268,8 @@ class Accumulator:
         consensus, strategy = self._consensus, self.strategy
         if self._settled or consensus.padding is None or not strategy.first_window_differs:
             return
-        nothing = WindowTotals(Denominator(dict.fromkeys(consensus.terms or [], 1.0)), rounds=1, num_micro_batches=0)
+        denominator = Denominator(dict.fromkeys(consensus.terms or [], 1.0))
+        nothing = WindowTotals(denominator, rounds=1, num_micro_batches=0)
         empty = MicroBatches([], 0)  # so one padding micro-batch is computed, and adds nothing
         plain_order.run(strategy, self._runner(empty, nothing, []))()
         self._settled = True
@@ -271,9 +278,16 @@ class Accumulator:
         self, window: MicroBatches, totals: WindowTotals, parameters: Sequence[nn.Parameter]
     ) -> MicroBatchRunner:
         return MicroBatchRunner(
-            self.strategy, self.objective, window, totals, self._consensus.padding, parameters, seed=self.seed,
-            num_windows=self.num_windows, loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
-        )  # fmt: skip
+            self.strategy,
+            self.objective,
+            window,
+            totals,
+            self._consensus.padding,
+            parameters,
+            seed=self.seed,
+            num_windows=self.num_windows,
+            loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
+        )
 
     def _end_window(self, window: MicroBatches, stats: StepStats, loss: float) -> None:
         """Clear gradients and count the window, then step the scheduler, which may fail."""
@@ -285,16 +299,3 @@ class Accumulator:
             self.loss_scale.update(updated)
         if updated:
             surroundings.step_scheduler(self.scheduler, loss)
-
-    @contextmanager
-    def _nothing_left_behind(self) -> Iterator[None]:
-        """Restore the generators after a window, and clear everything else after an error."""
-        try:
-            with nullcontext() if self.seed is None else kept(self.strategy.world.device):
-                yield
-        except BaseException as error:
-            try:
-                self.abort()
-            except Exception as another:  # the first error is the one to raise
-                error.add_note(f"Clearing the window failed too: {type(another).__name__}: {another}")
-            raise

@@ -17,56 +17,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Flag, auto
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from distaccum.core.loss import SINGLE_TERM, Denominator, SupportsObjective, checked_denominators, denominators_of
+from distaccum.core.loss import (
+    SINGLE_TERM,
+    Denominator,
+    SupportsObjective,
+    checked_denominators,
+    denominators_of,
+)
 from distaccum.core.traffic import Traffic, consensus
 from distaccum.core.window import MicroBatches
 from distaccum.errors import ConfigError, in_one_line
 from distaccum.parallel.world import PendingRows, World
+from distaccum.step.exchange import Request, RequestSource, StepStats, WindowTotals
 
 UNKNOWN, REFUSED = -1, -2  # in place of a number of micro-batches: not read yet; not countable
-
-
-class Request(Flag):
-    """Names what a rank can ask of all ranks.
-
-    Every rank learns of it at the same boundary.
-    """
-
-    none = 0
-    save = auto()
-    stop = auto()
-
-
-class RequestSource(Protocol):
-    """Provides what this rank asks of all ranks."""
-
-    def request(self) -> Request:
-        """Return the request; called once per window, when its small collective starts."""
-        ...
-
-
-@dataclass(frozen=True)
-class WindowTotals:
-    """Holds what all ranks know of a window before it begins."""
-
-    denominator: Denominator  # by term, over all micro-batches and ranks
-    rounds: int  # micro-batches on the rank with the most
-    num_micro_batches: int  # over all ranks
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Holds what all ranks know of a window before its update."""
-
-    sums: list[float]  # loss sums by term, over all micro-batches and ranks
-    grad_norm: float  # L2, of the complete gradient
-    trouble: str | None = None  # what is not finite, and where; None if everything is finite
-    loss_finite: bool = True  # if so, a norm that is not finite may be due to the loss scale
 
 
 @dataclass(frozen=True)
@@ -92,7 +60,8 @@ class Consensus:
         self.padding: Any = None  # a micro-batch to compute with gradient 0 if this rank has none
         self.rows_sent = 0  # how many rows were exchanged so far
         self._newest: PendingRows | None = None  # the latest rows
-        self._why: Exception | None = None  # this rank's reason for the latest window that it refused
+        # this rank's reason for the latest window that it refused
+        self._why: Exception | None = None
         self._refusing: list[int] = []  # the ranks that could not count it
 
     def handshake(self, window: MicroBatches) -> None:
@@ -121,12 +90,19 @@ class Consensus:
         if any(gathered[rank][0] != terms for rank in having):
             named = {rank: gathered[rank][0] for rank in having}
             raise ConfigError(
-                f"Ranks have objectives with different terms: {named}. Use the same objective on all ranks."
+                f"Ranks have objectives with different terms: {named}. Use the same objective on "
+                "all ranks."
             )
-        rows = [[float(count), *(totals or [0.0] * len(terms))] for _, (count, totals), _ in gathered]
+        rows = [
+            [float(count), *(totals or [0.0] * len(terms))] for _, (count, totals), _ in gathered
+        ]
         if having:
             self.terms = terms
-            received = self._world.broadcast_object(first, having[0]) if len(having) < self._world.size else None
+            received = (
+                self._world.broadcast_object(first, having[0])
+                if len(having) < self._world.size
+                else None
+            )
             self.padding = received if first is None else first
         self._record_totals(window, rows)
 
@@ -150,11 +126,13 @@ class Consensus:
             else:
                 self._read(self.start(window, asks=False))  # requests are sent with the last row
         if self._totals_of is None or self._totals_of[0] is not window:
-            self._refuse(dict.fromkeys(self._refusing, "The error on that rank says why."), self._why)
+            self._refuse(
+                dict.fromkeys(self._refusing, "The error on that rank says why."), self._why
+            )
             raise ConfigError(
-                f"Rank {self._world.rank} is starting a window while other ranks are finishing one. Every rank must "
-                "loop over the same windows and pass each to Accumulator.step; to inspect a micro-batch on one rank, "
-                "read it from the loader."
+                f"Rank {self._world.rank} is starting a window while other ranks are finishing "
+                "one. Every rank must loop over the same windows and pass each to "
+                "Accumulator.step; to inspect a micro-batch on one rank, read it from the loader."
             )
         return self._totals_of[1]
 
@@ -199,7 +177,9 @@ class Consensus:
             measured += [sums.sum(dim=0), (sums * 0.0).sum(dim=1).argmax(dim=0, keepdim=True)]
         else:
             measured.append(sums.new_zeros(len(terms) + 1))
-        return PendingRow(self._world.gather_rows(known, measured), upcoming, norm_share is not None)
+        return PendingRow(
+            self._world.gather_rows(known, measured), upcoming, norm_share is not None
+        )
 
     def finish(self, pending: PendingRow, own_norm: Tensor) -> StepStats:
         """Wait for all rows and return how the current window went.
@@ -217,12 +197,18 @@ class Consensus:
         sums = [sum(column) for column in zip(*shares, strict=True)]
         squared = sum(row[2 + num_terms] for row in rows) if pending.norm_rides else own[0]
         grad_norm = math.sqrt(squared) if squared >= 0 else math.nan
-        trouble = None if math.isfinite(grad_norm) else f"gradient norm {grad_norm}, though every loss was finite"
+        trouble = (
+            None
+            if math.isfinite(grad_norm)
+            else f"gradient norm {grad_norm}, though every loss was finite"
+        )
         broken = [rank for rank, share in enumerate(shares) if not all(map(math.isfinite, share))]
         if broken:
             rank, micro_batch = broken[0], int(rows[broken[0]][-1])
             number = micro_batch * len(rows) + rank
-            trouble = f"loss not finite on rank {rank}, its micro-batch {micro_batch} (global {number})"
+            trouble = (
+                f"loss not finite on rank {rank}, its micro-batch {micro_batch} (global {number})"
+            )
         return StepStats(sums, grad_norm, trouble, loss_finite=not broken)
 
     def out_of_memory_ranks(self, out_of_memory: bool) -> list[int]:
@@ -234,7 +220,9 @@ class Consensus:
             out_of_memory: whether this rank ran out of memory.
         """
         self.rows_sent += 1
-        rows, _ = self._world.gather_rows([float(out_of_memory)] + [0.0] * (3 + 2 * len(self.terms or []))).read()
+        rows, _ = self._world.gather_rows(
+            [float(out_of_memory)] + [0.0] * (3 + 2 * len(self.terms or []))
+        ).read()
         return [rank for rank, row in enumerate(rows) if row[0]]
 
     def reset(self) -> None:
@@ -267,9 +255,14 @@ class Consensus:
             return  # some rank does not know it yet
         if window.source is not None and window.source.whole and min(counts) == 0:
             counts, rows = [0], []  # all ranks drop this window
-        denominators = {name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])}
+        denominators = {
+            name: sum(row[1 + i] for row in rows) for i, name in enumerate(self.terms or [])
+        }
         window.rounds = max(counts)
-        self._totals_of = (window, WindowTotals(Denominator(denominators), max(counts), sum(counts)))
+        self._totals_of = (
+            window,
+            WindowTotals(Denominator(denominators), max(counts), sum(counts)),
+        )
 
     def _refuse(self, refusing: Mapping[int, str], own: Exception | None) -> None:
         """Raise on all ranks if some cannot count their window; those raise their own error."""
@@ -288,13 +281,19 @@ class Consensus:
         if window is None:
             return UNKNOWN, [0.0] * len(terms)
         if window.denominators is not None:
-            denominators = [checked_denominators(denominator) for denominator in window.denominators]
+            denominators = [
+                checked_denominators(denominator) for denominator in window.denominators
+            ]
         else:
             denominators = [denominators_of(self._objective, micro_batch) for micro_batch in window]
-        strange = [list(denominator) for denominator in denominators if denominator.keys() != set(terms)]
+        strange = [
+            list(denominator) for denominator in denominators if denominator.keys() != set(terms)
+        ]
         if strange and terms:
             raise ConfigError(
-                f"The objective's denominator must have the same terms for every micro-batch: {terms}, but one has "
-                f"{strange[0]}."
+                "The objective's denominator must have the same terms for every micro-batch: "
+                f"{terms}, but one has {strange[0]}."
             )
-        return len(window), [math.fsum(denominator[name] for denominator in denominators) for name in terms]
+        return len(window), [
+            math.fsum(denominator[name] for denominator in denominators) for name in terms
+        ]

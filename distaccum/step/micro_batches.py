@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distaccum.core.loss import SupportsObjective, checked_denominators, denominators_of, joined, sums_of
+from distaccum.core.loss import (
+    SupportsObjective,
+    checked_denominators,
+    denominators_of,
+    joined,
+    sums_of,
+)
 from distaccum.core.rng import random_key
 from distaccum.core.window import MicroBatches
 from distaccum.data.device import one_ahead, to_device
 from distaccum.errors import ConfigError
 from distaccum.nn.one_sample import explained
 from distaccum.parallel.base import Strategy
-from distaccum.step.consensus import WindowTotals
+from distaccum.step.exchange import WindowTotals
 from distaccum.step.randomness import seed_all
 from distaccum.step.timing import Mark, mark, seconds_between
 
@@ -77,7 +83,8 @@ class MicroBatchRunner:
         self.num_started = 0  # rounds whose forward has started
         self._unsent = 0  # rounds that send no gradients
         self._sending = self.began  # start of the rounds that send gradients
-        self._gradient: Tensor | None = None  # gradient of the window's loss with respect to a micro-batch's sums
+        # gradient of the window's loss with respect to a micro-batch's sums
+        self._gradient: Tensor | None = None
 
     def forward_next(self) -> tuple[Tensor, Tensor]:
         """Run the next round's forward and return where its backward begins.
@@ -87,7 +94,11 @@ class MicroBatchRunner:
             with, already scaled.
         """
         self.num_started += 1
-        return self._micro_batch(self.num_started - 1) if self.num_started <= len(self._window) else self._nothing()
+        return (
+            self._micro_batch(self.num_started - 1)
+            if self.num_started <= len(self._window)
+            else self._nothing()
+        )
 
     def mark_sending(self) -> None:
         """Note the time before the last micro-batches of the window, which send gradients."""
@@ -127,7 +138,9 @@ class MicroBatchRunner:
         self.last_micro_batch, micro_batch = next(self._micro_batches, (None, None))
         _check(self._objective, window, index, self.last_micro_batch)
         if self._seed is not None:
-            seed_all(random_key(self._seed, self._step, index * world.size + world.rank), self._device)
+            seed_all(
+                random_key(self._seed, self._step, index * world.size + world.rank), self._device
+            )
         try:
             with self._strategy.statistics.observing():
                 own = sums_of(self._objective, self._strategy.called, micro_batch, self._terms)
@@ -135,8 +148,8 @@ class MicroBatchRunner:
             raise explained(error, index) from error.__cause__
         if index == 0 and any(parameter.grad is not None for parameter in self._parameters):
             raise ConfigError(
-                "The objective called backward, so gradients would be added twice. Return the sum of the losses; the "
-                "accumulator runs the backward."
+                "The objective called backward, so gradients would be added twice. Return the sum "
+                "of the losses; the accumulator runs the backward."
             )
         self._sums += [value.detach() for value in own]
         if self._gradient is None:
@@ -146,21 +159,32 @@ class MicroBatchRunner:
     def _nothing(self) -> tuple[Tensor, Tensor]:
         """Run the forward of a padding round, whose gradient is 0."""
         with self._strategy.padding():
-            own = sums_of(self._objective, self._strategy.called, to_device(self._padding, self._device), self._terms)
+            own = sums_of(
+                self._objective,
+                self._strategy.called,
+                to_device(self._padding, self._device),
+                self._terms,
+            )
         return joined(own), self._denominator.gradient(own, 0.0)
 
 
-def _check(objective: SupportsObjective, window: MicroBatches, index: int, micro_batch: Any) -> None:
+def _check(
+    objective: SupportsObjective, window: MicroBatches, index: int, micro_batch: Any
+) -> None:
     """Raise ConfigError if a streamed window differs from what was announced."""
     if micro_batch is None:
         raise ConfigError(
-            f"The window was announced with {len(window)} micro-batches, but its stream ended after {index}. Give the "
-            "number of micro-batches that the stream has."
+            f"The window was announced with {len(window)} micro-batches, but its stream ended "
+            f"after {index}. Give the number of micro-batches that the stream has."
         )
     if window.denominators is not None:
-        announced, found = checked_denominators(window.denominators[index]), denominators_of(objective, micro_batch)
+        announced, found = (
+            checked_denominators(window.denominators[index]),
+            denominators_of(objective, micro_batch),
+        )
         if announced != found:
             raise ConfigError(
-                f"Micro-batch {index} was announced with the denominator {announced}, but the objective counts {found} "
-                "in it. Make the data set's num_targets() return what the objective's denominator() returns, or None."
+                f"Micro-batch {index} was announced with the denominator {announced}, but the "
+                f"objective counts {found} in it. Make the data set's num_targets() return what "
+                "the objective's denominator() returns, or None."
             )

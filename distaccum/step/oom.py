@@ -18,10 +18,10 @@ def refuse(strategy: Strategy) -> None:
     """Raise ConfigError if a rank cannot leave a window of this strategy without the others."""
     if strategy.communicates:
         raise ConfigError(
-            "agree_on_oom=True needs micro-batches that send nothing, but here they communicate (FSDP2, sync='every', "
-            "or BatchNorm layers in mode 'sync'), so a rank that runs out of memory cannot leave the window without "
-            "the others waiting for it. Let the error end the run, and continue from a checkpoint with smaller "
-            "micro-batches."
+            "agree_on_oom=True needs micro-batches that send nothing, but here they communicate "
+            "(FSDP2, sync='every', or BatchNorm layers in mode 'sync'), so a rank that runs out of "
+            "memory cannot leave the window without the others waiting for it. Let the error end "
+            "the run, and continue from a checkpoint with smaller micro-batches."
         )
 
 
@@ -53,7 +53,9 @@ def run(
             raise
         message = str(error).strip().split("\n")[0].rstrip(".") + "."
     # Not in the except block, where the error keeps all tensors of the forward alive.
-    consensus.padding = runner.last_micro_batch if message is None else halved(runner.last_micro_batch)
+    consensus.padding = (
+        runner.last_micro_batch if message is None else halved(runner.last_micro_batch)
+    )
     if message is not None:
         strategy.abort()
         if strategy.world.device.type == "cuda":

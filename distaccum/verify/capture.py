@@ -60,11 +60,16 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
     def keep(*unused: Any) -> None:
         for name, parameter in named.items():
             if parameter.requires_grad:
-                gradients[name] = whole(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                gradients[name] = whole(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                )
 
     before = {name: whole(parameter) for name, parameter in named.items()}
     state = {
-        name: {key: whole(value) if isinstance(value, Tensor) else value for key, value in optimizer.state[p].items()}
+        name: {
+            key: whole(value) if isinstance(value, Tensor) else value
+            for key, value in optimizer.state[p].items()
+        }
         for name, p in named.items()
         if p in optimizer.state
     }
@@ -74,7 +79,10 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
     try:
         while not gradients:
             held = MicroBatches(
-                micro_batches, len(micro_batches), step=getattr(window, "step", None), denominators=denominators
+                micro_batches,
+                len(micro_batches),
+                step=getattr(window, "step", None),
+                denominators=denominators,
             )
             try:
                 record = accumulator.step(held)
@@ -82,11 +90,13 @@ def capture(accumulator: Accumulator, micro_batches: Sequence[Any], window: Any)
                 mismatch = str(error)
                 accumulator.audit = Audit.never
                 continue
-            overflowed = accumulator.loss_scale is not None and "gradient norm" in (record.skipped or "")
+            overflowed = accumulator.loss_scale is not None and "gradient norm" in (
+                record.skipped or ""
+            )
             if record.skipped is not None and not overflowed:
                 raise ConfigError(
-                    f"verify() cannot compare a window that is skipped ({record.skipped}). Give it a window that makes "
-                    "an update."
+                    f"verify() cannot compare a window that is skipped ({record.skipped}). Give it "
+                    "a window that makes an update."
                 )
     finally:
         handle.remove()

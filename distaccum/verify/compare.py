@@ -116,7 +116,9 @@ def compare(
         one = _clipped(whole.gradients, accumulator.clip_norm)
         floor = SMALL * _norm(one)
         distance = max(_relative(done.gradients[name], one[name], floor) for name in one)
-        why = "a term is averaged over micro-batches" if mode is None else f"BatchNorm: {mode.value}"
+        why = (
+            "a term is averaged over micro-batches" if mode is None else f"BatchNorm: {mode.value}"
+        )
         lines.append(Check("from one big batch", distance, None, f"what differs by design ({why})"))
     what = "one big batch" if len(groups) == 1 else f"{len(groups)} batches"
     ranks = accumulator.strategy.world.size
@@ -125,7 +127,8 @@ def compare(
         parameters,
         done.network,
         done.network_agrees,
-        f"{len(micro_batches)} micro-batch(es) on {ranks} rank(s) against {what} on one process in float64",
+        f"{len(micro_batches)} micro-batch(es) on {ranks} rank(s) against {what} on one process in "
+        "float64",
         f"{TIMES_ROUNDING:g} x the error of the same samples on one process in the same precision, "
         f"and {order:.1e} for sums in another order",
     )
@@ -144,8 +147,9 @@ def _in_float64(
         return reference.compute(copy.deepcopy(model), objective, cast, denominators, 1.0)
     except RuntimeError as error:
         raise ConfigError(
-            f"verify() compares with float64, but this model cannot compute in it: {error}. Pass plain=, a model "
-            "with layers that can (for experts of transformers: model.set_experts_implementation('eager'))."
+            f"verify() compares with float64, but this model cannot compute in it: {error}. Pass "
+            "plain=, a model with layers that can (for experts of transformers: "
+            "model.set_experts_implementation('eager'))."
         ) from error
 
 
@@ -186,15 +190,24 @@ def _update(accumulator: Accumulator, done: Captured, order: float) -> Check:
     names = {id(p): name for name, p in accumulator.strategy.evaluation_model.named_parameters()}
     parameters = {name: nn.Parameter(value.double().clone()) for name, value in done.before.items()}
     groups = [
-        {**group, "params": [parameters[names[id(p)]] for p in group["params"]], "foreach": False, "fused": False}
+        {
+            **group,
+            "params": [parameters[names[id(p)]] for p in group["params"]],
+            "foreach": False,
+            "fused": False,
+        }
         for group in accumulator.optimizer.param_groups
     ]
     kind, defaults = type(accumulator.optimizer), accumulator.optimizer.defaults
     known = inspect.signature(kind).parameters
     try:
-        optimizer = kind(groups, **{name: value for name, value in defaults.items() if name in known})
+        optimizer = kind(
+            groups, **{name: value for name, value in defaults.items() if name in known}
+        )
     except Exception as reason:  # a custom optimizer with other arguments
-        return Check("update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}")
+        return Check(
+            "update", float("nan"), None, f"not compared: {type(reason).__name__}: {reason}"
+        )
     for name, parameter in parameters.items():
         if name in done.gradients:
             parameter.grad = done.gradients[name].double()
@@ -203,8 +216,12 @@ def _update(accumulator: Accumulator, done: Captured, order: float) -> Check:
                 dict(done.optimizer_state[name]), parameter.device, torch.float64
             )
     optimizer.step()
-    moved = {name: parameters[name].detach() - done.before[name].double() for name in done.gradients}
-    found = {name: done.after[name].double() - done.before[name].double() for name in done.gradients}
+    moved = {
+        name: parameters[name].detach() - done.before[name].double() for name in done.gradients
+    }
+    found = {
+        name: done.after[name].double() - done.before[name].double() for name in done.gradients
+    }
     # New parameters are rounded once, whatever the update's size.
     weights = {name: done.before[name] for name in moved}
     roundoff = _roundoff(next(iter(weights.values())).dtype)
@@ -215,7 +232,7 @@ def _update(accumulator: Accumulator, done: Captured, order: float) -> Check:
 
 def in_own_precision(
     accumulator: Accumulator, model: nn.Module, micro_batches: Sequence[Any]
-) -> tuple[nn.Module, list[Any]]:  # fmt: skip
+) -> tuple[nn.Module, list[Any]]:
     """Return copies of a plain model and of micro-batches in the accumulator's own precision.
 
     The micro-batches are moved to the accumulator's device.
@@ -226,7 +243,11 @@ def in_own_precision(
     # FSDP2 casts parameters and inputs itself.
     computed = stored if sharded is None else sharded.compute_dtype
     moved = [to_device(micro_batch, device) for micro_batch in micro_batches]
-    cast = moved if computed is stored else [reference.cast(micro_batch, device, computed) for micro_batch in moved]
+    cast = (
+        moved
+        if computed is stored
+        else [reference.cast(micro_batch, device, computed) for micro_batch in moved]
+    )
     return copy.deepcopy(model).to(computed), cast
 
 
@@ -258,4 +279,6 @@ def _off(found: float, exact: float) -> float:
 
 
 def _relative(found: Tensor, exact: Tensor, floor: float = 0.0) -> float:
-    return float((found.double() - exact.double()).norm() / max(float(exact.double().norm()), floor, TINY))
+    return float(
+        (found.double() - exact.double()).norm() / max(float(exact.double().norm()), floor, TINY)
+    )

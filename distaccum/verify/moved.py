@@ -71,20 +71,28 @@ def line_of(moved: set[str], model: nn.Module, num_micro_batches: int) -> Check 
     plain = [name for name in names if name.rpartition(".")[0] in layers]
     others = [name for name in names if name not in plain]
     advice = [
-        f"Each forward changes {_listed(names)}: {num_micro_batches} times in this window, but once with one big batch."
+        f"Each forward changes {_listed(names)}: {num_micro_batches} times in this window, but "
+        "once with one big batch."
     ]
     if plain:
         advice.append(
-            f"For BatchNorm ({_listed(plain)}), call da.convert_batchnorm(model, 'pooled') before the model is "
-            "wrapped, or choose mode 'sync' or 'frozen'; mode 'micro_batch' says that each micro-batch is meant to "
-            "change them."
+            f"For BatchNorm ({_listed(plain)}), call da.convert_batchnorm(model, 'pooled') before "
+            "the model is wrapped, or choose mode 'sync' or 'frozen'; mode 'micro_batch' says that "
+            "each micro-batch is meant to change them."
         )
     if others:
         advice.append(
-            f"Change {_listed(others)} once per window, after accumulator.step(window), or freeze it (put its module "
-            "into evaluation mode with .eval(), and keep it there when the rest of the model trains)."
+            f"Change {_listed(others)} once per window, after accumulator.step(window), or freeze "
+            "it (put its module into evaluation mode with .eval(), and keep it there when the rest "
+            "of the model trains)."
         )
-    return Check("state", float(len(names)), 0.0, f"changed by each forward: {_listed(names)}", " ".join(advice))
+    return Check(
+        "state",
+        float(len(names)),
+        0.0,
+        f"changed by each forward: {_listed(names)}",
+        " ".join(advice),
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -66,7 +66,9 @@ def verify(
         for i in range(max(len(micro_batches) for micro_batches in gathered))
     ]
     if not rounds:
-        raise ConfigError("verify() got a window without any micro-batch. Give it the micro-batches of one step.")
+        raise ConfigError(
+            "verify() got a window without any micro-batch. Give it the micro-batches of one step."
+        )
     source, objective = strategy.evaluation_model, objective or accumulator.objective
     modes = {name: module.training for name, module in source.named_modules()}
     with state_preserved(accumulator, objective):
@@ -75,7 +77,9 @@ def verify(
         _match(source, model, frozen=mode is BatchNormMode.frozen)
         observed = capture(accumulator, micro_batches, window)
         everywhere = [micro_batch for row in rounds for micro_batch in row]
-        own, two = in_own_precision(accumulator, model, [(micro_batches or everywhere)[0], everywhere[-1]])
+        own, two = in_own_precision(
+            accumulator, model, [(micro_batches or everywhere)[0], everywhere[-1]]
+        )
         state = line_of(_moved(accumulator, own, modes, two), source, len(everywhere))
         outcome: Proof | Exception | None = None
         if world.rank == 0:
@@ -104,25 +108,35 @@ def _check(accumulator: Accumulator) -> None:
     source = accumulator.strategy.evaluation_model
     known = {id(parameter) for parameter in accumulator.strategy.model.parameters()}
     known |= {id(parameter) for parameter in source.parameters()}
-    strangers = [p for group in accumulator.optimizer.param_groups for p in group["params"] if id(p) not in known]
+    strangers = [
+        p
+        for group in accumulator.optimizer.param_groups
+        for p in group["params"]
+        if id(p) not in known
+    ]
     if strangers:
         raise ConfigError(
-            f"verify() compares the parameters of the model, but the optimizer holds {len(strangers)} parameter(s) "
-            f"that are not the model's (the first has the shape {list(strangers[0].shape)}) and would not be compared. "
-            "Make them part of the model that the accumulator is given: register them, or the module that holds them, "
-            "in it."
+            "verify() compares the parameters of the model, but the optimizer holds "
+            f"{len(strangers)} parameter(s) that are not the model's (the first has the shape "
+            f"{list(strangers[0].shape)}) and would not be compared. Make them part of the model "
+            "that the accumulator is given: register them, or the module that holds them, in it."
         )
-    synced = [name for name, m in source.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    synced = [
+        name for name, m in source.named_modules() if isinstance(m, nn.SyncBatchNorm) and m.training
+    ]
     if synced:
         raise ConfigError(
-            f"verify() compares with one process, but {synced[0]} is a torch.nn.SyncBatchNorm, which communicates with "
-            "the other ranks in each forward. Build the model with nn.BatchNorm and call "
-            "da.convert_batchnorm(model, 'sync')."
+            f"verify() compares with one process, but {synced[0]} is a torch.nn.SyncBatchNorm, "
+            "which communicates with the other ranks in each forward. Build the model with "
+            "nn.BatchNorm and call da.convert_batchnorm(model, 'sync')."
         )
 
 
 def _moved(
-    accumulator: Accumulator, model: nn.Module, modes: Mapping[str, bool], micro_batches: Sequence[Any]
+    accumulator: Accumulator,
+    model: nn.Module,
+    modes: Mapping[str, bool],
+    micro_batches: Sequence[Any],
 ) -> set[str]:
     """Return the names of the state that forwards change on any rank.
 
@@ -145,20 +159,31 @@ def _plain(accumulator: Accumulator, given: nn.Module | None) -> nn.Module:
     strategy = accumulator.strategy
     if given is None and strategy.sharded:
         raise ConfigError(
-            "verify() needs a plain model to compare with, because FSDP2 has sharded this one. Call "
-            "verify(accumulator, window, plain=make_model()), where make_model() builds the same model, with any "
-            "weights."
+            "verify() needs a plain model to compare with, because FSDP2 has sharded this one. "
+            "Call verify(accumulator, window, plain=make_model()), where make_model() builds the "
+            "same model, with any weights."
         )
-    own = {id(tensor) for tensor in (*strategy.evaluation_model.parameters(), *strategy.evaluation_model.buffers())}
-    if given is None or any(id(tensor) in own for tensor in (*given.parameters(), *given.buffers())):
+    own = {
+        id(tensor)
+        for tensor in (
+            *strategy.evaluation_model.parameters(),
+            *strategy.evaluation_model.buffers(),
+        )
+    }
+    if given is None or any(
+        id(tensor) in own for tensor in (*given.parameters(), *given.buffers())
+    ):
         given = copied(strategy.evaluation_model if given is None else given)
     model = unconverted(given)
-    names, plain_names = dict(strategy.evaluation_model.named_parameters()), dict(model.named_parameters())
+    names, plain_names = (
+        dict(strategy.evaluation_model.named_parameters()),
+        dict(model.named_parameters()),
+    )
     if names.keys() != plain_names.keys():
         other = sorted(names.keys() ^ plain_names.keys())
         raise ConfigError(
-            f"The plain model must have the same parameters as the accumulator's, but {len(other)} name(s) are in only "
-            f"one of them, such as {other[:3]}. Build both with the same code."
+            f"The plain model must have the same parameters as the accumulator's, but {len(other)} "
+            f"name(s) are in only one of them, such as {other[:3]}. Build both with the same code."
         )
     return model
 

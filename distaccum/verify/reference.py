@@ -63,7 +63,9 @@ def compute(
     loss = 0.0
     for group in groups:
         sums = sums_of(objective, model, group, list(denominators))
-        shares = [s / w if w > 0 else s * 0.0 for s, w in zip(sums, denominators.values(), strict=True)]
+        shares = [
+            s / w if w > 0 else s * 0.0 for s, w in zip(sums, denominators.values(), strict=True)
+        ]
         share = torch.stack(shares).sum()
         loss += float(share.detach())
         (share * scale).backward()
@@ -113,23 +115,33 @@ def combined(micro_batches: Sequence[Any], name: str = "the micro-batch") -> Any
     if name != "the micro-batch" and isinstance(values[0], list):
         opened = None  # its items may be samples
     else:
-        opened = [None if isinstance(v, tuple | list) and moves_itself(v) else parts(v) for v in values]
+        opened = [
+            None if isinstance(v, tuple | list) and moves_itself(v) else parts(v) for v in values
+        ]
     if opened is not None and None not in opened and len({type(value) for value in values}) == 1:
         return _together(name, values[0], [part for part in opened if part is not None])
     if not all(isinstance(value, Tensor) and value.ndim for value in values):
         if next(tensors_in(values), None) is None and all(value == values[0] for value in values):
             return values[0]
-        raise ConfigError(_advice(f"'{name}' is of type {type(values[0]).__name__} and differs between micro-batches"))
+        raise ConfigError(
+            _advice(
+                f"'{name}' is of type {type(values[0]).__name__} and differs between micro-batches"
+            )
+        )
     shapes = {tuple(value.shape[1:]) for value in values}
     if len(shapes) == 1:
         return torch.cat(values)
     if name not in PADDING or any(value.ndim != 2 for value in values):
         raise ConfigError(_advice(f"'{name}' has samples of different shapes {sorted(shapes)}"))
     width = max(value.shape[1] for value in values)
-    return torch.cat([nn.functional.pad(v, (0, width - v.shape[1]), value=PADDING[name]) for v in values])
+    return torch.cat(
+        [nn.functional.pad(v, (0, width - v.shape[1]), value=PADDING[name]) for v in values]
+    )
 
 
-def combined_denominators(objective: SupportsObjective, micro_batches: Sequence[Any]) -> dict[str, float]:
+def combined_denominators(
+    objective: SupportsObjective, micro_batches: Sequence[Any]
+) -> dict[str, float]:
     """Return the sum of the denominators of all micro-batches, by term."""
     each = [denominators_of(objective, micro_batch) for micro_batch in micro_batches]
     return {name: sum(one.get(name, 0.0) for one in each) for name in each[0]}
@@ -145,7 +157,9 @@ def cast(micro_batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(dtype) if leaf.is_floating_point() else leaf
         made = copy.copy(leaf)
-        vars(made).update({name: mapped(value, change, is_leaf) for name, value in vars(leaf).items()})
+        vars(made).update(
+            {name: mapped(value, change, is_leaf) for name, value in vars(leaf).items()}
+        )
         return made
 
     def is_leaf(value: Any) -> bool:
@@ -157,19 +171,28 @@ def cast(micro_batch: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _together(name: str, first: Any, opened: Sequence[Parts]) -> Any:
     """Join containers of one class, part by part."""
-    if any(one.keys() != other.keys() for those in opened for one, other in zip(those, opened[0], strict=True)):
+    if any(
+        one.keys() != other.keys()
+        for those in opened
+        for one, other in zip(those, opened[0], strict=True)
+    ):
         raise ConfigError(_advice(f"'{name}' does not hold the same names in all micro-batches"))
-    items = {key: combined([those.items[key] for those in opened], str(key)) for key in opened[0].items}
+    items = {
+        key: combined([those.items[key] for those in opened], str(key)) for key in opened[0].items
+    }
     attributes = {}
     for key, value in opened[0].attributes.items():
         # Private attributes of a class belong to no sample, unless they hold tensors.
         own = key.startswith("_") and next(tensors_in(value), None) is None
-        attributes[key] = value if own else combined([those.attributes[key] for those in opened], key)
+        attributes[key] = (
+            value if own else combined([those.attributes[key] for those in opened], key)
+        )
     return rebuilt(first, Parts(items, attributes))
 
 
 def _advice(reason: str) -> str:
     return (
         f"The micro-batches of this window cannot be joined into one big batch: {reason}. Pass "
-        "verify(..., combine=function) with a function that makes one micro-batch of a list of micro-batches."
+        "verify(..., combine=function) with a function that makes one micro-batch of a list of "
+        "micro-batches."
     )

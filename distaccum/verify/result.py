@@ -50,15 +50,26 @@ class Proof:
     def failures(self) -> str:
         """Return what fails, and what to write instead where known; empty if the proof holds."""
         failed = [line for line in self.lines if not line.holds]
-        names = [line.name for line in failed if not line.advice] + ([] if self.network_agrees else ["the ledger"])
-        beyond = [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} beyond the tolerance."] if names else []
+        names = [line.name for line in failed if not line.advice] + (
+            [] if self.network_agrees else ["the ledger"]
+        )
+        beyond = (
+            [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} beyond the tolerance."]
+            if names
+            else []
+        )
         return " ".join(beyond + [line.advice for line in failed if line.advice])
 
     def __str__(self) -> str:
         """Return the outcome as several lines of text."""
-        network = f"network: {self.network or 'nothing'}, {'exactly' if self.network_agrees else 'NOT'} the forecast"
+        network = (
+            f"network: {self.network or 'nothing'}, {'exactly' if self.network_agrees else 'NOT'} "
+            "the forecast"
+        )
         end = "proven" if self.holds else f"NOT PROVEN: {self.failures}"
-        return "\n".join([self.samples, *map(str, self.lines), f"tolerance: {self.tolerance}", network, end])
+        return "\n".join(
+            [self.samples, *map(str, self.lines), f"tolerance: {self.tolerance}", network, end]
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return the proof in plain containers, for example to write it as JSON."""

@@ -25,8 +25,15 @@ def copied(model: nn.Module) -> nn.Module:
 
     A forward may have left a tensor with a graph in an attribute.
     """
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in held if not value.is_leaf})
+    held = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    ]
+    return copy.deepcopy(
+        model, {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    )
 
 
 def state_of(value: Any) -> dict[str, Tensor | float]:
@@ -36,7 +43,9 @@ def state_of(value: Any) -> dict[str, Tensor | float]:
     """
     root = value if isinstance(value, nn.Module) else getattr(value, "__dict__", {})
     found = _named(root, "", set())
-    return {name: held.detach().clone() if isinstance(held, Tensor) else held for name, held in found}
+    return {
+        name: held.detach().clone() if isinstance(held, Tensor) else held for name, held in found
+    }
 
 
 def saved_names(model: nn.Module) -> set[str]:
@@ -79,7 +88,9 @@ class Kept:
         for holder, held in self._holders:
             if isinstance(holder, list):
                 holder[:] = held
-            elif list(map(id, holder.values())) != list(map(id, held.values())) or list(holder) != list(held):
+            elif list(map(id, holder.values())) != list(map(id, held.values())) or list(
+                holder
+            ) != list(held):
                 holder.clear()
                 holder.update(held)
         with torch.no_grad():
@@ -118,7 +129,9 @@ def _is_writable(tensor: Tensor) -> bool:
     """
     if tensor.is_inference() or tensor.layout is not torch.strided:
         return False
-    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return all(
+        stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _named(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor | float]]:

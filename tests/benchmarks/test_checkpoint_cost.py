@@ -1,4 +1,5 @@
-"""The program that measures checkpoints runs, and every window sends the same with and without them."""
+"""The program that measures checkpoints runs, and every window sends the same with and without
+them."""
 
 from __future__ import annotations
 
@@ -17,5 +18,6 @@ def test_it_measures_and_finds_no_further_collective(tmp_path: Path) -> None:
     assert {name: len(seconds) for name, seconds in found["seconds"].items()} == dict.fromkeys(
         ["none", "foreground", "behind"], 1
     )
-    assert found["checkpoint_bytes"] > 3 * 4 * found["parameters"]  # weights and AdamW's two moments, in float32
+    # weights and AdamW's two moments, in float32
+    assert found["checkpoint_bytes"] > 3 * 4 * found["parameters"]
     assert "collectives of every window, with and without checkpoints" in done.stdout

@@ -1,4 +1,5 @@
-"""The program that measures a GPU, on the CPU: every arm trains alike, and nothing that was not measured is told."""
+"""The program that measures a GPU, on the CPU: every arm trains alike, and nothing that was not
+measured is told."""
 
 from __future__ import annotations
 
@@ -17,11 +18,16 @@ import gpu  # noqa: E402
 from gpu_arms import ARMS, GPT2_124M, TINY, missing  # noqa: E402
 from gpu_turns import GoneError, Job, Order, Turn  # noqa: E402
 
-PROGRAM = f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nfrom gpu import main\nsys.exit(main())\n"
+PROGRAM = (
+    f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nfrom gpu import"
+    " main\nsys.exit(main())\n"
+)
 
 
 def test_every_arm_trains_to_the_losses_of_the_loop_by_hand(tmp_path: Path) -> None:
-    done = command_line(["--device", "cpu", "--smoke", "--out", "found.json"], tmp_path, program=PROGRAM)
+    done = command_line(
+        ["--device", "cpu", "--smoke", "--out", "found.json"], tmp_path, program=PROGRAM
+    )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["problems"], found["smoke"], found["peak_tflops"]) == ([], True, None)
@@ -35,7 +41,8 @@ def test_every_arm_trains_to_the_losses_of_the_loop_by_hand(tmp_path: Path) -> N
                 assert row["turns"] == row["samples_s"] == []
                 continue
             assert (row["status"], row["reason"]) == ("measured", "")
-            # One turn to warm up, two rounds, one with the alarm; each has a window before those that are timed.
+            # One turn to warm up, two rounds, one with the alarm; each has a window before those
+            # that are timed.
             assert [len(turn["losses"]) for turn in row["turns"]] == [2, 2, 2, 2]
             assert len(row["samples_s"]) == 2
             assert row["window_reads"] == (1 if row["arm"] == "distaccum" else 0)
@@ -57,17 +64,26 @@ def test_without_a_gpu_it_says_so(
 
 @pytest.mark.parametrize("sizes", [TINY, GPT2_124M])
 def test_flops_are_those_of_the_formula(sizes: Any) -> None:
-    # Weights of all matrices: 12 width^2 a layer, and the head. 2 FLOPs each and token, three times with the backward
-    # for inputs and for weights. Attention: two products of T x T x width, three times.
+    # Weights of all matrices: 12 width^2 a layer, and the head. 2 FLOPs each and token, three times
+    # with the backward for inputs and for weights. Attention: two products of T x T x width, three
+    # times.
     weights = 12 * sizes.layers * sizes.width**2 + sizes.vocab * sizes.width
     tokens = sizes.micro_batch_size * sizes.length
-    assert sizes.flops() == 6 * weights * tokens + 12 * sizes.layers * sizes.length * sizes.width * tokens
+    assert (
+        sizes.flops()
+        == 6 * weights * tokens + 12 * sizes.layers * sizes.length * sizes.width * tokens
+    )
 
 
 def test_only_gpus_of_known_speed_have_a_peak() -> None:
     assert gpu.known_peak("NVIDIA H100 80GB HBM3") == gpu.known_peak("NVIDIA H200") == 989
     assert gpu.known_peak("NVIDIA A100-SXM4-80GB") == 312
-    assert gpu.known_peak("NVIDIA H100 PCIe") is gpu.known_peak("NVIDIA H200 NVL") is gpu.known_peak("CPU") is None
+    assert (
+        gpu.known_peak("NVIDIA H100 PCIe")
+        is gpu.known_peak("NVIDIA H200 NVL")
+        is gpu.known_peak("CPU")
+        is None
+    )
 
 
 class Clock:
@@ -106,14 +122,18 @@ class Fake:
         pass
 
 
-SETTING = gpu.Setting("cuda", TINY, num_micro_batches=4, rounds=5, turn_windows=2, backend="inductor", limit_s=0.0)
+SETTING = gpu.Setting(
+    "cuda", TINY, num_micro_batches=4, rounds=5, turn_windows=2, backend="inductor", limit_s=0.0
+)
 
 
 def rows_in(limit_s: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu.Row]:
     clock = Clock()
     monkeypatch.setattr(gpu, "time", clock)
     monkeypatch.setattr(gpu, "Arm", lambda job: Fake(job, clock))
-    monkeypatch.setattr(gpu, "missing", lambda arm: ["lightning"] if arm == "Lightning Fabric" else [])
+    monkeypatch.setattr(
+        gpu, "missing", lambda arm: ["lightning"] if arm == "Lightning Fabric" else []
+    )
     rows = gpu.measure(SETTING, None, limit_s)
     assert clock.now <= limit_s
     return {row.arm: row for row in rows}
@@ -121,17 +141,25 @@ def rows_in(limit_s: float, monkeypatch: pytest.MonkeyPatch) -> dict[str, gpu.Ro
 
 def test_all_arms_but_those_that_fail_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_in(1000, monkeypatch)
-    status = {name: (row.status, len(row.samples_s), row.window_syncs) for name, row in rows.items()}
+    status = {
+        name: (row.status, len(row.samples_s), row.window_syncs) for name, row in rows.items()
+    }
     measured = ("measured", 5, 1.0)
     assert status == {
-        "by hand": measured, "distaccum": measured, "Accelerate": measured, "HF Trainer": ("failed", 0, None),
-        "Lightning Fabric": ("not installed", 0, None), "Lightning Trainer": ("failed", 0, None),
+        "by hand": measured, "distaccum": measured, "Accelerate": measured, "HF Trainer": ("failed",
+        0, None), "Lightning Fabric": ("not installed", 0, None), "Lightning Trainer": ("failed", 0,
+        None),
     }  # fmt: skip
     assert gpu.judge(list(rows.values())) == [
         "HF Trainer: RuntimeError: fault", "Lightning Trainer: its process ended with exit code 1"
     ]  # fmt: skip
-    printed = gpu.table(list(rows.values()), window_tokens=1000, window_flops=10**12, peak_tflops=10.0)
-    assert "distaccum          1,000 (1,000, 1,000)  1.000       10.0%  1,024     1           22.0" in printed
+    printed = gpu.table(
+        list(rows.values()), window_tokens=1000, window_flops=10**12, peak_tflops=10.0
+    )
+    assert (
+        "distaccum          1,000 (1,000, 1,000)  1.000       10.0%  1,024     1           22.0"
+        in printed
+    )
     assert "failed: RuntimeError: fault" in printed
     assert "not installed: needs lightning" in printed
 
@@ -139,7 +167,15 @@ def test_all_arms_but_those_that_fail_are_measured(monkeypatch: pytest.MonkeyPat
 # Each arm needs 20 s and two windows to warm up, three windows a round, and two at the end.
 @pytest.mark.parametrize(
     ("limit_s", "measured", "rounds"),
-    [(0.0, 0, 0), (26.0, 0, 0), (29.0, 1, 1), (60.0, 2, 1), (75.0, 2, 4), (95.0, 3, 2), (200.0, 3, 5)],
+    [
+        (0.0, 0, 0),
+        (26.0, 0, 0),
+        (29.0, 1, 1),
+        (60.0, 2, 1),
+        (75.0, 2, 4),
+        (95.0, 3, 2),
+        (200.0, 3, 5),
+    ],
 )
 def test_arms_that_do_not_fit_are_told(
     limit_s: float, measured: int, rounds: int, monkeypatch: pytest.MonkeyPatch
@@ -149,12 +185,23 @@ def test_arms_that_do_not_fit_are_told(
     assert len(took_part) == measured
     assert all(len(row.samples_s) >= rounds for row in took_part)
     late = [row for row in rows.values() if row.status == "no time left"]
-    assert len(took_part) + len(late) + sum(row.status in ("failed", "not installed") for row in rows.values()) == 6
-    assert all("no time left" in line for row in late for line in gpu.table([row], 1, 1, None).splitlines()[1:])
+    assert (
+        len(took_part)
+        + len(late)
+        + sum(row.status in ("failed", "not installed") for row in rows.values())
+        == 6
+    )
+    assert all(
+        "no time left" in line
+        for row in late
+        for line in gpu.table([row], 1, 1, None).splitlines()[1:]
+    )
     assert bool(measured) is ("not measured" not in "".join(gpu.judge(list(rows.values()))))
 
 
-def trained(arm: str, losses: list[float], norms: list[float], syncs: float | None = None) -> gpu.Row:
+def trained(
+    arm: str, losses: list[float], norms: list[float], syncs: float | None = None
+) -> gpu.Row:
     turn = Turn(1.0, None, losses, norms, reads=0, syncs=None)
     return gpu.Row(arm, turns=[turn], samples_s=[1.0], window_syncs=syncs)
 
@@ -166,10 +213,16 @@ def test_a_loop_that_does_not_train_alike_is_no_result() -> None:
     for wrong, what in (
         (trained("distaccum", [10.0, 10.0, 10.0], [2.0, 2.0, 2.0]), "its loss is not"),
         (trained("distaccum", [10.0, float("nan"), 9.6], [2.0, 1.9, 1.8]), "its loss is not"),
-        (trained("distaccum", [10.0, 9.8, 9.6], [2.0 / 4, 1.9 / 4, 1.8 / 4]), "its gradient norm is not"),
+        (
+            trained("distaccum", [10.0, 9.8, 9.6], [2.0 / 4, 1.9 / 4, 1.8 / 4]),
+            "its gradient norm is not",
+        ),
         (trained("distaccum", [10.0, 9.8, 9.6], [2.0, 1.9, 1.8], syncs=5.0), "5.0 host syncs"),
     ):
         assert any(what in problem for problem in gpu.judge([hand, wrong])), what
     stuck = trained("by hand", [10.0, 10.0, 10.0], [2.0, 2.0, 2.0])
     assert any("learned too little" in problem for problem in gpu.judge([stuck]))
-    assert any("was not measured" in problem for problem in gpu.judge([gpu.Row("by hand", "failed", "fault"), right]))
+    assert any(
+        "was not measured" in problem
+        for problem in gpu.judge([gpu.Row("by hand", "failed", "fault"), right])
+    )

@@ -1,4 +1,5 @@
-"""The GPU check on a machine without a GPU: what gloo can do is done, and what cannot run is never called passed."""
+"""The GPU check on a machine without a GPU: what gloo can do is done, and what cannot run is never
+called passed."""
 
 from __future__ import annotations
 
@@ -18,14 +19,16 @@ import gpu_check  # noqa: E402
 import gpu_ranks  # noqa: E402
 
 
-def start(folder: Path, missing: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
+def start(
+    folder: Path, missing: tuple[str, ...], *arguments: str
+) -> subprocess.CompletedProcess[str]:
     """The script on a machine where some packages are missing."""
     for name in missing:
         (folder / f"{name}.py").write_text("raise ModuleNotFoundError('not on this machine')")
     return subprocess.run(
         [str(ROOT / "scripts" / "gpu_check.sh"), *arguments],
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
 
 
@@ -36,7 +39,16 @@ def test_without_numpy_it_says_how_to_bring_it(tmp_path: Path) -> None:
 
 
 def test_dry_run_with_torch_and_numpy_alone(tmp_path: Path) -> None:
-    missing = ("hydra", "omegaconf", "antlr4", "yaml", "matplotlib", "wandb", "pytest", "hypothesis")
+    missing = (
+        "hydra",
+        "omegaconf",
+        "antlr4",
+        "yaml",
+        "matplotlib",
+        "wandb",
+        "pytest",
+        "hypothesis",
+    )
     done = start(tmp_path, missing, "--device", "cpu", "--tiny", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     (file,) = (tmp_path / "out").glob("gpu-cpu-*.json")
@@ -45,15 +57,18 @@ def test_dry_run_with_torch_and_numpy_alone(tmp_path: Path) -> None:
     assert report["machine"]["device"] == "CPU"
     checks = {(check["check"], check["ranks"]): check for check in report["checks"]}
     assert {name: check["status"] for name, check in checks.items()} == {
-        ("numerics", 1): "passed", ("numerics", 2): "passed", ("bf16", 1): "passed", ("bf16", 2): "passed",
-        ("speed and memory", 1): "passed", ("host syncs", 1): "not run",
+        ("numerics", 1): "passed", ("numerics", 2): "passed", ("bf16", 1): "passed", ("bf16",
+        2): "passed", ("speed and memory", 1): "passed", ("host syncs", 1): "not run",
     }  # fmt: skip
     for ranks, strategies in ((1, {"single", "ddp", "fsdp"}), (2, {"ddp", "fsdp", "hsdp"})):
         figures = checks["numerics", ranks]["figures"]
         assert {name.split()[0] for name in figures} - {"worst", "windows,"} == strategies
         assert 0 < figures["worst"] <= 1e-12
         assert figures["windows, each as the ledger forecast"] >= 30
-        assert checks["bf16", ranks]["figures"]["update of 512 equal micro-batches, fsdp boundary"] == 1.0
+        assert (
+            checks["bf16", ranks]["figures"]["update of 512 equal micro-batches, fsdp boundary"]
+            == 1.0
+        )
     assert checks["host syncs", 1]["reasons"] == ["torch.cuda.set_sync_debug_mode needs CUDA"]
     assert 0.3 < checks["speed and memory", 1]["figures"]["ratio of tokens/s, ours to by hand"] < 3
     assert "5 passed, 0 failed, 1 not run" in done.stdout
@@ -66,7 +81,9 @@ def raising(place: gpu_ranks.Place) -> gpu_ranks.Found:
 def test_a_rank_that_fails_is_named() -> None:
     job = gpu_ranks.Job(1, {"first": raising, "second": raising}, limit_s=60, group=False)
     found = gpu_ranks.run(job, "cpu", tiny=True)
-    assert found["first"].failures == ["rank 0: ValueError: fault on rank 0 [gpu_ranks.py:" + _line("part(Place")]
+    assert found["first"].failures == [
+        "rank 0: ValueError: fault on rank 0 [gpu_ranks.py:" + _line("part(Place")
+    ]
     assert "no answer" in found["second"].failures[0]
 
 
@@ -88,7 +105,9 @@ def test_failure_is_the_exit_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def one_fails(job: gpu_ranks.Job, device_type: str, tiny: bool) -> dict[str, gpu_ranks.Found]:
-        return {name: gpu_ranks.Found(failures=["too far off"] * (name == "bf16")) for name in job.parts}
+        return {
+            name: gpu_ranks.Found(failures=["too far off"] * (name == "bf16")) for name in job.parts
+        }
 
     monkeypatch.setattr(gpu_ranks, "run", one_fails)
     assert _main(monkeypatch, "--device", "cpu", "--tiny", "--out", str(tmp_path)) == 1

@@ -1,4 +1,5 @@
-"""The program that measures overhead runs, and all arms that are measured train the same parameters."""
+"""The program that measures overhead runs, and all arms that are measured train the same
+parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import sys
 from pathlib import Path
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "overhead.py"
-OWN = ["hand loop", "hand loop, lists", "hand loop with loss and norm", "ours", "ours, lists", "ours, keyed randomness"]
+OWN = [
+    "hand loop",
+    "hand loop, lists",
+    "hand loop with loss and norm",
+    "ours",
+    "ours, lists",
+    "ours, keyed randomness",
+]
 PEER = "Accelerate"
 SETTINGS = ["empty, 1 process", "gpt, 1 process", "empty, 2 ranks, DDP"]
 

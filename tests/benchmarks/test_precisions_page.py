@@ -1,4 +1,5 @@
-"""docs/precisions.md: its table is the stored one, its numbers keep derived bounds, its commands and its loop work."""
+"""docs/precisions.md: its table is the stored one, its numbers keep derived bounds, its commands
+and its loop work."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ PAGE = (ROOT / "docs" / "precisions.md").read_text(encoding="utf-8")
 STORED = json.loads(precisions.RESULTS.read_text(encoding="utf-8"))
 FP32, BF16, FP16, PURE, SUMS, PURE_SUMS, REDUCED = CASES
 MICRO_BATCHES = (1, 16)
-# A gradient is made of sums of up to 32 tokens x 257 logits. Errors of 2^-24 that do not conspire grow by the root of
-# the number of terms, 91, to 5e-6; conspiring ones would make 5e-4.
+# A gradient is made of sums of up to 32 tokens x 257 logits. Errors of 2^-24 that do not conspire
+# grow by the root of the number of terms, 91, to 5e-6; conspiring ones would make 5e-4.
 SINGLE = 1e-5
 ROUNDOFF = 2.0**-8  # bfloat16
 
@@ -52,7 +53,9 @@ def samples(cache_dir: str) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def rows(two_ranks: World, samples: list[dict[str, torch.Tensor]], cache_dir: str) -> dict[Case, dict[str, Any]]:
+def rows(
+    two_ranks: World, samples: list[dict[str, torch.Tensor]], cache_dir: str
+) -> dict[Case, dict[str, Any]]:
     found = {}
     for case in CASES:
         ran = (
@@ -65,20 +68,25 @@ def rows(two_ranks: World, samples: list[dict[str, torch.Tensor]], cache_dir: st
 
 
 def spread(terms: list[np.ndarray[Any, Any]]) -> float:
-    """How much larger the sum of the absolute terms is than the sum: what its rounding errors are measured by."""
+    """How much larger the sum of the absolute terms is than the sum: what its rounding errors are
+    measured by."""
     return float(np.linalg.norm(sum(np.abs(term) for term in terms)) / np.linalg.norm(sum(terms)))
 
 
-def test_errors_keep_to_what_is_derived(rows: dict[Case, dict[str, Any]], samples: list[Any]) -> None:
+def test_errors_keep_to_what_is_derived(
+    rows: dict[Case, dict[str, Any]], samples: list[Any]
+) -> None:
     gradients = [precisions.exact([sample]) for sample in samples]
     for num_micro_batches in MICRO_BATCHES:
         errors = {case: rows[case]["errors"][str(num_micro_batches)] for case in CASES}
         assert 0 < errors[FP32] < SINGLE
-        # The same operations are rounded, to 11 bits and to 8: a ratio of 8, within a factor of 2 for chance.
+        # The same operations are rounded, to 11 bits and to 8: a ratio of 8, within a factor of 2
+        # for chance.
         assert 4 * errors[FP16] < errors[BF16] < 16 * errors[FP16]
         # Rounded once more at the end, by up to 2^-8 of each number.
         assert errors[BF16] < errors[PURE] < 2 * errors[BF16] + ROUNDOFF
-        # K numbers rounded on their way into the sum, K - 1 additions rounded (Higham, section 4.2).
+        # K numbers rounded on their way into the sum, K - 1 additions rounded (Higham, section
+        # 4.2).
         rounded = ((1 + ROUNDOFF) ** num_micro_batches - 1) * spread(gradients[:num_micro_batches])
         assert 100 * errors[FP32] < errors[SUMS] < rounded + SINGLE
         assert errors[PURE_SUMS] < rounded + errors[PURE]
@@ -98,19 +106,29 @@ def test_errors_keep_to_what_is_derived(rows: dict[Case, dict[str, Any]], sample
 @pytest.mark.parametrize(
     ("case", "num_micro_batches", "update"),
     [(case, 1024, 1.0) for case in (FP32, BF16, FP16, PURE)]
-    + [(case, num, update) for case in (SUMS, PURE_SUMS) for num, update in ((256, 1.0), (512, 0.5), (1024, 0.25))],
+    + [
+        (case, num, update)
+        for case in (SUMS, PURE_SUMS)
+        for num, update in ((256, 1.0), (512, 0.5), (1024, 0.25))
+    ],
 )
 def test_trap_14_a_constant_gradient(case: Case, num_micro_batches: int, update: float) -> None:
-    # 256 times 1 / K is exact in 8 bits; the next 1 / K is half an ulp of that and is lost, for good.
+    # 256 times 1 / K is exact in 8 bits; the next 1 / K is half an ulp of that and is lost, for
+    # good.
     assert precisions.constant_gradient(case, num_micro_batches) == update
 
 
 def test_bytes_are_those_of_real_tensors_and_by_hand(rows: dict[Case, dict[str, Any]]) -> None:
     by_hand = {
-        FP32: (4, 4, 0, 8, 0, 0), BF16: (4, 4, 0, 8, 0, 0), FP16: (4, 4, 0, 8, 0, 0), PURE: (2, 2, 4, 4, 0, 0),
-        SUMS: (4, 4, 2, 8, 0, 0), PURE_SUMS: (2, 2, 0, 4, 0, 0),
-        REDUCED: (4, 4, 4, 8, 4 + 2 * 2, 2),  # DDP's buckets; rounded copies, and the messages made of them
-    }  # fmt: skip
+        FP32: (4, 4, 0, 8, 0, 0),
+        BF16: (4, 4, 0, 8, 0, 0),
+        FP16: (4, 4, 0, 8, 0, 0),
+        PURE: (2, 2, 4, 4, 0, 0),
+        SUMS: (4, 4, 2, 8, 0, 0),
+        PURE_SUMS: (2, 2, 0, 4, 0, 0),
+        # DDP's buckets; rounded copies, and the messages made of them
+        REDUCED: (4, 4, 4, 8, 4 + 2 * 2, 2),
+    }
     # By hand: tokens, positions; per layer 12 w^2 weights and 13 w biases and norms; the last norm.
     count = 257 * 64 + 32 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64
     assert precisions.num_parameters() == STORED["parameters"] == count
@@ -119,17 +137,22 @@ def test_bytes_are_those_of_real_tensors_and_by_hand(rows: dict[Case, dict[str, 
         expected = [size * count for size in by_hand[case]]
         expected[3] += steps
         assert list(row["bytes"].values()) == expected
-        # What the page tells of several ranks: 2 bytes travel where asked for, else 4, whatever the parameters are in.
+        # What the page tells of several ranks: 2 bytes travel where asked for, else 4, whatever the
+        # parameters are in.
         sent = precisions.predicted(replace(case, ranks=2))["sent"]
         assert sent == (2 if case.reduce is torch.bfloat16 else 4) * count
         assert precisions.is_held(row)
         assert set(row["bytes"]) - set(row["bytes held"]) == {"reduction"}
 
 
-def test_the_page_has_the_stored_table_and_it_is_of_these_cases(rows: dict[Case, dict[str, Any]]) -> None:
+def test_the_page_has_the_stored_table_and_it_is_of_these_cases(
+    rows: dict[Case, dict[str, Any]],
+) -> None:
     assert precisions.table(STORED) in PAGE
     assert f"{STORED['parameters']:,} parameters" in PAGE
-    assert [(row["case"], row["ranks"]) for row in STORED["rows"]] == [(case.overrides, case.ranks) for case in CASES]
+    assert [(row["case"], row["ranks"]) for row in STORED["rows"]] == [
+        (case.overrides, case.ranks) for case in CASES
+    ]
     for case, row in zip(CASES, STORED["rows"], strict=True):
         assert [int(num) for num in row["errors"]] == list(precisions.NUMS_MICRO_BATCHES)
         assert row["bytes"] == rows[case]["bytes"]  # these depend on no machine
@@ -142,7 +165,8 @@ def test_the_page_has_the_stored_table_and_it_is_of_these_cases(rows: dict[Case,
     assert errors[REDUCED] < ROUNDOFF < errors[SUMS] < 1.0
     assert "wrong by a third" in PAGE  # of the two rows that stall
     assert all(0.25 < errors[case] < 0.4 for case in (SUMS, PURE_SUMS))
-    assert float(torch.tensor(1.0, dtype=torch.bfloat16) - 1e-3) == 1.0  # the page's weight that does not move
+    # the page's weight that does not move
+    assert float(torch.tensor(1.0, dtype=torch.bfloat16) - 1e-3) == 1.0
     assert not re.search(r"/(home|tmp|work|root)/|[\w-]+@", json.dumps(STORED))
 
 
@@ -158,10 +182,16 @@ def test_the_command_lines_mean_what_was_measured() -> None:
         config = configuration(case.overrides)
         assert config.precision.name is case.precision
         asked = (config.accum.dtype, config.parallel.reduce_dtype)
-        assert tuple(None if dtype is None else dtype.torch for dtype in asked) == (case.accumulate, case.reduce)
+        assert tuple(None if dtype is None else dtype.torch for dtype in asked) == (
+            case.accumulate,
+            case.reduce,
+        )
     defaults = configuration("precision=fp16").precision
     scale = da.LossScale()
-    assert (defaults.loss_scale, defaults.loss_scale_growth_windows) == (scale.value, scale.growth_windows)
+    assert (defaults.loss_scale, defaults.loss_scale_growth_windows) == (
+        scale.value,
+        scale.growth_windows,
+    )
     commands = re.findall(r"^python -m distaccum train (.*)$", PAGE, flags=re.MULTILINE)
     assert len(commands) == 5
     for overrides in commands:

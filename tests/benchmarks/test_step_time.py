@@ -1,4 +1,5 @@
-"""The program that compares predicted with measured times runs, and every window sends what was predicted."""
+"""The program that compares predicted with measured times runs, and every window sends what was
+predicted."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "step_time.py"
 
 def test_every_way_is_predicted_and_measured(tmp_path: Path) -> None:
     found_file, picture = tmp_path / "found.json", tmp_path / "found.png"
-    words = [sys.executable, str(PROGRAM), "--smoke", "--out", str(found_file), "--plot", str(picture)]
+    words = [
+        sys.executable,
+        str(PROGRAM),
+        "--smoke",
+        "--out",
+        str(found_file),
+        "--plot",
+        str(picture),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=110)
     assert done.returncode == 0, done.stderr
     assert "traffic as predicted, to the byte: 10 of 10" in done.stdout
@@ -22,7 +31,9 @@ def test_every_way_is_predicted_and_measured(tmp_path: Path) -> None:
     found = json.loads(found_file.read_text())
     (rate,) = found["rates"].values()
     ways = ["ddp", "ddp, T = 4", "fsdp boundary", "fsdp gather_once", "fsdp every"]
-    assert [(row["way"], row["num_micro_batches"]) for row in rate["rows"]] == list(itertools.product(ways, [2, 8]))
+    assert [(row["way"], row["num_micro_batches"]) for row in rate["rows"]] == list(
+        itertools.product(ways, [2, 8])
+    )
     assert rate["profile"]["ranks"] == 2
     assert len(rate["micro_batch"]["seconds"]) == 2  # before the windows of each K
     for row in rate["rows"]:

@@ -1,4 +1,5 @@
-"""docs/why.md says what benchmarks/why.py measures, names tests that exist, and shows code that runs."""
+"""docs/why.md says what benchmarks/why.py measures, names tests that exist, and shows code that
+runs."""
 
 from __future__ import annotations
 
@@ -29,9 +30,10 @@ def test_the_page_has_the_table_that_the_script_prints() -> None:
     assert [int(row[0]) for row in rows] == list(range(1, 11))
     # By arithmetic, whatever the page says. 1 / 28 of four digits is 0.03571.
     by_hand = {
-        1: ("[1, 1.25]", "[1, 1, 1, 1]"), 2: ("[1, 0.25]", "[1, 1]"), 3: ("0.25", "0.03571"), 4: ("0.05", "0.03571"),
-        5: ("4", "1"), 6: ("[1, 0.9375, 0.875, 0.8125, 0.75]", "[1, 0.75, 0.5, 0.25, 0]"),
-        7: ("[0.25, 0, 0, 0, 0]", "[1, 0.75, 0.5, 0.25, 0]"), 8: ("0.5", "1"), 9: ("0.25", "1"), 10: ("1.5", "3"),
+        1: ("[1, 1.25]", "[1, 1, 1, 1]"), 2: ("[1, 0.25]", "[1, 1]"), 3: ("0.25", "0.03571"),
+        4: ("0.05", "0.03571"), 5: ("4", "1"), 6: ("[1, 0.9375, 0.875, 0.8125, 0.75]",
+        "[1, 0.75, 0.5, 0.25, 0]"), 7: ("[0.25, 0, 0, 0, 0]", "[1, 0.75, 0.5, 0.25, 0]"), 8: ("0.5",
+        "1"), 9: ("0.25", "1"), 10: ("1.5", "3"),
     }  # fmt: skip
     for number, _, _, plain, right, ours in rows:
         assert (plain, right) == by_hand[int(number)]
@@ -40,7 +42,9 @@ def test_the_page_has_the_table_that_the_script_prints() -> None:
 
 def test_the_tests_that_the_page_names_exist() -> None:
     named = set(re.findall(r"`(test_\w+)`", PAGE))
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    source = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
+    )
     assert len(named) >= 10
     assert named <= set(re.findall(r"^def (test_\w+)\(", source, flags=re.MULTILINE))
     files = re.findall(r"`tests/(\w+/test_\w+\.py)`", PAGE)
@@ -55,10 +59,13 @@ def test_the_two_loops_of_the_page_run_and_agree_where_both_are_right(capsys) ->
         torch.manual_seed(0)
         model = torch.nn.Linear(3, 2, dtype=torch.float64)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        data = [(torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])) for _ in range(8)]
+        data = [
+            (torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])) for _ in range(8)
+        ]
         names = {
-            "da": da, "torch": torch, "model": model, "optimizer": optimizer, "loader": data, "accumulation_steps": 4,
-            "num_epochs": 1, "loss_fn": torch.nn.functional.cross_entropy, "objective": da.Classification(),
+            "da": da, "torch": torch, "model": model, "optimizer": optimizer, "loader": data,
+            "accumulation_steps": 4, "num_epochs": 1, "loss_fn": torch.nn.functional.cross_entropy,
+            "objective": da.Classification(),
             "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2),
         }  # fmt: skip
         exec(compile(code, "docs/why.md", "exec"), names)

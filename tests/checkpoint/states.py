@@ -23,7 +23,8 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
-SHAPES = [(5, 3), (7,), (1, 4), (3, 2, 2), (8, 2), (0, 3)]  # over 4 ranks: uneven, empty shards, and nothing at all
+# over 4 ranks: uneven, empty shards, and nothing at all
+SHAPES = [(5, 3), (7,), (1, 4), (3, 2, 2), (8, 2), (0, 3)]
 
 
 def whole(seed=0):
@@ -41,7 +42,8 @@ def whole(seed=0):
 
 
 def spread(tensors, kind):
-    """The tensors of `model.` as this world holds them: plain on all ranks, sharded, or sharded within replicas."""
+    """The tensors of `model.` as this world holds them: plain on all ranks, sharded, or sharded
+    within replicas."""
     size = torch.distributed.get_world_size()
     if kind == "plain":
         return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -49,11 +51,19 @@ def spread(tensors, kind):
         mesh, placements = init_device_mesh("cpu", (size,)), [Shard(0)]
     else:
         replicas = 2 if size % 2 == 0 else 1
-        mesh, placements = init_device_mesh("cpu", (replicas, size // replicas)), [Replicate(), Shard(0)]
+        mesh, placements = (
+            init_device_mesh("cpu", (replicas, size // replicas)),
+            [
+                Replicate(),
+                Shard(0),
+            ],
+        )
     return {
-        name: distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-        if name.startswith("model.")
-        else tensor.clone()
+        name: (
+            distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+            if name.startswith("model.")
+            else tensor.clone()
+        )
         for name, tensor in tensors.items()
     }
 
@@ -63,7 +73,9 @@ def same_bits(held, expected):
     differ = sorted(set(held) ^ set(expected))
     for name in set(held) & set(expected):
         tensor = held[name].full_tensor() if isinstance(held[name], DTensor) else held[name]
-        if tensor.dtype != expected[name].dtype or not torch.equal(_bits(tensor), _bits(expected[name])):
+        if tensor.dtype != expected[name].dtype or not torch.equal(
+            _bits(tensor), _bits(expected[name])
+        ):
             differ.append(name)
     return differ
 
@@ -82,7 +94,9 @@ def full_of(step, numel=1000):
 
 
 def load_alone(checkpoint: Checkpoint):
-    into = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
+    into = {
+        name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()
+    }
     checkpoint.load(into)
     return into
 

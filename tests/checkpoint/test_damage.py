@@ -1,4 +1,5 @@
-"""Damaged checkpoints and those of strangers: named, passed over, left in place, and nobody's code is run."""
+"""Damaged checkpoints and those of strangers: named, passed over, left in place, and nobody's code
+is run."""
 
 from __future__ import annotations
 
@@ -91,22 +92,37 @@ DAMAGE = {
     "a shard that is a link": (link, f"{SHARD} is not a regular file"),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
     "a manifest that is a pipe": (pipe, "manifest.json is not a regular file"),
-    "an empty folder": (lambda path: [file.unlink() for file in path.iterdir()], "manifest.json is missing"),
+    "an empty folder": (
+        lambda path: [file.unlink() for file in path.iterdir()],
+        "manifest.json is missing",
+    ),
     "no JSON": (manifest('{"format": "distaccum checkpoint", "ver'), "is not JSON"),
-    "not UTF-8": (lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"), "is not JSON"),
+    "not UTF-8": (
+        lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe\x00"),
+        "is not JSON",
+    ),
     "too deep": (manifest("[" * 100_000), "is not JSON"),
     "too long a number": (manifest("1" * 10_000), "is not JSON"),
     "another JSON": (manifest("[1, 2]"), "is not the manifest of a checkpoint"),
     "a newer version": (changed("version", to=2), "has version 2; only version 1 can be read"),
     "a step that is no number": (changed("step", to="2"), "step is '2', which is not a count"),
     "a step below zero": (changed("step", to=-2), "step is -2, which is not a count"),
-    "facts that are a list": (changed("facts", to=[]), r"facts is \[\], which is not a JSON object"),
+    "facts that are a list": (
+        changed("facts", to=[]),
+        r"facts is \[\], which is not a JSON object",
+    ),
     "another folder": (lies_at("../step-00000001/" + SHARD), r"names the file '\.\./step-00000001"),
     "an absolute path": (lies_at("/etc/passwd"), "names the file '/etc/passwd'"),
     "a newline in a name": (lies_at(SHARD + "\n"), "names the file"),
     "no checksum": (changed("files", SHARD, to={"bytes": 3}), f"{SHARD} has no sha256"),
-    "an unknown dtype": (changed("tensors", "model.a", "dtype", to="Tensor"), "the unknown dtype 'Tensor'"),
-    "a true shape": (changed("tensors", "model.a", "shape", to=[True, 3]), "shape of model.a is True"),
+    "an unknown dtype": (
+        changed("tensors", "model.a", "dtype", to="Tensor"),
+        "the unknown dtype 'Tensor'",
+    ),
+    "a true shape": (
+        changed("tensors", "model.a", "shape", to=[True, 3]),
+        "shape of model.a is True",
+    ),
     "offsets outside": (
         changed(*CHUNK, 0, "offsets", to=[1, 0]),
         r"a chunk at \[1, 0\].*outside its shape \[1000, 3\]",
@@ -123,7 +139,11 @@ DAMAGE = {
         changed(
             "tensors",
             "model.b",
-            to=lambda t: {**t, "shape": [1, 7], "chunks": [{"file": SHARD, "offsets": [0, 0], "sizes": [1, 7]}]},
+            to=lambda t: {
+                **t,
+                "shape": [1, 7],
+                "chunks": [{"file": SHARD, "offsets": [0, 0], "sizes": [1, 7]}],
+            },
         ),
         "holds 'model.b' as I64",
     ),
@@ -169,7 +189,9 @@ def test_boxes_that_overlap_though_their_volume_is_right():
     check_cover("nothing", (0, 3), [])
 
 
-@pytest.mark.parametrize("honest", [True, False], ids=["with the right checksum", "with the old checksum"])
+@pytest.mark.parametrize(
+    "honest", [True, False], ids=["with the right checksum", "with the old checksum"]
+)
 def test_a_pickle_in_a_shards_place_is_not_read(tmp_path, honest):
     marker = tmp_path / "marker"
     folder = tmp_path / "checkpoints"
@@ -197,7 +219,9 @@ def test_torchs_own_checkpoint_is_refused(tmp_path):
     bad.mkdir()
     for name in (".metadata", "__0_0.distcp"):
         (bad / name).write_bytes(pickle.dumps(Malice(marker)))
-    with pytest.raises(CheckpointError, match=r"manifest.json is missing; \.metadata is a PyTorch pickle"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest.json is missing; \.metadata is a PyTorch pickle"
+    ):
         Checkpoint.open(bad, ALONE)
     with pytest.raises(CheckpointError, match="has no good checkpoint"):
         Checkpoint.open(tmp_path, ALONE)
@@ -205,7 +229,9 @@ def test_torchs_own_checkpoint_is_refused(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", [None, "step-00000009", "../../step-00000002", "\xff\n", "x" * 1000, ""])
+@pytest.mark.parametrize(
+    "content", [None, "step-00000009", "../../step-00000002", "\xff\n", "x" * 1000, ""]
+)
 def test_latest_that_leads_nowhere(tmp_path, content):
     save_alone(tmp_path, 1, 2)
     (tmp_path / "latest").unlink()
@@ -221,7 +247,8 @@ def test_latest_may_be_set_back_by_hand(tmp_path):
     checkpoints = save_alone(tmp_path, 1, 2, 3, keep=2)
     (tmp_path / "latest").write_text("step-00000002\n")
     assert checkpoints.newest().step == 2
-    checkpoints.save(3, full_of(5), {})  # the run goes on from there: what it saves now is the newer one
+    # the run goes on from there: what it saves now is the newer one
+    checkpoints.save(3, full_of(5), {})
     assert names(tmp_path) == ["latest", "step-00000003", "step-00000003-2"]
     flip(tmp_path / "step-00000003-2")
     assert checkpoints.newest().path.name == "step-00000003"
@@ -253,5 +280,8 @@ def test_what_one_rank_finds_damaged_is_passed_over_by_all(two_ranks: Ranks, tmp
     assert two_ranks.run(choose, folder) == [(2, [], [])] * 2
     shard = folder / "step-00000002" / "shard-00001.safetensors"  # which rank 1 alone looks at
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x5a")
-    expected = f"{shard.parent}: rank 1: {shard.name} is damaged: its checksum is not the one in the manifest"
+    expected = (
+        f"{shard.parent}: rank 1: {shard.name} is damaged: its checksum is not the one in the "
+        "manifest"
+    )
     assert two_ranks.run(choose, folder) == [(1, [expected], [])] * 2

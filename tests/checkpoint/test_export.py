@@ -63,7 +63,11 @@ def test_one_file_from_the_shards_and_back_into_a_model(checkpoint, tmp_path):
 
 
 def test_one_name_of_tied_weights_is_enough(tmp_path):
-    state = {name: tensor.clone() for name, tensor in Tied(seed=7).state_dict().items() if name != "head.weight"}
+    state = {
+        name: tensor.clone()
+        for name, tensor in Tied(seed=7).state_dict().items()
+        if name != "head.weight"
+    }
     save_file(state, tmp_path / "weights.safetensors")
     model = Tied(seed=1)
     load_weights(model, tmp_path / "weights.safetensors")
@@ -73,8 +77,14 @@ def test_one_name_of_tied_weights_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("half.bias"), r"does not fit this model \(Tied\): it lacks half\.bias\.$"),
-        (lambda state: state.update(other=torch.zeros(1)), r"it holds other, which the model does not have\.$"),
+        (
+            lambda state: state.pop("half.bias"),
+            r"does not fit this model \(Tied\): it lacks half\.bias\.$",
+        ),
+        (
+            lambda state: state.update(other=torch.zeros(1)),
+            r"it holds other, which the model does not have\.$",
+        ),
         (
             lambda state: state.update(count=torch.zeros(2)),
             r"holds 'count' with the shape \[2\], but in the model it has \[\]",
@@ -101,10 +111,14 @@ class Malice:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "renamed.safetensors"])
-@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
 def test_pickles_are_refused(tmp_path, name, write):
     write(Malice(tmp_path / "marker"), tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"is a PyTorch pickle. Reading it would run code of whoever wrote it"):
+    with pytest.raises(
+        CheckpointError, match=r"is a PyTorch pickle. Reading it would run code of whoever wrote it"
+    ):
         load_weights(Tied(), tmp_path / name)
     assert names(tmp_path) == [name]
 
@@ -120,7 +134,9 @@ def test_from_pretrained_reads_it(tmp_path):
 
     def make_model(seed=1):
         torch.manual_seed(seed)
-        return GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=2))
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=2)
+        )
 
     trained = make_model(seed=7)
     tensors = {f"model.{name}": tensor for name, tensor in trained.state_dict().items()}
@@ -132,6 +148,7 @@ def test_from_pretrained_reads_it(tmp_path):
     with pytest.raises(CheckpointError, match="is not empty"):
         export_pretrained(checkpoint, tmp_path / "exported", make_model)
     with pytest.raises(
-        CheckpointError, match=r"does not fit this model \(Tied\): it lacks count, .*; it holds lm_head\.weight"
+        CheckpointError,
+        match=r"does not fit this model \(Tied\): it lacks count, .*; it holds lm_head\.weight",
     ):
         export_pretrained(checkpoint, tmp_path / "other", Tied)

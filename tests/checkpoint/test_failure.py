@@ -1,4 +1,5 @@
-"""Saves that fail or are killed: the old state or the new one, and an error that all ranks share."""
+"""Saves that fail or are killed: the old state or the new one, and an error that all ranks
+share."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from distaccum.checkpoint.store import Checkpoints
 from distaccum.errors import CheckpointError, ConfigError
 from distaccum.parallel.world import World
 
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}  # audit events of what changes a folder, besides `open`
+# audit events of what changes a folder, besides `open`
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def test_keep_and_best(tmp_path):
@@ -42,7 +44,14 @@ def test_a_name_is_never_used_again(tmp_path):
     for other in ("step-1", "step-00000001-old", "step-00000000.bak", "notes"):
         (tmp_path / other).mkdir()
     save_alone(tmp_path, 2, keep=1)
-    assert names(tmp_path) == ["latest", "notes", "step-00000000.bak", "step-00000001-old", "step-00000002", "step-1"]
+    assert names(tmp_path) == [
+        "latest",
+        "notes",
+        "step-00000000.bak",
+        "step-00000001-old",
+        "step-00000002",
+        "step-1",
+    ]
 
 
 def test_keep_at_least_one(tmp_path):
@@ -53,18 +62,24 @@ def test_keep_at_least_one(tmp_path):
 def test_an_old_one_that_cannot_be_removed_is_told(tmp_path, monkeypatch):
     checkpoints = save_alone(tmp_path, 1, keep=1)
     checkpoints.saved()
-    monkeypatch.setattr(files, "remove", lambda path: (_ for _ in ()).throw(PermissionError(13, "not yours")))
+    monkeypatch.setattr(
+        files, "remove", lambda path: (_ for _ in ()).throw(PermissionError(13, "not yours"))
+    )
     checkpoints.save(2, full_of(2), {})
     (saved,) = checkpoints.saved()
     assert saved.remarks == (
-        f"the old checkpoint {tmp_path / 'step-00000001'} could not be removed: [Errno 13] not yours",
+        (
+            f"the old checkpoint {tmp_path / 'step-00000001'} could not be removed: [Errno 13] not "
+            "yours"
+        ),
     )
     assert saved.message().endswith(saved.remarks[0])
 
 
 @contextlib.contextmanager
 def small_files(limit_bytes):
-    """No file may grow beyond this in this process: a real error of the kernel, wherever tests run."""
+    """No file may grow beyond this in this process: a real error of the kernel, wherever tests
+    run."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:
@@ -78,9 +93,8 @@ def fill_up(folder, asynchronous, mounted, only_rank):
     checkpoints = Checkpoints(folder, world, keep=2, asynchronous=asynchronous)
 
     def save(step):
-        checkpoints.save(
-            step, full_of(step, 20_000), {"step": step}, best=True
-        )  # 240 KB, of which one rank writes most
+        # 240 KB, of which one rank writes most
+        checkpoints.save(step, full_of(step, 20_000), {"step": step}, best=True)
         checkpoints.wait()
 
     save(1)
@@ -100,7 +114,13 @@ def fill_up(folder, asynchronous, mounted, only_rank):
     torch.distributed.barrier()
     save(3)
     found = checkpoints.newest()
-    return str(error.value), left, found.step, same_bits(load_alone(found), full_of(3, 20_000)), checkpoints.passed_over
+    return (
+        str(error.value),
+        left,
+        found.step,
+        same_bits(load_alone(found), full_of(3, 20_000)),
+        checkpoints.passed_over,
+    )
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["synchronous", "asynchronous"])
@@ -123,7 +143,9 @@ def test_one_rank_that_cannot_write(two_ranks: Ranks, tmp_path, asynchronous):
     told = two_ranks.run(fill_up, tmp_path, asynchronous, False, rank)
     assert told[0] == told[1]
     message, left, step, differ, passed_over = told[0]
-    assert f"in {tmp_path}: rank {rank}: OSError: [Errno 27] File too large. The last good" in message
+    assert (
+        f"in {tmp_path}: rank {rank}: OSError: [Errno 27] File too large. The last good" in message
+    )
     assert left == ["best", "latest", "step-00000001"]
     assert (step, differ, passed_over) == (3, [], [])
 
@@ -133,7 +155,10 @@ def test_a_failure_while_it_is_put_in_place(tmp_path, monkeypatch, point):
     """After the folder has its name the checkpoint is there, whatever becomes of the pointer."""
     checkpoints = save_alone(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(f"pathlib.Path.{point}", lambda *args: (_ for _ in ()).throw(PermissionError("not today")))
+        patch.setattr(
+            f"pathlib.Path.{point}",
+            lambda *args: (_ for _ in ()).throw(PermissionError("not today")),
+        )
         with pytest.raises(CheckpointError, match="PermissionError: not today") as error:
             checkpoints.save(2, full_of(2), {})
     there = ["step-00000001"] if point == "rename" else ["step-00000001", "step-00000002"]
@@ -150,7 +175,11 @@ def killed_at(folder, point, report):
 
     def die(event, arguments):
         nonlocal changes
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
         if not (event in CHANGES or writes) or changes < 0:
             return
         changes += 1
@@ -166,7 +195,9 @@ def killed_at(folder, point, report):
 def begin(function, *arguments):
     """A process that can be killed; it is forked from where torch is imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.testing", "distaccum"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.fsdp", "torch.testing", "distaccum"]
+    )
     ours, theirs = context.Pipe()
     process = context.Process(target=function, args=(*arguments, theirs), daemon=True)
     process.start()
@@ -189,7 +220,8 @@ def test_killed_before_each_change_of_the_folder(tmp_path):
         assert not any(folder.glob("*.part"))
         newest = checkpoints.newest()
         assert checkpoints.passed_over == []
-        assert {entry.trouble for entry in files.entries(folder)} == {""}  # not one half is to be seen
+        # not one half is to be seen
+        assert {entry.trouble for entry in files.entries(folder)} == {""}
         assert newest.facts == {"step": newest.step}
         assert same_bits(load_alone(newest), full_of(newest.step)) == []
         found.append(newest.step)
@@ -246,7 +278,8 @@ def test_clean_removes_only_what_is_on_its_way(tmp_path):
     (tmp_path / "latest.part").write_text("step-0000")
     told = Checkpoints(tmp_path, ALONE, keep=1).clean()
     assert [line.split(":")[0] for line in told] == [
-        f"removed {tmp_path / name}" for name in ("latest.part", "step-00000001-2.part", "step-00000002.part")
+        f"removed {tmp_path / name}"
+        for name in ("latest.part", "step-00000001-2.part", "step-00000002.part")
     ]
     assert names(tmp_path) == ["latest", "mine.part", "step-00000001", "step-2.part"]
 

@@ -22,7 +22,12 @@ from distaccum.errors import CheckpointError
 from distaccum.parallel.world import World
 
 KINDS = ["plain", "sharded", "hybrid"]
-SAVED_AND_LOADED = [("plain", "hybrid"), ("sharded", "sharded"), ("sharded", "plain"), ("hybrid", "sharded")]
+SAVED_AND_LOADED = [
+    ("plain", "hybrid"),
+    ("sharded", "sharded"),
+    ("sharded", "plain"),
+    ("hybrid", "sharded"),
+]
 
 
 def save(folder, kind, asynchronous=False):
@@ -48,7 +53,8 @@ def load(root):
 
 
 def pieces_heard_of(folder):
-    """Save, and count the descriptions of pieces that this rank receives, and holds as it writes."""
+    """Save, and count the descriptions of pieces that this rank receives, and holds as it
+    writes."""
     checkpoints, received, alive = Checkpoints(folder, World.of(CPU), keep=9), [], []
 
     def unpickled(piece, state):
@@ -91,7 +97,9 @@ def saved(four_ranks: Ranks, tmp_path_factory):
 def ranks(request, two_ranks, four_ranks):
     """Worlds of one to four ranks; those of two and four are there already."""
     with contextlib.ExitStack() as stack:
-        yield {2: two_ranks, 4: four_ranks}.get(request.param) or stack.enter_context(ranks_of(request.param))
+        yield {2: two_ranks, 4: four_ranks}.get(request.param) or stack.enter_context(
+            ranks_of(request.param)
+        )
 
 
 def test_loads_on_any_number_of_ranks(ranks: Ranks, saved):
@@ -112,14 +120,18 @@ def test_asynchronous_writes_the_same_bytes(saved, kind):
 def test_everything_is_written_once_and_shared_out(saved, kind):
     manifest = json.loads((saved / kind / "step-00000003" / "manifest.json").read_text())
     stored = sum(
-        tensor.numel() * tensor.itemsize for tensor in load_alone(Checkpoint.open(saved / kind, ALONE)).values()
+        tensor.numel() * tensor.itemsize
+        for tensor in load_alone(Checkpoint.open(saved / kind, ALONE)).values()
     )
     payload = [
-        file["bytes"] - 8 - int.from_bytes((saved / kind / "step-00000003" / name).read_bytes()[:8], "little")
+        file["bytes"]
+        - 8
+        - int.from_bytes((saved / kind / "step-00000003" / name).read_bytes()[:8], "little")
         for name, file in manifest["files"].items()
     ]
     assert sum(payload) == stored
-    # The largest piece has 96 bytes, and each goes to the least loaded: no rank is further ahead than one piece.
+    # The largest piece has 96 bytes, and each goes to the least loaded: no rank is further ahead
+    # than one piece.
     if kind == "plain":
         assert max(payload) - min(payload) <= 96
 
@@ -207,7 +219,9 @@ def disagree(folder, what):
     if what == "load name":
         checkpoints.save(1, tensors, facts)
         with pytest.raises(CheckpointError) as error:
-            Checkpoint.open(folder, world).load({"model.a": torch.zeros(1000, 3), "model.c": torch.zeros(7)})
+            Checkpoint.open(folder, world).load(
+                {"model.a": torch.zeros(1000, 3), "model.c": torch.zeros(7)}
+            )
         return str(error.value)
     with pytest.raises(CheckpointError) as error:
         checkpoints.save(2, tensors, facts)

@@ -1,4 +1,5 @@
-"""The plan is arithmetic: every sample exactly once per epoch, whatever the world size and wherever a run resumes."""
+"""The plan is arithmetic: every sample exactly once per epoch, whatever the world size and wherever
+a run resumes."""
 
 from __future__ import annotations
 
@@ -50,11 +51,15 @@ plans = plans_of(LastWindow.keep, LastWindow.fill, at_least=1)
 dropping = plans_of(LastWindow.drop, at_least=60)
 
 
-def samples_of(plan: Plan, windows: int, world_size: int, step: int = 0, start: int = 0) -> list[int]:
+def samples_of(
+    plan: Plan, windows: int, world_size: int, step: int = 0, start: int = 0
+) -> list[int]:
     """All samples of some windows, gathered rank by rank."""
     found = []
     for window in islice(plan.windows(step, start), windows):
-        by_number = {m.number: m for rank in range(world_size) for m in window.of_rank(rank, world_size)}
+        by_number = {
+            m.number: m for rank in range(world_size) for m in window.of_rank(rank, world_size)
+        }
         assert sorted(by_number) == list(range(len(by_number)))
         for number in sorted(by_number):
             found += plan.samples(by_number[number])
@@ -64,7 +69,8 @@ def samples_of(plan: Plan, windows: int, world_size: int, step: int = 0, start: 
 @settings(deadline=None)
 @given(plan=plans, world_size=st.integers(1, 9))
 def test_every_sample_exactly_once_per_epoch(plan: Plan, world_size: int) -> None:
-    windows = plan.num_steps(3) + (plan.last_window is LastWindow.fill)  # one more holds the end of the third epoch
+    # one more holds the end of the third epoch
+    windows = plan.num_steps(3) + (plan.last_window is LastWindow.fill)
     found = samples_of(plan, windows, world_size)
     if plan.last_window is LastWindow.keep:
         assert len(found) == 3 * plan.num_samples
@@ -74,7 +80,12 @@ def test_every_sample_exactly_once_per_epoch(plan: Plan, world_size: int) -> Non
 
 
 @settings(deadline=None)
-@given(plan=st.one_of(plans, dropping), stop=st.integers(0, 20), before=st.integers(1, 9), after=st.integers(1, 9))
+@given(
+    plan=st.one_of(plans, dropping),
+    stop=st.integers(0, 20),
+    before=st.integers(1, 9),
+    after=st.integers(1, 9),
+)
 def test_a_resumed_run_continues_where_it_stopped_on_any_world_size(
     plan: Plan, stop: int, before: int, after: int
 ) -> None:
@@ -92,9 +103,9 @@ def test_a_resumed_run_continues_where_it_stopped_on_any_world_size(
 def test_micro_batches_do_not_depend_on_the_world_size(plan: Plan, world_size: int) -> None:
     for window in islice(plan.windows(), 5):
         dealt = [window.of_rank(rank, world_size) for rank in range(world_size)]
-        assert sorted((m for micro_batches in dealt for m in micro_batches), key=lambda m: m.number) == list(
-            window.micro_batches
-        )
+        assert sorted(
+            (m for micro_batches in dealt for m in micro_batches), key=lambda m: m.number
+        ) == list(window.micro_batches)
         counts = [len(micro_batches) for micro_batches in dealt]
         assert max(counts) - min(counts) <= 1
         micro_batch_sizes = [m.size for m in window.micro_batches]
@@ -117,7 +128,11 @@ def test_drop_uses_each_sample_at_most_once_and_only_full_windows(
         windows = [w for w in islice(plan.windows(), plan.num_steps(2)) if w.epoch == epoch]
         assert [w.size for w in windows] == [effective_batch_size] * plan.windows_per_epoch
         found = [s for w in windows for m in w.micro_batches for s in plan.samples(m)]
-        assert len(found) == len(set(found)) == num_samples // effective_batch_size * effective_batch_size
+        assert (
+            len(found)
+            == len(set(found))
+            == num_samples // effective_batch_size * effective_batch_size
+        )
 
 
 def test_epochs_differ_and_seeds_differ() -> None:
@@ -134,7 +149,8 @@ GOLDEN = "3775d29cde2e21d0982c3df05f057fb5"  # of the plans below before there w
 
 @pytest.mark.parametrize("in_one_entry", [False, True])
 def test_one_effective_batch_all_along_makes_the_windows_it_always_made(in_one_entry: bool) -> None:
-    """Without a schedule, and with one that never changes: windows, micro-batches, samples and counts."""
+    """Without a schedule, and with one that never changes: windows, micro-batches, samples and
+    counts."""
     seen = hashlib.blake2b(digest_size=16)
     for n in (1, 7, 25, 150):
         for batch in (1, 7, 16, 100):
@@ -149,15 +165,29 @@ def test_one_effective_batch_all_along_makes_the_windows_it_always_made(in_one_e
                         seed=n + batch,
                         last_window=last,
                     )
-                    seen.update(repr((plan.windows_per_epoch, plan.last_window_size, plan.num_steps(3))).encode())
+                    seen.update(
+                        repr(
+                            (plan.windows_per_epoch, plan.last_window_size, plan.num_steps(3))
+                        ).encode()
+                    )
                     for step, start in ((0, 0), (5, 3 * n - 2), (9, n // 2)):
                         for w in islice(plan.windows(step, start), 6):
                             assert w.effective_batch_size == batch
                             seen.update(
-                                repr((w.step, w.epoch, w.start, w.size, w.micro_batch_size, w.next_start)).encode()
+                                repr(
+                                    (
+                                        w.step,
+                                        w.epoch,
+                                        w.start,
+                                        w.size,
+                                        w.micro_batch_size,
+                                        w.next_start,
+                                    )
+                                ).encode()
                             )
                             micro_batches = [
-                                (m.step, m.number, m.start, m.size, plan.samples(m)) for m in w.micro_batches
+                                (m.step, m.number, m.start, m.size, plan.samples(m))
+                                for m in w.micro_batches
                             ]
                             seen.update(repr(micro_batches).encode())
     assert seen.hexdigest() == GOLDEN
@@ -176,27 +206,44 @@ def test_a_jump_and_a_ramp_by_hand() -> None:
     assert batches_of(jump, 8) == [16, 16, 16, 16, 64, 64, 8, 8]
     assert [w.start for w in islice(jump.windows(), 8)] == [0, 16, 32, 48, 64, 128, 192, 200]
     ramp = planned(BatchSchedule(entries, ramp=Ramp.linear), num_samples=10_000, micro_batch_size=8)
-    # 16, 28, 40, 52, then 64, 36, then 8: 28 and 36 are half-way between multiples of 8, 52 as well.
+    # 16, 28, 40, 52, then 64, 36, then 8: 28 and 36 are half-way between multiples of 8, 52 as
+    # well.
     assert batches_of(ramp, 8) == [16, 32, 40, 56, 64, 40, 8, 8]
     by_position = planned(
-        BatchSchedule(((0, 16), (40, 64)), ScheduleUnit.samples), num_samples=10_000, micro_batch_size=8
+        BatchSchedule(((0, 16), (40, 64)), ScheduleUnit.samples),
+        num_samples=10_000,
+        micro_batch_size=8,
     )
-    assert [(w.start, w.size) for w in islice(by_position.windows(), 4)] == [(0, 16), (16, 16), (32, 16), (48, 64)]
+    assert [(w.start, w.size) for w in islice(by_position.windows(), 4)] == [
+        (0, 16),
+        (16, 16),
+        (32, 16),
+        (48, 64),
+    ]
 
 
 def test_a_ramp_keeps_its_ends_where_the_micro_batch_size_does_not_divide_them() -> None:
-    plan = planned(BatchSchedule(((0, 3), (4, 21)), ramp=Ramp.linear), num_samples=10_000, micro_batch_size=8)
+    plan = planned(
+        BatchSchedule(((0, 3), (4, 21)), ramp=Ramp.linear), num_samples=10_000, micro_batch_size=8
+    )
     assert batches_of(plan, 6) == [3, 8, 16, 16, 21, 21]  # 3, 7.5, 12, 16.5, 21
 
 
 @settings(deadline=None)
-@given(schedule=schedules, micro_batch_size=st.integers(1, 12), step=st.integers(0, 200), start=st.integers(0, 200))
+@given(
+    schedule=schedules,
+    micro_batch_size=st.integers(1, 12),
+    step=st.integers(0, 200),
+    start=st.integers(0, 200),
+)
 def test_a_ramp_is_exact_at_its_entries_and_monotone_between(
     schedule: BatchSchedule, micro_batch_size: int, step: int, start: int
 ) -> None:
     def at(position: int) -> int:
         in_steps = schedule.unit is ScheduleUnit.steps
-        return schedule.at(position if in_steps else step, start if in_steps else position, micro_batch_size)
+        return schedule.at(
+            position if in_steps else step, start if in_steps else position, micro_batch_size
+        )
 
     assert [at(begin) for begin, _ in schedule.entries] == [size for _, size in schedule.entries]
     for (begin, size), (end, goal) in pairwise(schedule.entries):
@@ -207,15 +254,26 @@ def test_a_ramp_is_exact_at_its_entries_and_monotone_between(
         assert [*between, goal] == sorted([*between, goal], reverse=goal < size)
         for position, batch in enumerate(between[1:], begin + 1):
             exact = size + (goal - size) * (position - begin) / (end - begin)
-            assert abs(batch - exact) <= micro_batch_size / 2 + 1e-9  # nearest; a bound is nearer than what it bounds
+            # nearest; a bound is nearer than what it bounds
+            assert abs(batch - exact) <= micro_batch_size / 2 + 1e-9
             assert batch % micro_batch_size == 0 or batch in (size, goal)
     assert at(10**9) == schedule.entries[-1][1] <= schedule.largest
 
 
 @settings(deadline=None)
-@given(schedule=schedules, micro_batch_size=st.integers(1, 12), step=st.integers(0, 100), start=st.integers(0, 100))
-def test_windows_said_to_be_alike_are(schedule: BatchSchedule, micro_batch_size: int, step: int, start: int) -> None:
-    alike, batch = schedule.alike(step, start, micro_batch_size), schedule.at(step, start, micro_batch_size)
+@given(
+    schedule=schedules,
+    micro_batch_size=st.integers(1, 12),
+    step=st.integers(0, 100),
+    start=st.integers(0, 100),
+)
+def test_windows_said_to_be_alike_are(
+    schedule: BatchSchedule, micro_batch_size: int, step: int, start: int
+) -> None:
+    alike, batch = (
+        schedule.alike(step, start, micro_batch_size),
+        schedule.at(step, start, micro_batch_size),
+    )
     assert alike >= 1
     for index in range(min(alike, 50)):
         assert schedule.at(step + index, start + index * batch, micro_batch_size) == batch
@@ -223,9 +281,12 @@ def test_windows_said_to_be_alike_are(schedule: BatchSchedule, micro_batch_size:
 
 @settings(deadline=None)
 @given(plan=st.one_of(plans, dropping), epochs=st.integers(0, 2), step=st.integers(0, 60))
-def test_counts_and_starts_are_those_of_the_windows_one_by_one(plan: Plan, epochs: int, step: int) -> None:
+def test_counts_and_starts_are_those_of_the_windows_one_by_one(
+    plan: Plan, epochs: int, step: int
+) -> None:
     end = epochs * plan.num_samples
-    windows = list(islice(plan.windows(), 2 * plan.num_samples + 61))  # no window has less than one sample
+    # no window has less than one sample
+    windows = list(islice(plan.windows(), 2 * plan.num_samples + 61))
     assert plan.num_steps(epochs) == sum(w.start + w.size <= end for w in windows)
     first = [w for w in windows if w.epoch == 0]
     assert (plan.windows_per_epoch, plan.last_window_size) == (len(first), first[-1].size)
@@ -244,10 +305,16 @@ def test_a_rank_makes_its_own_micro_batches_only(monkeypatch: pytest.MonkeyPatch
             super().__init__(*args)
 
     monkeypatch.setattr("distaccum.core.plan.MicroBatch", Counted)
-    window = Plan(num_samples=10**7, effective_batch_size=16384 * 8 * 3 - 1, micro_batch_size=3).window()
+    window = Plan(
+        num_samples=10**7, effective_batch_size=16384 * 8 * 3 - 1, micro_batch_size=3
+    ).window()
     last = window.of_rank(16383, 16384)
     assert made == len(last) == 8
-    assert (last[-1].number, last[-1].start + last[-1].size, last[-1].size) == (131071, window.size, 2)
+    assert (last[-1].number, last[-1].start + last[-1].size, last[-1].size) == (
+        131071,
+        window.size,
+        2,
+    )
 
 
 @settings(deadline=None)
@@ -257,16 +324,22 @@ def test_drop_with_a_schedule_leaves_out_only_what_is_too_short(plan: Plan) -> N
         assert window.size == window.effective_batch_size
         assert following.start == window.next_start
         end = window.start + window.size
-        assert following.epoch == window.epoch or following.start == following.epoch * plan.num_samples
-        if following.start > end:  # the gap is smaller than what a window there would have been asked for
+        assert (
+            following.epoch == window.epoch or following.start == following.epoch * plan.num_samples
+        )
+        # the gap is smaller than what a window there would have been asked for
+        if following.start > end:
             asked = planned(
-                plan.schedule or plan.effective_batch_size, num_samples=10**6, micro_batch_size=plan.micro_batch_size
+                plan.schedule or plan.effective_batch_size,
+                num_samples=10**6,
+                micro_batch_size=plan.micro_batch_size,
             )
             assert following.start - end < asked.window(following.step, end).effective_batch_size
 
 
 def test_drop_with_a_schedule_by_hand() -> None:
-    """Epochs of 20 samples: 6, 6, 6 and a gap of 2, then 8, 8 and a gap of 4; also from within the first gap."""
+    """Epochs of 20 samples: 6, 6, 6 and a gap of 2, then 8, 8 and a gap of 4; also from within the
+    first gap."""
     growing = BatchSchedule(((0, 6), (20, 8)), ScheduleUnit.samples)
     plan = planned(growing, num_samples=20, micro_batch_size=2, last_window=LastWindow.drop)
     assert [(w.start, w.size) for w in islice(plan.windows(), 6)] == [
@@ -284,12 +357,14 @@ def test_drop_with_a_schedule_by_hand() -> None:
 def test_millions_of_windows_are_counted_without_making_them() -> None:
     growing = BatchSchedule(((0, 64), (10**6, 4096)), ramp=Ramp.linear)
     plan = planned(growing, num_samples=10**12, micro_batch_size=1024)
-    # By hand: on [0, 10^6) the exact batch is 64 + 0.004032 s. Nearest multiples of 1024, at least 64: 64 at 64 + ... <
-    # 512, then 1024, 2048, 3072, and 4096 from 3584 on.
+    # By hand: on [0, 10^6) the exact batch is 64 + 0.004032 s. Nearest multiples of 1024, at least
+    # 64: 64 at 64 + ... < 512, then 1024, 2048, 3072, and 4096 from 3584 on.
     bounds = [-(-(middle - 64) * 1000_000 // 4032) for middle in (512, 1536, 2560, 3584)]
     expected = sum(
         batch * (end - begin)
-        for batch, begin, end in zip((64, 1024, 2048, 3072, 4096), (0, *bounds), (*bounds, 3 * 10**6), strict=True)
+        for batch, begin, end in zip(
+            (64, 1024, 2048, 3072, 4096), (0, *bounds), (*bounds, 3 * 10**6), strict=True
+        )
     )
     assert plan.start_of(3 * 10**6) == expected
 
@@ -300,8 +375,14 @@ def test_millions_of_windows_are_counted_without_making_them() -> None:
         ((), r"accum.schedule has no entries\. Write at least \{from: 0"),
         (((5, 16),), r"accum.schedule\[0\].from is 5.*\{from: 0, effective_batch_size: 16\}"),
         (((-1, 16),), r"accum.schedule\[0\].from is -1"),
-        (((0, 16), (9, 32), (9, 64)), r"accum.schedule\[2\].from \(9\) does not come after .* \(9\)"),
-        (((0, 16), (9, 32), (4, 64)), r"accum.schedule\[2\].from \(4\) .* rising order, each position \(steps\)"),
+        (
+            ((0, 16), (9, 32), (9, 64)),
+            r"accum.schedule\[2\].from \(9\) does not come after .* \(9\)",
+        ),
+        (
+            ((0, 16), (9, 32), (4, 64)),
+            r"accum.schedule\[2\].from \(4\) .* rising order, each position \(steps\)",
+        ),
         (((0, 16), (9, 0)), r"accum.schedule\[1\].effective_batch_size is 0; .* at least 1"),
     ],
 )
@@ -312,7 +393,9 @@ def test_schedules_that_make_no_sense(entries: tuple[tuple[int, int], ...], mess
 
 def test_a_plan_and_its_schedule_agree() -> None:
     schedule = BatchSchedule(((0, 4), (9, 30)))
-    with pytest.raises(ConfigError, match="effective_batch_size is 5, but the schedule begins with 4"):
+    with pytest.raises(
+        ConfigError, match="effective_batch_size is 5, but the schedule begins with 4"
+    ):
         Plan(100, 5, 2, schedule=schedule)
     with pytest.raises(ConfigError, match="an epoch has 20 samples and a window needs 30"):
         Plan(20, 4, 2, last_window=LastWindow.drop, schedule=schedule)
@@ -321,7 +404,8 @@ def test_a_plan_and_its_schedule_agree() -> None:
 
 def test_a_schedule_in_tokens() -> None:
     in_tokens = BatchSchedule(((0, 4), (1000, 8)), ScheduleUnit.tokens, Ramp.linear)
-    in_samples = BatchSchedule(((0, 4), (8, 8)), ScheduleUnit.samples, Ramp.linear)  # 7 x 128 < 1000 <= 8 x 128
+    # 7 x 128 < 1000 <= 8 x 128
+    in_samples = BatchSchedule(((0, 4), (8, 8)), ScheduleUnit.samples, Ramp.linear)
     assert in_tokens.in_samples(128) == in_samples
     assert in_samples.in_samples(None) is in_samples
     with pytest.raises(ConfigError, match="schedule_unit=tokens needs samples of one length"):
@@ -333,7 +417,10 @@ def test_a_schedule_in_tokens() -> None:
 def test_entries_as_users_write_them() -> None:
     written = [{"from": 0, "effective_batch_size": 16}, {"from": 100, "effective_batch_size": 64}]
     assert entries_of(written) == ((0, 16), (100, 64))
-    with pytest.raises(ConfigError, match=r"accum.schedule\[1\] has the keys at, effective_batch_size. Write an entry"):
+    with pytest.raises(
+        ConfigError,
+        match=r"accum.schedule\[1\] has the keys at, effective_batch_size. Write an entry",
+    ):
         entries_of([written[0], {"at": 100, "effective_batch_size": 64}])
 
 
@@ -341,14 +428,24 @@ def test_windows_per_epoch_and_the_last_window() -> None:
     for kind, per_epoch, last, steps in (
         (LastWindow.keep, 4, 4, 8),
         (LastWindow.drop, 3, 7, 6),
-        (LastWindow.fill, 4, 7, 7),  # 50 samples in two epochs: seven full windows, one sample not begun
+        # 50 samples in two epochs: seven full windows, one sample not begun
+        (LastWindow.fill, 4, 7, 7),
     ):
         plan = Plan(25, 7, 3, last_window=kind)
-        assert (plan.windows_per_epoch, plan.last_window_size, plan.num_steps(2)) == (per_epoch, last, steps)
+        assert (plan.windows_per_epoch, plan.last_window_size, plan.num_steps(2)) == (
+            per_epoch,
+            last,
+            steps,
+        )
 
 
 def test_random_keys_depend_on_all_three_numbers() -> None:
-    keys = {random_key(seed, step, number) for seed in range(5) for step in range(5) for number in range(5)}
+    keys = {
+        random_key(seed, step, number)
+        for seed in range(5)
+        for step in range(5)
+        for number in range(5)
+    }
     assert len(keys) == 125
     assert all(0 <= key < 2**63 for key in keys)
 
@@ -375,7 +472,11 @@ def test_any_two_give_the_third(
     assert two.effective_batch_size == micro_batch * micro_batches * world_size
     assert two.even
     try:
-        three = solve(world_size, effective_batch_size=effective_batch_size, gradient_accumulation_steps=micro_batches)
+        three = solve(
+            world_size,
+            effective_batch_size=effective_batch_size,
+            gradient_accumulation_steps=micro_batches,
+        )
     except ConfigError:
         sizes = {
             solve(world_size, effective_batch_size, size).gradient_accumulation_steps
@@ -383,13 +484,22 @@ def test_any_two_give_the_third(
         }
         assert micro_batches not in sizes  # no micro-batch size gives so many
     else:
-        assert (three.effective_batch_size, three.gradient_accumulation_steps) == (effective_batch_size, micro_batches)
-        assert Plan(effective_batch_size, effective_batch_size, three.micro_batch_size).window().of_rank(0, world_size)
+        assert (three.effective_batch_size, three.gradient_accumulation_steps) == (
+            effective_batch_size,
+            micro_batches,
+        )
+        assert (
+            Plan(effective_batch_size, effective_batch_size, three.micro_batch_size)
+            .window()
+            .of_rank(0, world_size)
+        )
 
 
 def test_with_fewer_than_two_the_rest_has_defaults() -> None:
     assert solve(2).effective_batch_size == 2 * DEFAULT_MICRO_BATCH_SIZE
-    assert solve(2, gradient_accumulation_steps=3).effective_batch_size == 6 * DEFAULT_MICRO_BATCH_SIZE
+    assert (
+        solve(2, gradient_accumulation_steps=3).effective_batch_size == 6 * DEFAULT_MICRO_BATCH_SIZE
+    )
     assert solve(2, micro_batch_size=5).effective_batch_size == 10
     assert solve(2, effective_batch_size=64).gradient_accumulation_steps == 4
     assert solve(1, effective_batch_size=3).micro_batch_size == 3
@@ -399,7 +509,10 @@ def test_all_three_must_agree() -> None:
     assert solve(2, effective_batch_size=48, micro_batch_size=8, gradient_accumulation_steps=3).even
     with pytest.raises(
         ConfigError,
-        match=r"gradient_accumulation_steps=4 contradicts accum.effective_batch_size=48.*effective_batch_size=64",
+        match=(
+            r"gradient_accumulation_steps=4 contradicts"
+            r" accum.effective_batch_size=48.*effective_batch_size=64"
+        ),
     ):
         solve(2, effective_batch_size=48, micro_batch_size=8, gradient_accumulation_steps=4)
 
@@ -407,12 +520,20 @@ def test_all_three_must_agree() -> None:
 def test_a_refusal_names_the_nearest_plans() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"needs 12\.5 micro-batches of 8 .* accum.effective_batch_size=96 or 104, or accum.micro_batch_size=5",
+        match=(
+            r"needs 12\.5 micro-batches of 8 .* accum.effective_batch_size=96 or 104, or"
+            r" accum.micro_batch_size=5"
+        ),
     ):
         solve(1, effective_batch_size=100, micro_batch_size=8, ragged=Ragged.refuse)
     with pytest.raises(ConfigError, match=r"use 16|effective_batch_size=16"):
         solve(2, effective_batch_size=3, micro_batch_size=8, ragged=Ragged.refuse)
-    assert solve(4, effective_batch_size=64, micro_batch_size=4, ragged=Ragged.refuse).gradient_accumulation_steps == 4
+    assert (
+        solve(
+            4, effective_batch_size=64, micro_batch_size=4, ragged=Ragged.refuse
+        ).gradient_accumulation_steps
+        == 4
+    )
 
 
 def test_effective_batch_in_tokens() -> None:
@@ -423,7 +544,9 @@ def test_effective_batch_in_tokens() -> None:
         samples_of_tokens(1000, None)
 
 
-@pytest.mark.parametrize("name", ["effective_batch_size", "micro_batch_size", "gradient_accumulation_steps"])
+@pytest.mark.parametrize(
+    "name", ["effective_batch_size", "micro_batch_size", "gradient_accumulation_steps"]
+)
 def test_counts_are_positive(name: str) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         solve(2, **{name: 0})

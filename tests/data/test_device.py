@@ -1,4 +1,5 @@
-"""Micro-batches of any class are moved to a device and cut in two, and keep it. `meta` is the other device."""
+"""Micro-batches of any class are moved to a device and cut in two, and keep it. `meta` is the other
+device."""
 
 from __future__ import annotations
 
@@ -137,7 +138,11 @@ def held(micro_batch: Any) -> tuple[Tensor, Tensor]:
         return micro_batch["inputs"]["x"], micro_batch["targets"][0]
     if isinstance(micro_batch, Mapping | UserDict):
         return micro_batch["x"], micro_batch["y"]
-    return (micro_batch[0], micro_batch[1]) if isinstance(micro_batch, tuple | list) else (micro_batch.x, micro_batch.y)
+    return (
+        (micro_batch[0], micro_batch[1])
+        if isinstance(micro_batch, tuple | list)
+        else (micro_batch.x, micro_batch.y)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,13 +198,22 @@ def test_what_cannot_be_made_again_is_passed_through() -> None:
     class Unknown:
         x = torch.ones(2)
 
-    for micro_batch in (Unknown(), MappingProxyType({"x": torch.ones(2)}), "text", None, 3, range(3)):
+    for micro_batch in (
+        Unknown(),
+        MappingProxyType({"x": torch.ones(2)}),
+        "text",
+        None,
+        3,
+        range(3),
+    ):
         assert to_device(micro_batch, META) is micro_batch
 
 
 def test_micro_batches_ahead_keep_what_was_read() -> None:
     micro_batches = [BatchEncoding({"x": torch.ones(2)}), BatchEncoding({"x": torch.ones(3)})]
-    for (read, moved), micro_batch in zip(one_ahead(micro_batches, META), micro_batches, strict=True):
+    for (read, moved), micro_batch in zip(
+        one_ahead(micro_batches, META), micro_batches, strict=True
+    ):
         assert read is micro_batch
         assert read["x"].device == CPU
         assert isinstance(moved, BatchEncoding)
@@ -207,21 +221,35 @@ def test_micro_batches_ahead_keep_what_was_read() -> None:
 
 
 def steps_of_uneven_windows() -> list[float]:
-    """On each rank: the weight after windows of a class of their own, of which rank 1 has one and then none."""
+    """On each rank: the weight after windows of a class of their own, of which rank 1 has one and
+    then none."""
     model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     accumulator = da.Accumulator(
         DistributedDataParallel(model),
         torch.optim.SGD(model.parameters(), lr=1.0),
-        da.Objective(lambda model, micro_batch: model(micro_batch.x).sum(), lambda micro_batch: len(micro_batch.x)),
+        da.Objective(
+            lambda model, micro_batch: model(micro_batch.x).sum(),
+            lambda micro_batch: len(micro_batch.x),
+        ),
     )
-    kinds: tuple[Callable[[Tensor], Any], ...] = (InPlace, lambda x: Named("kept", x=x), lambda x: UserDict(x=x))
+    kinds: tuple[Callable[[Tensor], Any], ...] = (
+        InPlace,
+        lambda x: Named("kept", x=x),
+        lambda x: UserDict(x=x),
+    )
     found = []
     for make in kinds:
-        micro_batches = [make(torch.tensor([[value]], dtype=torch.float64)) for value in (1.0, 2.0, 6.0)]
+        micro_batches = [
+            make(torch.tensor([[value]], dtype=torch.float64)) for value in (1.0, 2.0, 6.0)
+        ]
         for micro_batch in micro_batches:
             micro_batch.x = micro_batch["x"] if isinstance(micro_batch, Mapping) else micro_batch.x
-        for share in (micro_batches[:2], micro_batches[2:]) if dist.get_rank() == 0 else (micro_batches[2:], []):
+        for share in (
+            (micro_batches[:2], micro_batches[2:])
+            if dist.get_rank() == 0
+            else (micro_batches[2:], [])
+        ):
             before = float(model.weight.detach())
             accumulator.step(share)
             found.append(before - float(model.weight.detach()))
@@ -263,13 +291,14 @@ def test_halves_of_lists_of_samples() -> None:
     ("a scalar", {"x": torch.ones(4), "scale": torch.tensor(2.0)}),
     ("a number that may count the samples", {"x": torch.ones(4), "size": 4}),
     ("a shape or one number for each sample", {"x": torch.ones(2, 3), "shape": [32, 32]}),
-    ("tensors of samples or one for each sample", {"x": torch.ones(2, 3), "views": [torch.ones(2), torch.ones(2)]}),
-    ("rows or items", ([torch.ones(3, 4)] * 2, [torch.ones(3)] * 2)),
+    ("tensors of samples or one for each sample", {"x": torch.ones(2, 3), "views": [torch.ones(2),
+    torch.ones(2)]}), ("rows or items", ([torch.ones(3, 4)] * 2, [torch.ones(3)] * 2)),
     ("a class that knows more", pack_sequence([torch.ones(3)])),
     ("an own class", Returns(torch.ones(4))),
     ("an own class beside a tensor", (torch.ones(4), Returns(torch.ones(4)))),
-    ("a mapping that cannot be made again", {"x": torch.ones(4), "more": MappingProxyType({"y": torch.ones(4)})}),
-    ("nested", torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)),
+    ("a mapping that cannot be made again", {"x": torch.ones(4),
+    "more": MappingProxyType({"y": torch.ones(4)})}), ("nested",
+    torch.nested.as_nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)),
 ])  # fmt: skip
 def test_what_cannot_be_cut_for_certain_is_whole(why: str, micro_batch: Any) -> None:
     assert halves(micro_batch) is None, why

@@ -16,21 +16,33 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from distaccum.core.plan import Plan
-from distaccum.data.images import ImageDataset, ImagesConfig, ImageSource, frequency_loss, load_images
+from distaccum.data.images import (
+    ImageDataset,
+    ImagesConfig,
+    ImageSource,
+    frequency_loss,
+    load_images,
+)
 from distaccum.data.loader import Loader
 from distaccum.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def digits(augment: bool = False, validation_fraction: float = 0.2) -> tuple[ImageDataset, ImageDataset]:
-    return load_images(ImagesConfig("images", ImageSource.digits, None, None, augment, validation_fraction))
+def digits(
+    augment: bool = False, validation_fraction: float = 0.2
+) -> tuple[ImageDataset, ImageDataset]:
+    return load_images(
+        ImagesConfig("images", ImageSource.digits, None, None, augment, validation_fraction)
+    )
 
 
 def folder(
     path: Path, size_px: int | None = 6, augment: bool = False, validation_fraction: float = 0.3
 ) -> tuple[ImageDataset, ImageDataset]:
-    return load_images(ImagesConfig("images", ImageSource.folder, str(path), size_px, augment, validation_fraction))
+    return load_images(
+        ImagesConfig("images", ImageSource.folder, str(path), size_px, augment, validation_fraction)
+    )
 
 
 def everything(dataset: ImageDataset) -> dict[str, torch.Tensor]:
@@ -74,7 +86,9 @@ def test_digits_are_all_there_and_normalised() -> None:
     assert batch["labels"].dtype == torch.int64
     assert sorted(set(batch["labels"].tolist())) == list(range(10))
     # 91,000 float32 numbers of order 1, rounded to 6e-8 each.
-    torch.testing.assert_close(batch["inputs"].double().mean(), torch.tensor(0.0).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        batch["inputs"].double().mean(), torch.tensor(0.0).double(), rtol=0, atol=1e-5
+    )
     torch.testing.assert_close(
         batch["inputs"].double().std(correction=0), torch.tensor(1.0).double(), rtol=0, atol=1e-5
     )
@@ -95,7 +109,8 @@ def test_digits_are_the_ones_of_scikit_learn() -> None:
         for picture, label in zip(*_raw(dataset), strict=True)
     }
     assert found == {
-        (i.astype(int).flatten().tolist().__repr__(), int(t)) for i, t in zip(raw.images, raw.target, strict=True)
+        (i.astype(int).flatten().tolist().__repr__(), int(t))
+        for i, t in zip(raw.images, raw.target, strict=True)
     }
 
 
@@ -107,10 +122,14 @@ def _raw(dataset: ImageDataset) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_split_depends_on_the_number_of_the_image_alone() -> None:
-    small, large = (digits(validation_fraction=fraction)[1]._numbers.tolist() for fraction in (0.1, 0.3))
+    small, large = (
+        digits(validation_fraction=fraction)[1]._numbers.tolist() for fraction in (0.1, 0.3)
+    )
     assert set(small) < set(large)  # more is held out, nothing returns
     hashes = [hashlib.sha256(f"digits/{i}".encode()).digest() for i in range(1797)]
-    assert small == [i for i, digest in enumerate(hashes) if int.from_bytes(digest[:8], "big") < 0.1 * 2**64]
+    assert small == [
+        i for i, digest in enumerate(hashes) if int.from_bytes(digest[:8], "big") < 0.1 * 2**64
+    ]
 
 
 def test_facts_and_pickle() -> None:
@@ -129,18 +148,23 @@ def test_frequency_loss_by_hand(pngs: Path) -> None:
     expected = -p.log()[everything(validation)["labels"]]
     assert frequency_loss(train, validation) == pytest.approx(float(expected.mean()), abs=1e-12)
     assert frequency_loss(train, validation, [1]) == pytest.approx(float(expected[1]), abs=1e-12)
-    assert frequency_loss(*digits()) == pytest.approx(np.log(10), abs=0.01)  # ten classes, about equally frequent
+    # ten classes, about equally frequent
+    assert frequency_loss(*digits()) == pytest.approx(np.log(10), abs=0.01)
 
 
 def test_augmentation_is_a_function_of_the_generator(pngs: Path) -> None:
     for train, validation in (digits(augment=True), folder(pngs, augment=True)):
         torch.manual_seed(0)
         first, again, other = (
-            train.batch(range(8), torch.Generator().manual_seed(seed))["inputs"] for seed in (1, 1, 2)
+            train.batch(range(8), torch.Generator().manual_seed(seed))["inputs"]
+            for seed in (1, 1, 2)
         )
         assert torch.equal(first, again)
         assert not torch.equal(first, other)
-        one, two = (validation.batch([0, 1, 2], torch.Generator().manual_seed(seed))["inputs"] for seed in (1, 2))
+        one, two = (
+            validation.batch([0, 1, 2], torch.Generator().manual_seed(seed))["inputs"]
+            for seed in (1, 2)
+        )
         assert torch.equal(one, two)  # validation images never vary
         torch.manual_seed(0)
         expected = torch.rand(3)
@@ -175,21 +199,31 @@ def test_a_folder_is_read_as_it_is(pngs: Path) -> None:
     assert train.class_names == ("ant", "bee", "cat")
     assert (train.shape, train.num_classes) == ((3, 6, 6), 3)
     assert len(train) + len(validation) == 30
-    assert (train.facts["files"], train.facts["skipped_files"], train.facts["classes"]) == (30, 2, 3)
+    assert (train.facts["files"], train.facts["skipped_files"], train.facts["classes"]) == (
+        30,
+        2,
+        3,
+    )
     assert train.facts["bytes"] == sum(path.stat().st_size for path in pngs.rglob("*.png"))
     mean, std = train._scale
     pictures = train._collection
     for dataset in (train, validation):
         batch = everything(dataset)
-        for image, label, number in zip(batch["inputs"], batch["labels"], dataset._numbers, strict=True):
+        for image, label, number in zip(
+            batch["inputs"], batch["labels"], dataset._numbers, strict=True
+        ):
             name = pictures.names[number]
             assert name.split("/")[0] == train.class_names[int(label)]
             pixels = torch.from_numpy(np.array(Image.open(pngs / name))).permute(2, 0, 1)
-            torch.testing.assert_close((image * std + mean) * 255, pixels.float(), rtol=0, atol=1e-3)
+            torch.testing.assert_close(
+                (image * std + mean) * 255, pixels.float(), rtol=0, atol=1e-3
+            )
     inputs = everything(train)["inputs"].double()
     # float32 pixels and statistics: 6e-8 each, of numbers below 4.
     torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        inputs.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=0, atol=1e-5
+    )
     assert len(pickle.dumps(train)) < 10_000  # paths, not pixels
 
 
@@ -221,7 +255,9 @@ def test_workers_read_the_same(pngs: Path) -> None:
 
     def micro_batches(workers: int, rank: int, size: int) -> list[torch.Tensor]:
         loader = Loader(train, plan, rank, size, workers=workers)
-        found = [micro_batch["inputs"] for _, window in loader.windows(0, 0, 3) for micro_batch in window]
+        found = [
+            micro_batch["inputs"] for _, window in loader.windows(0, 0, 3) for micro_batch in window
+        ]
         loader.close()
         return found
 
@@ -229,7 +265,9 @@ def test_workers_read_the_same(pngs: Path) -> None:
     assert len(alone) == 6
     assert all(torch.equal(a, b) for a, b in zip(alone, micro_batches(1, 0, 1), strict=True))
     dealt = [micro_batches(0, rank, 2) for rank in (0, 1)]
-    assert all(torch.equal(dealt[i % 2][i // 2], micro_batch) for i, micro_batch in enumerate(alone))
+    assert all(
+        torch.equal(dealt[i % 2][i // 2], micro_batch) for i, micro_batch in enumerate(alone)
+    )
 
 
 def test_a_broken_file_is_named(pngs: Path, tmp_path: Path) -> None:
@@ -252,9 +290,13 @@ def test_a_broken_file_is_named(pngs: Path, tmp_path: Path) -> None:
 def test_what_is_refused(pngs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"validation_fraction \(1\) must be"):
         digits(validation_fraction=1)
-    with pytest.raises(ConfigError, match=r"None of the 1797 images of .* is in the validation split"):
+    with pytest.raises(
+        ConfigError, match=r"None of the 1797 images of .* is in the validation split"
+    ):
         digits(validation_fraction=1e-9)
-    with pytest.raises(ConfigError, match="the digits come with scikit-learn and have their own size"):
+    with pytest.raises(
+        ConfigError, match="the digits come with scikit-learn and have their own size"
+    ):
         load_images(ImagesConfig("images", ImageSource.digits, None, 16, False, 0.2))
     with pytest.raises(ConfigError, match=r"data.size_px=None: .* data.size_px=64"):
         folder(pngs, size_px=None)

@@ -51,7 +51,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataLoader[Any]]:
     return made
 
 
-def read(plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, start: int = 0) -> list[list[list[int]]]:
+def read(
+    plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, start: int = 0
+) -> list[list[list[int]]]:
     """The samples of each micro-batch of each window, up to step 12."""
     loader = Loader(Numbers(), plan, rank, world_size, workers=workers)
     found = [list(micro_batches) for _, micro_batches in loader.windows(step, start, 12)]
@@ -63,10 +65,14 @@ def read(plan: Plan, rank: int, world_size: int, workers: int, step: int = 0, st
 def test_growing_windows_hold_the_plan_s_samples_from_any_step(world_size: int) -> None:
     plan = Plan(100, 4, 4, seed=1, schedule=SCHEDULE)
     windows = [plan.window(step, plan.start_of(step)) for step in range(12)]
-    assert [w.effective_batch_size for w in windows[:6]] == [4, 4, 8, 12, 16, 22]  # at 0, 4, 8, 16, 28, 44
+    # at 0, 4, 8, 16, 28, 44
+    assert [w.effective_batch_size for w in windows[:6]] == [4, 4, 8, 12, 16, 22]
     assert {w.epoch for w in windows} == {0, 1}
     for rank in range(world_size):
-        expected = [[plan.samples(micro_batch) for micro_batch in w.of_rank(rank, world_size)] for w in windows]
+        expected = [
+            [plan.samples(micro_batch) for micro_batch in w.of_rank(rank, world_size)]
+            for w in windows
+        ]
         assert read(plan, rank, world_size, workers=0) == expected
         for step in (3, 7):
             assert read(plan, rank, world_size, 0, step, windows[step].start) == expected[step:]
@@ -93,9 +99,12 @@ def test_only_its_rank_ends_a_worker() -> None:
     found = [list(next(windows)[1])]
     (worker,) = set(multiprocessing.active_children()) - others
     for name in ("TERM", "INT", "USR1", "USR2"):
-        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # another process than this one
+        # another process than this one
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     found += [list(micro_batches) for _, micro_batches in windows]
-    assert sorted(n for window in found for micro_batch in window for n in micro_batch) == list(range(100))
+    assert sorted(n for window in found for micro_batch in window for n in micro_batch) == list(
+        range(100)
+    )
     assert worker.is_alive()
     worker.terminate()
     worker.join(10)
@@ -104,7 +113,8 @@ def test_only_its_rank_ends_a_worker() -> None:
 
 
 def test_a_killed_rank_leaves_no_worker() -> None:
-    """A worker holds copies of the rank's connections: others would wait for it in place of the rank."""
+    """A worker holds copies of the rank's connections: others would wait for it in place of the
+    rank."""
     ours, theirs = multiprocessing.Pipe()
     rank = multiprocessing.get_context("fork").Process(target=read_and_wait, args=(theirs,))
     rank.start()

@@ -31,13 +31,33 @@ GENERATOR = torch.Generator()
 
 
 def config(
-    cache, source=Source.path, path=None, *, seq_len=8, layout=Layout.packed, validation_fraction=0.5, tokenizer="bytes"
+    cache,
+    source=Source.path,
+    path=None,
+    *,
+    seq_len=8,
+    layout=Layout.packed,
+    validation_fraction=0.5,
+    tokenizer="bytes",
 ):
-    return TextConfig("text", source, path and str(path), seq_len, layout, validation_fraction, str(cache), tokenizer)
+    return TextConfig(
+        "text",
+        source,
+        path and str(path),
+        seq_len,
+        layout,
+        validation_fraction,
+        str(cache),
+        tokenizer,
+    )
 
 
 def name_on(validation, fraction=0.5, start=0):
-    return next(n for n in (f"{i}.txt" for i in range(start, 10_000)) if in_validation(n, fraction) == validation)
+    return next(
+        n
+        for n in (f"{i}.txt" for i in range(start, 10_000))
+        if in_validation(n, fraction) == validation
+    )
 
 
 def write(folder, contents):
@@ -51,7 +71,7 @@ def drafts(cache):
     return [path for path in Path(cache).iterdir() if path.name.startswith(".")]
 
 
-# ---- the standard library -------------------------------------------------------------------------------------------
+# ---- the standard library
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +90,9 @@ def test_the_standard_library_is_a_real_corpus(stdlib_cache, layout):
     assert facts["files"] > 500
     assert facts["bytes"] > 8e6
     assert re.fullmatch("[0-9a-f]{12}", facts["digest"])
-    assert {k: v for k, v in facts.items() if k not in ("samples", "tokens")}.items() <= validation.facts.items()
+    assert {
+        k: v for k, v in facts.items() if k not in ("samples", "tokens")
+    }.items() <= validation.facts.items()
     # Nothing is lost but the rest that does not fill a sample, or the first token of each document.
     tokens = facts["bytes"] + facts["files"]
     left = tokens - facts["tokens"] - validation.facts["tokens"]
@@ -81,13 +103,17 @@ def test_the_standard_library_is_a_real_corpus(stdlib_cache, layout):
 
 
 def test_the_first_sample_is_the_beginning_of_the_first_training_file(stdlib_cache):
-    train, validation = load_text(config(stdlib_cache, Source.stdlib, seq_len=128, validation_fraction=0.05))
+    train, validation = load_text(
+        config(stdlib_cache, Source.stdlib, seq_len=128, validation_fraction=0.05)
+    )
     root = Path(sysconfig.get_path("stdlib"))
     banned = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = [p.name for p in root.glob("*.py")]
     for top in (p for p in root.iterdir() if p.is_dir() and p.name not in banned):
         names += [p.relative_to(root).as_posix() for p in top.rglob("*.py")]
-    names = sorted(n for n in names if not any(part in banned or part.startswith(".") for part in n.split("/")))
+    names = sorted(
+        n for n in names if not any(part in banned or part.startswith(".") for part in n.split("/"))
+    )
     assert train.facts["files"] == len(names)
     for dataset, side in ((train, False), (validation, True)):
         mine = [n for n in names if in_validation(n, 0.05) == side]
@@ -99,14 +125,15 @@ def test_the_first_sample_is_the_beginning_of_the_first_training_file(stdlib_cac
         assert block["labels"].flatten().tolist() == stream[1 : 5 * 128 + 1]
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
+# ---- samples
 
 
 def documents_by_hand(contents, fraction):
     """The documents of both splits as lists of tokens: [training, held-out]."""
     names = sorted(contents)
     split = [
-        [[*contents[n], END_OF_FILE] for n in names if in_validation(n, fraction) == side] for side in (False, True)
+        [[*contents[n], END_OF_FILE] for n in names if in_validation(n, fraction) == side]
+        for side in (False, True)
     ]
     if all(any(len(document) > 1 for document in side) for side in split):
         return split
@@ -125,7 +152,9 @@ def documents_by_hand(contents, fraction):
 
 
 texts = st.binary(max_size=40).map(lambda content: content.replace(b"\0", b"n"))
-corpora = st.dictionaries(st.sampled_from([f"{i}.txt" for i in range(12)]), texts, min_size=1, max_size=8)
+corpora = st.dictionaries(
+    st.sampled_from([f"{i}.txt" for i in range(12)]), texts, min_size=1, max_size=8
+)
 
 
 def open_both(folder, contents, fraction, seq_len, layout):
@@ -135,7 +164,12 @@ def open_both(folder, contents, fraction, seq_len, layout):
 
 
 @settings(max_examples=60, deadline=None)
-@given(corpora, st.sampled_from([0.05, 0.3, 0.5, 0.9]), st.integers(1, 12), st.randoms(use_true_random=False))
+@given(
+    corpora,
+    st.sampled_from([0.05, 0.3, 0.5, 0.9]),
+    st.integers(1, 12),
+    st.randoms(use_true_random=False),
+)
 def test_ragged_predicts_each_token_exactly_once(contents, fraction, seq_len, random):
     assume(sum(map(len, contents.values())) >= 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +193,11 @@ def test_ragged_predicts_each_token_exactly_once(contents, fraction, seq_len, ra
                 indices = [order.pop() for _ in range(min(len(order), random.randint(1, 5)))]
                 micro_batch = dataset.batch(indices, GENERATOR)
                 width = max(len(pieces[i]) - 1 for i in indices)
-                assert micro_batch["labels"].shape == micro_batch["input_ids"].shape == (len(indices), width)
+                assert (
+                    micro_batch["labels"].shape
+                    == micro_batch["input_ids"].shape
+                    == (len(indices), width)
+                )
                 assert micro_batch["labels"].dtype == micro_batch["input_ids"].dtype == torch.int64
                 for row, i in enumerate(indices):
                     padding = width - (len(pieces[i]) - 1)
@@ -185,9 +223,18 @@ def test_packed_is_the_stream_in_pieces(contents, fraction, seq_len):
             assert dataset.facts["tokens"] == len(dataset) * seq_len
             if len(dataset):
                 micro_batch = dataset.batch(range(len(dataset)), GENERATOR)
-                assert micro_batch["input_ids"].shape == micro_batch["labels"].shape == (len(dataset), seq_len)
-                assert micro_batch["input_ids"].flatten().tolist() == stream[: len(dataset) * seq_len]
-                assert micro_batch["labels"].flatten().tolist() == stream[1 : len(dataset) * seq_len + 1]
+                assert (
+                    micro_batch["input_ids"].shape
+                    == micro_batch["labels"].shape
+                    == (len(dataset), seq_len)
+                )
+                assert (
+                    micro_batch["input_ids"].flatten().tolist() == stream[: len(dataset) * seq_len]
+                )
+                assert (
+                    micro_batch["labels"].flatten().tolist()
+                    == stream[1 : len(dataset) * seq_len + 1]
+                )
                 assert dataset.num_targets(range(len(dataset))) == len(dataset) * seq_len
 
 
@@ -201,18 +248,23 @@ def test_a_sample_that_is_not_there_is_refused(tmp_path, layout, indices):
             read(indices)
 
 
-# ---- the split ------------------------------------------------------------------------------------------------------
+# ---- the split
 
 
 def test_the_split_is_a_function_of_the_path_only(tmp_path):
     names = [f"deep/{i}/name.txt" for i in range(200)]
-    expected = {n: int(hashlib.sha256(n.encode()).hexdigest()[:16], 16) / 2**64 < 0.2 for n in names}
+    expected = {
+        n: int(hashlib.sha256(n.encode()).hexdigest()[:16], 16) / 2**64 < 0.2 for n in names
+    }
     assert {n: in_validation(n, 0.2) for n in names} == expected
     assert 20 <= sum(expected.values()) <= 60  # 40 are expected, with a deviation of 5.7
-    # Pinned: another rule would mix the validation text of an earlier run into the training text of a later one.
-    assert [n for n in ("argparse.py", "ast.py", "json/decoder.py", "socket.py") if in_validation(n, 0.3)] == [
-        "json/decoder.py"
-    ]
+    # Pinned: another rule would mix the validation text of an earlier run into the training text of
+    # a later one.
+    assert [
+        n
+        for n in ("argparse.py", "ast.py", "json/decoder.py", "socket.py")
+        if in_validation(n, 0.3)
+    ] == ["json/decoder.py"]
     # A larger fraction only adds.
     assert all(in_validation(n, 0.5) for n in names if expected[n])
     # Other content, other neighbours, another root: the same side.
@@ -226,7 +278,9 @@ def test_the_split_is_a_function_of_the_path_only(tmp_path):
 def test_a_single_file_is_split_by_position(tmp_path):
     file = tmp_path / "book.txt"
     file.write_bytes(bytes(range(1, 101)))
-    train, validation = load_text(config(tmp_path / "cache", path=file, seq_len=4, validation_fraction=0.25))
+    train, validation = load_text(
+        config(tmp_path / "cache", path=file, seq_len=4, validation_fraction=0.25)
+    )
     assert train.facts["split"] == validation.facts["split"] == "the last 0.25 of the bytes"
     assert train.facts["files"] == 1
     assert train.facts["bytes"] == 100
@@ -243,11 +297,15 @@ def test_files_that_are_all_on_one_side_are_split_by_position(tmp_path):
     assert validation._tokens.tolist() == [*b"fghij", END_OF_FILE]
 
 
-# ---- which files ----------------------------------------------------------------------------------------------------
+# ---- which files
 
 
 def test_a_folder_gives_its_text_files_only(tmp_path):
-    keep = {name_on(False): b"train", name_on(True): b"held out", "no/suffix": "\xe9t\xe9".encode("latin-1")}
+    keep = {
+        name_on(False): b"train",
+        name_on(True): b"held out",
+        "no/suffix": "\xe9t\xe9".encode("latin-1"),
+    }
     drop = {".hidden": b"no", ".git/config": b"no", "picture.png": b"\x89PNG\0\0"}
     write(tmp_path / "text", keep | drop)
     train, validation = load_text(config(tmp_path / "cache", path=tmp_path / "text", seq_len=1))
@@ -261,11 +319,13 @@ def test_shakespeare_reads_what_the_script_left(tmp_path):
     write(tmp_path / "shakespeare", plays | {"metadata.txt": b"no"})
     train, _ = load_text(config(tmp_path, Source.shakespeare))
     assert train.facts["files"] == 20
-    elsewhere, _ = load_text(config(tmp_path / "other", Source.shakespeare, tmp_path / "shakespeare"))
+    elsewhere, _ = load_text(
+        config(tmp_path / "other", Source.shakespeare, tmp_path / "shakespeare")
+    )
     assert elsewhere.facts == train.facts
 
 
-# ---- the cache ------------------------------------------------------------------------------------------------------
+# ---- the cache
 
 
 def test_the_cache_is_reused_until_a_file_changes(tmp_path, monkeypatch):
@@ -277,7 +337,8 @@ def test_the_cache_is_reused_until_a_file_changes(tmp_path, monkeypatch):
         patch.setattr(corpus_module, "_store", lambda *_: pytest.fail("stored a second time"))
         again, _ = load_text(settings_)
     assert again.facts == first.facts
-    # A changed file, even of the same size and with the old name, is other text; the old map stays whole.
+    # A changed file, even of the same size and with the old name, is other text; the old map stays
+    # whole.
     changed = text / name_on(False)
     changed.write_bytes(b"brain" * 9)
     os.utime(changed, ns=(1, 1))
@@ -297,7 +358,13 @@ def test_the_digest_is_of_names_and_content_only(tmp_path):
     by_hand = hashlib.sha256()
     for name in sorted(contents):
         content = contents[name]
-        by_hand.update(name.encode() + b"\0" + str(len(content)).encode() + b"\0" + hashlib.sha256(content).digest())
+        by_hand.update(
+            name.encode()
+            + b"\0"
+            + str(len(content)).encode()
+            + b"\0"
+            + hashlib.sha256(content).digest()
+        )
     assert digests == [by_hand.hexdigest()] * 2
 
 
@@ -307,7 +374,8 @@ def no_locks(*_):
 
 
 def store_at_once(root, cache, rank, processes, report):
-    """What one of `processes` does: none of them moves its folder in place before all have theirs ready to be moved."""
+    """What one of `processes` does: none of them moves its folder in place before all have theirs
+    ready to be moved."""
     move, corpus_module.fcntl.flock = corpus_module._move_in_place, no_locks
 
     def move_together(draft, folder):
@@ -323,10 +391,13 @@ def store_at_once(root, cache, rank, processes, report):
     report.send(open_corpus(root, find_files(root, "", frozenset()), 0.5, cache))
 
 
-# Forked from a process with threads, which Python 3.12 warns of: the two do nothing but read and write files.
+# Forked from a process with threads, which Python 3.12 warns of: the two do nothing but read and
+# write files.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_that_store_at_once_end_with_the_same_valid_files(tmp_path):
-    text = write(tmp_path / "text", {name_on(False): b"train" * 99, name_on(True): b"held out" * 99})
+    text = write(
+        tmp_path / "text", {name_on(False): b"train" * 99, name_on(True): b"held out" * 99}
+    )
     context = multiprocessing.get_context("fork")
     ours, theirs = zip(*(context.Pipe(duplex=False) for _ in range(2)), strict=True)
     processes = []
@@ -339,7 +410,8 @@ def test_two_processes_that_store_at_once_end_with_the_same_valid_files(tmp_path
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     (was_late, corpus), (also_late, same) = said
-    assert sorted([was_late, also_late]) == [False, True]  # the race took place, and one of the two lost it
+    # the race took place, and one of the two lost it
+    assert sorted([was_late, also_late]) == [False, True]
     assert corpus == same
     left = [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith(".ready")]
     assert left == [Path(corpus.folder)]
@@ -360,7 +432,9 @@ def test_a_store_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["train/tokens.uint16", "validation/documents.int64", "corpus.json"])
+@pytest.mark.parametrize(
+    "name", ["train/tokens.uint16", "validation/documents.int64", "corpus.json"]
+)
 def test_a_damaged_cache_is_told_not_used(tmp_path, name):
     text = write(tmp_path / "text", {"a.txt": b"some text" * 9})
     train, _ = load_text(config(tmp_path / "cache", path=text))
@@ -406,7 +480,7 @@ def test_a_pickled_data_set_opens_the_map_again(tmp_path, layout):
     assert torch.equal(train.batch([0], GENERATOR)["labels"], copy.batch([0], GENERATOR)["labels"])
 
 
-# ---- the baseline ---------------------------------------------------------------------------------------------------
+# ---- the baseline
 
 
 @pytest.mark.parametrize(
@@ -420,7 +494,9 @@ def test_a_pickled_data_set_opens_the_map_again(tmp_path, layout):
 def test_the_unigram_loss_by_hand(tmp_path, monkeypatch, layout, seq_len, labels):
     monkeypatch.setattr("distaccum.data.text._COUNT_TOKENS", 3)
     text = write(tmp_path / "text", {name_on(False): b"aac", name_on(True): b"bab"})
-    train, validation = load_text(config(tmp_path / "cache", path=text, seq_len=seq_len, layout=layout))
+    train, validation = load_text(
+        config(tmp_path / "cache", path=text, seq_len=seq_len, layout=layout)
+    )
     # Four training tokens: a twice, c and the mark once, b never.
     probability = {ord("a"): 3 / 261, ord("b"): 1 / 261, END_OF_FILE: 2 / 261}
     expected = -sum(math.log(probability[label]) for label in labels) / len(labels)
@@ -428,7 +504,7 @@ def test_the_unigram_loss_by_hand(tmp_path, monkeypatch, layout, seq_len, labels
     assert unigram_loss(train, validation) == pytest.approx(expected, rel=1e-14)
 
 
-# ---- letters --------------------------------------------------------------------------------------------------------
+# ---- letters
 
 
 @pytest.mark.parametrize(
@@ -443,11 +519,23 @@ def test_the_unigram_loss_by_hand(tmp_path, monkeypatch, layout, seq_len, labels
         ({"path": "empty"}, r"data\.path \(empty\) has no file"),
         ({"path": "binary"}, r"has no text to train on: 1 files, 1 of them binary"),
         ({"path": "letter.txt"}, r"has no text to train on: 1 files, 0 of them binary, 1 bytes"),
-        ({"seq_len": 90}, r"The training text of .* has 75 tokens, .*data\.seq_len=90 takes 91\. Give a shorter"),
+        (
+            {"seq_len": 90},
+            r"The training text of .* has 75 tokens, .*data\.seq_len=90 takes 91\. Give a shorter",
+        ),
         ({"seq_len": 50}, r"The validation text of .* has 26 tokens, .*data\.seq_len=50 takes 51"),
-        ({"source": Source.stdlib}, r"data\.path \(book\.txt\) is not read .*write data=path data\.path=book\.txt"),
-        ({"source": Source.shakespeare, "path": None}, r"python scripts/get_shakespeare\.py --to .*cache/shakespeare$"),
-        ({"source": Source.shakespeare, "path": "empty"}, r"python scripts/get_shakespeare\.py --to .*empty$"),
+        (
+            {"source": Source.stdlib},
+            r"data\.path \(book\.txt\) is not read .*write data=path data\.path=book\.txt",
+        ),
+        (
+            {"source": Source.shakespeare, "path": None},
+            r"python scripts/get_shakespeare\.py --to .*cache/shakespeare$",
+        ),
+        (
+            {"source": Source.shakespeare, "path": "empty"},
+            r"python scripts/get_shakespeare\.py --to .*empty$",
+        ),
         ({"cache_dir": "book.txt"}, r"cannot be stored in .*data\.cache_dir=FOLDER"),
     ],
 )
@@ -465,7 +553,9 @@ def test_errors_are_small_letters(tmp_path, monkeypatch, change, letter):
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     text = write(tmp_path / "text", {"a.txt": b"some text" * 9})
     files = find_files(text, "", frozenset())
-    (text / "a.txt").unlink()  # root may read everything, so that a missing file stands for a forbidden one
+    (
+        text / "a.txt"
+    ).unlink()  # root may read everything, so that a missing file stands for a forbidden one
     with pytest.raises(ConfigError, match=r"a\.txt cannot be read"):
         open_corpus(text, files, 0.5, tmp_path / "cache")
 
@@ -478,7 +568,7 @@ def test_the_plays_that_were_never_fetched_name_the_command(tmp_path, monkeypatc
         load_text(asked)
 
 
-# ---- configuration --------------------------------------------------------------------------------------------------
+# ---- configuration
 
 
 @pytest.mark.parametrize("source", Source)
@@ -490,12 +580,14 @@ def test_the_yaml_files_fill_the_schema(source):
     assert made == TextConfig("text", source, None, 128, Layout.packed, 0.05, None, "bytes")
 
 
-# ---- the script -----------------------------------------------------------------------------------------------------
+# ---- the script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("get_shakespeare", ROOT / "scripts" / "get_shakespeare.py")
+    spec = importlib.util.spec_from_file_location(
+        "get_shakespeare", ROOT / "scripts" / "get_shakespeare.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,10 +12,17 @@ from commands import command_line
 
 from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings
 
-SMALL = ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16", "accum.micro_batch_size=2"]
+SMALL = [
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.width=16",
+    "data.seq_len=16",
+    "accum.micro_batch_size=2",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
-# A user's mistake: the mean over a micro-batch's tokens in place of their sum, with the count of tokens as the weight.
+# A user's mistake: the mean over a micro-batch's tokens in place of their sum, with the count of
+# tokens as the weight.
 WRONG = """
 import torch.nn.functional as F
 from distaccum.core import objectives
@@ -32,16 +39,29 @@ main()
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90,
+        check=False
     )  # fmt: skip
 
 
 def test_verify_under_torchrun(tmp_path: Path) -> None:
     done = run(
-        [*TORCHRUN, "-m", "distaccum", "verify", *SMALL, "parallel=fsdp", "accum.effective_batch_size=7"], tmp_path
+        [
+            *TORCHRUN,
+            "-m",
+            "distaccum",
+            "verify",
+            *SMALL,
+            "parallel=fsdp",
+            "accum.effective_batch_size=7",
+        ],
+        tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "4 micro-batch(es) on 2 rank(s) against one big batch on one process in float64" in done.stdout
+    assert (
+        "4 micro-batch(es) on 2 rank(s) against one big batch on one process in float64"
+        in done.stdout
+    )
     assert done.stdout.count("holds") == 4
     assert "exactly the forecast" in done.stdout
     assert "\nproven\n" in done.stdout
@@ -53,7 +73,9 @@ def test_verify_under_torchrun(tmp_path: Path) -> None:
 
 
 def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
-    done = command_line(["verify", *SMALL, "accum.gradient_accumulation_steps=4"], tmp_path, program=WRONG)
+    done = command_line(
+        ["verify", *SMALL, "accum.gradient_accumulation_steps=4"], tmp_path, program=WRONG
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAILS" in done.stdout
     assert "NOT PROVEN" in done.stdout
@@ -62,12 +84,20 @@ def test_verify_refutes_a_mean_in_place_of_a_sum(tmp_path: Path) -> None:
 
 
 def test_plan_runs_nothing(tmp_path: Path) -> None:
-    schedule = "accum.schedule=[{from: 0, effective_batch_size: 100}, {from: 50, effective_batch_size: 300}]"
+    schedule = (
+        "accum.schedule=[{from: 0, effective_batch_size: 100}, {from: 50, effective_batch_size: "
+        "300}]"
+    )
     command = ["plan", "world_size=64", "model=gpt2_124m", "parallel=hsdp"]
-    done = command_line([*command, schedule, "accum.micro_batch_size=1", "optim.scale.lr=sqrt"], tmp_path)
+    done = command_line(
+        [*command, schedule, "accum.micro_batch_size=1", "optim.scale.lr=sqrt"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     out = " ".join(done.stdout.split())
-    assert "100 samples in uneven micro-batches: at most 1 sample(s) x 2 accumulation step(s) x 64 rank(s)" in out
+    assert (
+        "100 samples in uneven micro-batches: at most 1 sample(s) x 2 accumulation step(s) x 64"
+        " rank(s)" in out
+    )
     assert "does not divide evenly; the nearest batch sizes that do: 64 or 128" in out
     assert "effective batch size 100 from 0, 300 from 50 steps (ramp: jump)" in out
     assert "124,439,808 parameters" in out
@@ -89,11 +119,12 @@ def test_plan_refuses_what_train_would(tmp_path: Path) -> None:
 
 
 def test_plan_compares_and_chooses(tmp_path: Path) -> None:
-    """Speeds made up: a link so slow that what is sent decides, and no limit of memory but the one given."""
+    """Speeds made up: a link so slow that what is sent decides, and no limit of memory but the one
+    given."""
     links = {kind: LinkTimings((1, 2**30), (1e-4, 100.0)) for kind in KINDS}
-    HardwareProfile("cpu", 1, "gpt, 1 parameters", "fp32", 1e-3, 1e10, 1e-9, 2, links, False, {}, "today").save(
-        tmp_path / "machine.json"
-    )
+    HardwareProfile(
+        "cpu", 1, "gpt, 1 parameters", "fp32", 1e-3, 1e10, 1e-9, 2, links, False, {}, "today"
+    ).save(tmp_path / "machine.json")
     command = [
         "plan",
         "world_size=4",
@@ -101,14 +132,19 @@ def test_plan_compares_and_chooses(tmp_path: Path) -> None:
         "accum.effective_batch_size=64",
         "accum.micro_batch_size=auto",
     ]
-    done = command_line([*command, "limits.memory=24MiB", "machine=machine.json", "device=cpu"], tmp_path)
+    done = command_line(
+        [*command, "limits.memory=24MiB", "machine=machine.json", "device=cpu"], tmp_path
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "this training has another model or precision, so the times are rough" in " ".join(done.stdout.split())
+    assert "this training has another model or precision, so the times are rough" in " ".join(
+        done.stdout.split()
+    )
     plans = [line for line in lines if line.startswith(("> ", "  ")) and line.endswith("%")]
     assert sum(line.startswith(">") for line in plans) == 1
     times = [float(line.split()[-3]) for line in plans if not line.startswith(">")]
-    assert times == sorted(times)  # the cheapest first, and each of those after it takes less memory
+    # the cheapest first, and each of those after it takes less memory
+    assert times == sorted(times)
     assert any("too much" in line for line in plans)
     (why,) = [line for line in lines if line.startswith("> ") and ": the fastest" in line]
     assert " of 22.8 MiB)" in why

@@ -7,7 +7,8 @@ from pathlib import Path
 from commands import command_line
 from test_house import ROOT, SMALL
 
-# `main` in the place of the package's own, with a hook that prints the package's frames at each update.
+# `main` in the place of the package's own, with a hook that prints the package's frames at each
+# update.
 SHOWS_FRAMES = """
 import traceback
 
@@ -31,7 +32,8 @@ def test_few_frames_from_the_command_line_to_the_optimizer(tmp_path: Path) -> No
     done = command_line(["train", *SMALL, "device=cpu"], tmp_path, program=program)
     assert done.returncode == 0, done.stderr
     found = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("frames:")]
-    steps = [frames for frames in found if "build" not in frames]  # which makes the optimizer's state
+    # `build` makes the optimizer's state.
+    steps = [frames for frames in found if "build" not in frames]
     assert len(steps) == 2
     for frames in steps:
         assert frames[0] == "main"

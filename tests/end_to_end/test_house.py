@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(command: list[str], folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90,
+        check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -29,14 +30,28 @@ def run(command: list[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of commands of an environment with the wheel and its dependencies, and without the repository."""
+    """The folder of commands of an environment with the wheel and its dependencies, and without the
+    repository."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(ROOT)], folder)
+    run(
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            str(folder),
+            str(ROOT),
+        ],
+        folder,
+    )
     (wheel,) = folder.glob("distaccum-*.whl")
     environment = folder / "environment"
     venv.create(environment, symlinks=True)
-    # Dependencies are taken from where the tests run; an editable install there is not seen through such a file.
+    # Dependencies are taken from where the tests run; an editable install there is not seen through
+    # such a file.
     site = next((environment / "lib").glob("python*")) / "site-packages"
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = environment / "bin" / "python"
@@ -59,8 +74,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SMALL = [
-    "train.steps=2", "train.validation_samples=4", "optim.schedule.warmup=0", "data.seq_len=16", "model.num_layers=1",
-    "model.width=16", "loader.workers=0", "accum.micro_batch_size=2",
+    "train.steps=2", "train.validation_samples=4", "optim.schedule.warmup=0", "data.seq_len=16",
+    "model.num_layers=1", "model.width=16", "loader.workers=0", "accum.micro_batch_size=2",
 ]  # fmt: skip
 
 
@@ -68,7 +83,9 @@ def test_the_wheel_runs_from_another_folder(installed: Path, tmp_path: Path) -> 
     assert "all 2 steps done" in run([str(installed / "distaccum"), "train", *SMALL], tmp_path)
 
 
-def test_the_wheel_is_a_module_and_brings_its_configuration(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_is_a_module_and_brings_its_configuration(
+    installed: Path, tmp_path: Path
+) -> None:
     module = [str(installed / "python"), "-m", "distaccum", "train", *SMALL, "--info", "searchpath"]
     (row,) = [line for line in run(module, tmp_path).splitlines() if line.startswith("| main")]
     conf = next(installed.parent.glob("lib/python*/site-packages/distaccum/conf"))
@@ -85,30 +102,46 @@ def test_importing_is_light() -> None:
         "print(json.dumps(sorted(set(sys.modules) - torchs)))"
     )
     added = json.loads(run([sys.executable, "-c", code], ROOT))
-    assert [name for name in added if name.partition(".")[0] != "distaccum" and name not in LIGHT] == []
+    assert [
+        name for name in added if name.partition(".")[0] != "distaccum" and name not in LIGHT
+    ] == []
 
 
 def statements(file: Path) -> int:
     """How many statements a file has, docstrings not counted."""
     nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.stmt)]
-    return sum(not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in nodes)
+    return sum(
+        not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) for node in nodes
+    )
 
 
 def test_the_heart_is_small() -> None:
-    """What a newcomer reads: plan, loss, step and the strategies; without the agreement of ranks and the ledger."""
-    heart = ["core/plan.py", "core/loss.py", "step/accumulator.py", "step/micro_batches.py", "step/plain_order.py"]
+    """What a newcomer reads: plan, loss, step and the strategies; without the agreement of ranks
+    and the ledger."""
+    heart = [
+        "core/plan.py",
+        "core/loss.py",
+        "step/accumulator.py",
+        "step/micro_batches.py",
+        "step/plain_order.py",
+    ]
     files = [ROOT / "distaccum" / name for name in heart]
     beside = ("ledger.py", "apply.py", "precision.py")
-    files += [file for file in (ROOT / "distaccum" / "parallel").glob("*.py") if file.name not in beside]
+    files += [
+        file for file in (ROOT / "distaccum" / "parallel").glob("*.py") if file.name not in beside
+    ]
     assert sum(statements(file) for file in files) <= 1000
     for file in (ROOT / "distaccum").rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 300, file
 
 
 def test_the_top_holds_six_files_and_the_rooms_nine_layers() -> None:
-    """Import-linter knows every room (`exhaustive`) and finds cycles; here the numbers that it must not grow to."""
+    """Import-linter knows every room (`exhaustive`) and finds cycles; here the numbers that it must
+    not grow to."""
     assert len(list((ROOT / "distaccum").glob("*.py"))) <= 6
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
+        "contracts"
+    ]
     (layers,) = [contract for contract in contracts if contract["type"] == "layers"]
     assert len(layers["layers"]) <= 9
     assert layers["exhaustive"]
@@ -121,11 +154,20 @@ def test_private_names_of_torch_are_in_one_place() -> None:
             continue
         for line in file.read_text().splitlines():
             code = line.partition("#")[0]
-            for name in ("_fsdp", "_get_ddp", "_unsharded", "_sync_", "_in_backward", "_comm_hooks", "_auto_reshard"):
+            for name in (
+                "_fsdp",
+                "_get_ddp",
+                "_unsharded",
+                "_sync_",
+                "_in_backward",
+                "_comm_hooks",
+                "_auto_reshard",
+            ):
                 assert name not in code, (file, line)
 
 
-# Translated or private phrases, and words for which the field has others (docs/decisions and the log keep theirs).
+# Translated or private phrases, and words for which the field has others (docs/decisions and the
+# log keep theirs).
 FORBIDDEN = [
     r"\btold\b",
     r"\bso many\b",
@@ -146,7 +188,15 @@ FORBIDDEN = [
     r'"""(The same|Of the|Of a|What|Whether|Nothing|In which|How|Where|Likewise)\b',
     r"\bLikewise\.",
 ]
-PROSE = ["distaccum/**/*.py", "conf/**/*.yaml", "examples/*.py", "scripts/*.sh", "slurm/*", "docs/*.md", "*.md"]
+PROSE = [
+    "distaccum/**/*.py",
+    "conf/**/*.yaml",
+    "examples/*.py",
+    "scripts/*.sh",
+    "slurm/*",
+    "docs/*.md",
+    "*.md",
+]
 HISTORY = {"CHANGELOG.md", "log.md"}
 
 

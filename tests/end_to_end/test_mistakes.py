@@ -1,4 +1,5 @@
-"""Configurations that cannot be: each gets a letter that says what, got, why and what to write instead."""
+"""Configurations that cannot be: each gets a letter that says what, got, why and what to write
+instead."""
 
 from __future__ import annotations
 
@@ -42,13 +43,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("overrides", "letter"),
     [
-        (["+accum.micro_size=4"], r"There is no key accum\.micro_size\. Did you mean accum\.micro_batch_size\?"),
-        (["+accum.micro=4"], r"There is no key accum\.micro\. It is now called accum\.micro_batch_size\."),
+        (
+            ["+accum.micro_size=4"],
+            r"There is no key accum\.micro_size\. Did you mean accum\.micro_batch_size\?",
+        ),
+        (
+            ["+accum.micro=4"],
+            r"There is no key accum\.micro\. It is now called accum\.micro_batch_size\.",
+        ),
         (["+model.layers=4"], r"There is no key model\.layers\. Did you mean model\.num_layers\?"),
         (["+optim.schedule.steps=4"], r"There is no key optim\.schedule\.steps"),
-        (["accum.micro_batch_size=four"], r"accum\.micro_batch_size is 'four'; give a number of samples, auto"),
+        (
+            ["accum.micro_batch_size=four"],
+            r"accum\.micro_batch_size is 'four'; give a number of samples, auto",
+        ),
         (["accum.micro_batch_size=2.5"], r"accum\.micro_batch"),
-        (["accum.ragged=maybe"], r"accum\.ragged: Invalid value 'maybe', expected one of \[allow, refuse\]"),
+        (
+            ["accum.ragged=maybe"],
+            r"accum\.ragged: Invalid value 'maybe', expected one of \[allow, refuse\]",
+        ),
         (["accum.sync=sometimes"], r"accum\.sync: Invalid value 'sometimes'"),
         (["train.steps=null"], r"train\.steps=None and train\.epochs=None: give one of them"),
         (["train.epochs=2"], r"give one of them and set the other to null"),
@@ -58,7 +71,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["data.layout=loose"], r"data\.layout: Invalid value 'loose'"),
         (
             ["accum.overlap_micro_batches=0"],
-            r"accum\.overlap_micro_batches is 0; give a number of micro-batches of at least 1, or auto",
+            (
+                r"accum\.overlap_micro_batches is 0; give a number of micro-batches of at least 1,"
+                r" or auto"
+            ),
         ),
         (["accum.overlap_micro_batches=often"], r"accum\.overlap_micro_batches is 'often'"),
         (["optim.schedule.warmup=soon"], r"optim\.schedule\.warmup is 'soon'; give a whole number"),
@@ -77,22 +93,36 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
     [
         (
             "gradient_accumulation_steps=4",
-            "Write accum.gradient_accumulation_steps=4; that name is from Accelerate, the Hugging Face Trainer "
-            "and DeepSpeed.",
+            (
+                "Write accum.gradient_accumulation_steps=4; that name is from Accelerate, the "
+                "Hugging Face Trainer and DeepSpeed."
+            ),
         ),
-        ("trainer.accumulate_grad_batches=4", "accum.gradient_accumulation_steps=4; that name is from Lightning."),
+        (
+            "trainer.accumulate_grad_batches=4",
+            "accum.gradient_accumulation_steps=4; that name is from Lightning.",
+        ),
         ("+training.local_batch_size=4", "accum.micro_batch_size=4; that name is from torchtitan."),
         (
             "--micro-batch-size",
-            "There is no key micro_batch_size. Write accum.micro_batch_size; that name is from Megatron",
+            (
+                "There is no key micro_batch_size. Write accum.micro_batch_size; that name is from "
+                "Megatron"
+            ),
         ),
         ("bf16=true", "There is no key bf16. Write precision=bf16;"),
         ("accum.num_micros=2", "It is now called accum.gradient_accumulation_steps=2."),
         (
             "--batch-size",
-            "There is no key batch_size. Write accum.micro_batch_size; that name is from torch's DataLoader",
+            (
+                "There is no key batch_size. Write accum.micro_batch_size; that name is from "
+                "torch's DataLoader"
+            ),
         ),
-        ("accum.micro_batchsize=4", "There is no key accum.micro_batchsize. Did you mean accum.micro_batch_size?"),
+        (
+            "accum.micro_batchsize=4",
+            "There is no key accum.micro_batchsize. Did you mean accum.micro_batch_size?",
+        ),
         ("optimizer=sgd", "There is no key optimizer. Did you mean optim?"),
         ("train.colour=red", "There is no key train.colour. Known: steps, epochs, seed,"),
         ("accum.sync=keep", "accum.sync=keep is now written accum.sync=gather_once."),
@@ -100,19 +130,36 @@ def test_what_is_seen_before_any_rank_works(overrides: list[str], letter: str) -
 )
 def test_names_from_elsewhere_are_refused_with_ours(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        check_words(["accum.micro_batch_size=4", "model=gpt", "hydra.run.dir=x", "model.num_layers=1", word])
+        check_words(
+            ["accum.micro_batch_size=4", "model=gpt", "hydra.run.dir=x", "model.num_layers=1", word]
+        )
 
 
 def test_words_that_may_exist_are_left_to_hydra() -> None:
-    words = ["--cfg", "job", "-m", "+mine=one", "mine@model=gpt", "hydra/sweeper=optuna", "~experiment"]
-    words += ["model.options.a=1", "accum.micro_batch_size=1,2", "data.size_px=8", "launch.time=1:00:00"]
+    words = [
+        "--cfg",
+        "job",
+        "-m",
+        "+mine=one",
+        "mine@model=gpt",
+        "hydra/sweeper=optuna",
+        "~experiment",
+    ]
+    words += [
+        "model.options.a=1",
+        "accum.micro_batch_size=1,2",
+        "data.size_px=8",
+        "launch.time=1:00:00",
+    ]
     check_words(words)
     check_words(["--config-dir=conf", "mine=one"])
 
 
 def test_every_name_from_elsewhere_has_one_here() -> None:
     assert [here for here in RENAMED.values() if missing(here) is not None] == []
-    assert [here for here, _ in ELSEWHERE.values() if missing(here.partition("=")[0]) is not None] == []
+    assert [
+        here for here, _ in ELSEWHERE.values() if missing(here.partition("=")[0]) is not None
+    ] == []
     assert [name for name in [*RENAMED, *ELSEWHERE] if missing(name) is None] == []
     for word in RENAMED_VALUES.values():
         check(composed(word, "launch.nproc_per_node=2", "parallel=hsdp"))
@@ -122,10 +169,17 @@ def test_every_name_from_elsewhere_has_one_here() -> None:
     ("overrides", "letter"),
     [
         (
-            ["accum.effective_batch_size=48", "accum.micro_batch_size=8", "accum.gradient_accumulation_steps=4"],
+            [
+                "accum.effective_batch_size=48",
+                "accum.micro_batch_size=8",
+                "accum.gradient_accumulation_steps=4",
+            ],
             "accum.gradient_accumulation_steps=4 contradicts",
         ),
-        (["accum.effective_batch_size=100", "accum.micro_batch_size=8", "accum.ragged=refuse"], "96 or 104"),
+        (
+            ["accum.effective_batch_size=100", "accum.micro_batch_size=8", "accum.ragged=refuse"],
+            "96 or 104",
+        ),
         (["accum.effective_batch_tokens=100"], "3.125 samples of 32 tokens. Use 96 or 128"),
         (["accum.effective_batch_tokens=96", "data.layout=ragged"], "samples of one length"),
         (["accum.effective_batch_size=0"], "must be at least 1"),
@@ -141,7 +195,9 @@ def test_every_name_from_elsewhere_has_one_here() -> None:
         (["parallel=fsdp"], "parallel=fsdp needs ranks"),
     ],
 )
-def test_what_is_seen_with_the_data_at_hand(folder: Path, tmp_path: Path, overrides: list[str], letter: str) -> None:
+def test_what_is_seen_with_the_data_at_hand(
+    folder: Path, tmp_path: Path, overrides: list[str], letter: str
+) -> None:
     text = [f"data.path={folder}", "data=path", "data.seq_len=32", f"data.cache_dir={tmp_path}"]
     config = composed(*text, *overrides)
     job = Job(config, tmp_path, overrides, 0, None, 0, 1, 0, 1, 0, None)
@@ -161,11 +217,14 @@ def choices_of(group: str) -> list[str]:
 def test_every_choice_of_conf_composes_and_is_typed() -> None:
     """No group of conf/ has a choice that does not compose, a missing value or an unknown key.
 
-    The first choices of all groups together, then the second ones, and so on; a short group begins again.
+    The first choices of all groups together, then the second ones, and so on; a short group begins
+    again.
     """
     choices = {group: choices_of(group) for group in GROUPS}
     for number in range(max(map(len, choices.values()))):
-        check(composed(*(f"{group}={names[number % len(names)]}" for group, names in choices.items())))
+        check(
+            composed(*(f"{group}={names[number % len(names)]}" for group, names in choices.items()))
+        )
     for experiment in choices_of("experiment"):
         check(composed(f"experiment={experiment}"))
 
@@ -173,7 +232,8 @@ def test_every_choice_of_conf_composes_and_is_typed() -> None:
 def test_a_folder_that_cannot_be_written_is_a_letter(tmp_path: Path) -> None:
     """Before anything starts: folders that cannot be made, a full disk."""
     letter = (
-        r"^error: Cannot write to the run folder {} \({}\)\. Free some space, fix its permissions, or choose another"
+        r"^error: Cannot write to the run folder {} \({}\)\. Free some space, fix its permissions,"
+        r" or choose another"
     )
     with small_disk(tmp_path / "full", 1 << 16) as disk:
         cases = [(["run_dir=/proc/no"], "/proc/no", "No such file or directory", tmp_path)]
@@ -183,7 +243,14 @@ def test_a_folder_that_cannot_be_written_is_a_letter(tmp_path: Path) -> None:
         if disk is not None:
             (disk / "run").mkdir()
             fill(disk)
-            cases += [([f"run_dir={disk / 'run'}"], str(disk / "run"), "No space left on device", tmp_path)]
+            cases += [
+                (
+                    [f"run_dir={disk / 'run'}"],
+                    str(disk / "run"),
+                    "No space left on device",
+                    tmp_path,
+                )
+            ]
         for number, (words, folder, reason, place) in enumerate(cases):
             (tmp_path / str(number)).mkdir()
             program = f"import os; os.chdir({str(place)!r})\n{MAIN}"

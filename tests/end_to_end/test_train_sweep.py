@@ -10,7 +10,14 @@ from test_house import SMALL
 
 
 def test_two_trainings_and_one_refusal(tmp_path: Path) -> None:
-    command = ["train", *SMALL, "device=cpu", "logger=wandb", "--multirun", "accum.gradient_accumulation_steps=1,2,0"]
+    command = [
+        "train",
+        *SMALL,
+        "device=cpu",
+        "logger=wandb",
+        "--multirun",
+        "accum.gradient_accumulation_steps=1,2,0",
+    ]
     done = command_line(command, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr  # because of the refusal
     (folder,) = tmp_path.glob("sweeps/*")

@@ -1,4 +1,5 @@
-"""The examples are run as their first lines say, each in processes of its own, with warnings as errors."""
+"""The examples are run as their first lines say, each in processes of its own, with warnings as
+errors."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def run(start: list[str], example: str) -> str:
     """What an example printed; its exit code is 0."""
     unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    # Python would put the folder of the script first on its path, and not the one that it is started from.
+    # Python would put the folder of the script first on its path, and not the one that it is
+    # started from.
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*start, str(ROOT / "examples" / example)],
@@ -39,7 +41,10 @@ def run(start: list[str], example: str) -> str:
 
 
 def losses_by_step(printed: str) -> dict[int, float]:
-    return {int(step): float(loss) for step, loss in re.findall(r"^step (\d+) loss ([\d.]+) ", printed, re.MULTILINE)}
+    return {
+        int(step): float(loss)
+        for step, loss in re.findall(r"^step (\d+) loss ([\d.]+) ", printed, re.MULTILINE)
+    }
 
 
 @pytest.mark.parametrize("start", [PYTHON, TORCHRUN], ids=["python", "torchrun"])
@@ -48,7 +53,8 @@ def test_plain_loop(start: list[str]) -> None:
     losses = losses_by_step(printed)
     assert list(losses) == list(range(1, 21))
     assert losses[1] == pytest.approx(5.55, abs=0.15)  # ln 256: nothing is known of bytes
-    assert losses[20] < 3.0  # the entropy of this text's single bytes is 3.02 nats: it has learned what follows what
+    # the entropy of this text's single bytes is 3.02 nats: it has learned what follows what
+    assert losses[20] < 3.0
     tokens = [int(n) for n in re.findall(r"tokens (\d+)", printed)]
     assert len(set(tokens)) > 15  # windows of ragged lines weigh differently
 
@@ -60,7 +66,11 @@ def test_fsdp2() -> None:
     assert losses[12] < losses[1] - 1.5
     # Four groups, four micro-batches: each group is gathered once and reduced once.
     counted = next(line for line in printed.splitlines() if line.startswith("counted"))
-    assert sorted(re.findall(r"\d+ \w+(?= \()", counted)) == ["1 all_reduce", "4 all_gather", "4 reduce_scatter"]
+    assert sorted(re.findall(r"\d+ \w+(?= \()", counted)) == [
+        "1 all_reduce",
+        "4 all_gather",
+        "4 reduce_scatter",
+    ]
     assert printed.splitlines()[-1] == "verdict: they agree"
 
 

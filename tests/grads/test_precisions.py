@@ -1,4 +1,5 @@
-"""float16 with a loss scale, parameters in bfloat16, and the dtypes in which gradients are summed."""
+"""float16 with a loss scale, parameters in bfloat16, and the dtypes in which gradients are
+summed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def wrapped(model: nn.Module, strategy: str, policy: MixedPrecisionPolicy) -> nn
     if strategy == "ddp":
         return DistributedDataParallel(model)
     shape, names = ((2,), ("shard",)) if strategy == "fsdp" else ((2, 1), ("replicate", "shard"))
-    return fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), mp_policy=policy)
+    return fully_shard(
+        model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), mp_policy=policy
+    )
 
 
 class Scalar(nn.Module):
@@ -47,7 +50,8 @@ def halves(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict[str, Any]:
-    """On each rank: train on these windows [window][rank][micro-batch] in float16 and tell how it went."""
+    """On each rank: train on these windows [window][rank][micro-batch] in float16 and tell how it
+    went."""
     rank = torch.distributed.get_rank()
     policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     model = wrapped(Scalar(), strategy, policy)
@@ -55,7 +59,9 @@ def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25, momentum=0.5)
     objective = da.Objective(halves if strategy == "ddp" else lambda m, x: m(x).float().sum(), len)
     accumulator = da.Accumulator(model, optimizer, objective, sync=sync, loss_scale=scale)
-    records = [accumulator.step([torch.full((1, 1), x) for x in window[rank]]) for window in windows]
+    records = [
+        accumulator.step([torch.full((1, 1), x) for x in window[rank]]) for window in windows
+    ]
     return {
         "weight": float(whole(next(model.parameters()))),
         "skipped": [record.skipped for record in records],
@@ -65,18 +71,28 @@ def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict
 
 
 @pytest.mark.parametrize(("strategy", "sync"), STRATEGIES)
-def test_a_float16_window_that_overflows_on_one_rank(two_ranks: World, strategy: str, sync: str) -> None:
-    good, bad, next_one = [[0.5, 1.0], [1.5, 0.25]], [[0.5, 1.0], [1.5, 60.0]], [[0.5, 1.0], [1.0, 1.5]]
-    # A gradient is x times scale 65536 times 2 ranks / 4 samples; float16 ends at 65504: 1.5 fits and 60 does not.
+def test_a_float16_window_that_overflows_on_one_rank(
+    two_ranks: World, strategy: str, sync: str
+) -> None:
+    good, bad, next_one = (
+        [[0.5, 1.0], [1.5, 0.25]],
+        [[0.5, 1.0], [1.5, 60.0]],
+        [[0.5, 1.0], [1.0, 1.5]],
+    )
+    # A gradient is x times scale 65536 times 2 ranks / 4 samples; float16 ends at 65504: 1.5 fits
+    # and 60 does not.
     with_it = two_ranks.run(overflow, strategy, sync, [good, bad, next_one])
     without = two_ranks.run(overflow, strategy, sync, [good, next_one])
     for here, there in zip(with_it, without, strict=True):
         assert [text is not None for text in here["skipped"]] == [False, True, False]
-        assert "gradient norm inf" in here["skipped"][1] or "gradient norm nan" in here["skipped"][1]
+        assert (
+            "gradient norm inf" in here["skipped"][1] or "gradient norm nan" in here["skipped"][1]
+        )
         assert here["scale"] == 2.0**15
         assert there["scale"] == 2.0**16
         assert here["steps"] == there["steps"] == 2
-        assert here["weight"] == there["weight"] != 0.0  # scales are powers of two: not one bit differs
+        # scales are powers of two: not one bit differs
+        assert here["weight"] == there["weight"] != 0.0
     assert with_it[0] == with_it[1]
     # By hand: mean gradients 3.25 / 4 and 4 / 4, momentum 0.5, lr 0.25.
     assert without[0]["weight"] == -0.25 * (0.8125 + 0.5 * 0.8125 + 1.0)
@@ -116,7 +132,9 @@ def constant_gradient(strategy: str, sync: str, num_micro_batches: int) -> float
     model = Scalar(torch.bfloat16)
     model = wrapped(model, strategy, policy) if strategy != "single" else model
     objective = da.Objective(lambda m, x: m(x).float().sum(), len)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=sync)
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=sync
+    )
     accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     return -float(whole(next(model.parameters())))
 
@@ -129,7 +147,9 @@ def test_trap_14_bf16_parameters_k_1024(two_ranks: World, strategy: str, sync: s
 def static_graph() -> str:
     model = DistributedDataParallel(Scalar(torch.bfloat16), static_graph=True)
     try:
-        da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(halves, len))
+        da.Accumulator(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(halves, len)
+        )
     except da.ConfigError as error:
         return str(error)
     return ""
@@ -141,19 +161,28 @@ def test_a_static_graph_with_sums_in_another_dtype_is_refused(two_ranks: World) 
 
 
 def sums_in(strategy: str, sync: str, accum: str | None, reduce: str | None) -> dict[str, Any]:
-    """One window of 3 micro-batches with sums in other dtypes: relative error of the update, and what travelled."""
+    """One window of 3 micro-batches with sums in other dtypes: relative error of the update, and
+    what travelled."""
     dtypes = [None if name is None else getattr(torch, name) for name in (accum, reduce)]
     rank = torch.distributed.get_rank()
     policy = MixedPrecisionPolicy(reduce_dtype=dtypes[1])
     model = wrapped(make_model(torch.float32), strategy, policy)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     objective = da.Objective(
-        lambda m, micro_batch: masked_sum(m, {name: value.float() for name, value in micro_batch.items()}),
+        lambda m, micro_batch: masked_sum(
+            m, {name: value.float() for name, value in micro_batch.items()}
+        ),
         lambda micro_batch: int(micro_batch["mask"].sum()),
     )
     try:
         accumulator = da.Accumulator(
-            model, optimizer, objective, sync=sync, accum_dtype=dtypes[0], reduce_dtype=dtypes[1], audit="always"
+            model,
+            optimizer,
+            objective,
+            sync=sync,
+            accum_dtype=dtypes[0],
+            reduce_dtype=dtypes[1],
+            audit="always",
         )
     except da.ConfigError as error:
         return {"refused": str(error)}
@@ -169,8 +198,12 @@ def sums_in(strategy: str, sync: str, accum: str | None, reduce: str | None) -> 
     update = [b - whole(p) for b, p in zip(before, model.parameters(), strict=True)]
     assert record.verdict is not None
     return {
-        "error": max(relative(found.double(), exact) for found, exact in zip(update, right, strict=True)),
-        "sent": sum(record.verdict.counted.bytes.values()) - record.verdict.counted.bytes["all_gather"],
+        "error": max(
+            relative(found.double(), exact) for found, exact in zip(update, right, strict=True)
+        ),
+        "sent": (
+            sum(record.verdict.counted.bytes.values()) - record.verdict.counted.bytes["all_gather"]
+        ),
     }
 
 
@@ -180,8 +213,13 @@ def test_dtypes_of_sums(two_ranks: World) -> None:
         assert here == there
         return here
 
-    single, half, double = 6e-6, 2e-2, 1e-6  # some roundings of 2^-24 in weights of order one; of 2^-8 in sums of 6
-    plain, narrow, wide = run("ddp", "boundary", None, None), run("ddp", "boundary", None, "bfloat16"), None
+    # some roundings of 2^-24 in weights of order one; of 2^-8 in sums of 6
+    single, half, double = (6e-6, 2e-2, 1e-6)
+    plain, narrow, wide = (
+        run("ddp", "boundary", None, None),
+        run("ddp", "boundary", None, "bfloat16"),
+        None,
+    )
     assert plain["error"] < single < narrow["error"] < half
     control = 8 * 2 * 6
     assert (plain["sent"] - control) == 2 * (narrow["sent"] - control)  # half the bytes travel
@@ -191,7 +229,9 @@ def test_dtypes_of_sums(two_ranks: World) -> None:
     assert single < run("ddp", "boundary", "bfloat16", None)["error"] < half
     assert run("ddp", "every", None, "bfloat16")["sent"] - control == 3 * (narrow["sent"] - control)
     # FSDP2 sums what it has not reduced yet in the dtype in which it reduces.
-    assert "in the dtype in which it reduces" in run("fsdp", "boundary", None, "bfloat16")["refused"]
+    assert (
+        "in the dtype in which it reduces" in run("fsdp", "boundary", None, "bfloat16")["refused"]
+    )
     assert single < run("fsdp", "boundary", "bfloat16", "bfloat16")["error"] < half
     assert single < run("fsdp", "every", None, "bfloat16")["error"] < half
     assert run("fsdp", "gather_once", "float64", "float64")["error"] < double * 10

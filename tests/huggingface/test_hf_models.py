@@ -22,9 +22,14 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def config(
-    name: str | None = "GPT2Config", head: str = "causal_lm", weights: Path | None = None, **options: Any
+    name: str | None = "GPT2Config",
+    head: str = "causal_lm",
+    weights: Path | None = None,
+    **options: Any,
 ) -> Any:
-    return HFConfig("hf", name, head, None if weights is None else str(weights), {**SMALL, **options})
+    return HFConfig(
+        "hf", name, head, None if weights is None else str(weights), {**SMALL, **options}
+    )
 
 
 def built(*args: Any, **options: Any) -> Any:
@@ -62,16 +67,24 @@ def test_weights_follow_the_seed_of_the_caller() -> None:
 
 
 def test_the_default_configuration_builds() -> None:
-    """The values that conf/model/hf.yaml has, with 256 token ids: like model=gpt but for the positions."""
-    model: Any = build_hf(HFConfig(**yaml.safe_load((config_dir() / "model" / "hf.yaml").read_text())), 256, 128)
-    assert sum(p.numel() for p in model.parameters()) == 256 * 128 + 1024 * 128 + 4 * (12 * 128**2 + 13 * 128) + 256
+    """The values that conf/model/hf.yaml has, with 256 token ids: like model=gpt but for the
+    positions."""
+    model: Any = build_hf(
+        HFConfig(**yaml.safe_load((config_dir() / "model" / "hf.yaml").read_text())), 256, 128
+    )
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 256 * 128 + 1024 * 128 + 4 * (12 * 128**2 + 13 * 128) + 256
+    )
     assert model.lm_head.weight is model.transformer.wte.weight
     folder = HFConfig(**yaml.safe_load((config_dir() / "model" / "hf_folder.yaml").read_text()))
     with pytest.raises(ConfigError, match=r"model\.config is null"):
         build_hf(folder)
 
 
-@pytest.mark.parametrize(("name", "count"), [("bert_masked", 2), ("t5", 2), ("bart", 2), ("mixtral", 2)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("bert_masked", 2), ("t5", 2), ("bart", 2), ("mixtral", 2)]
+)
 def test_blocks_are_the_layers_and_nothing_inside_them(name: str, count: int) -> None:
     """T5 and Bart have one layer in the encoder and one in the decoder."""
     model = make(name)
@@ -79,7 +92,9 @@ def test_blocks_are_the_layers_and_nothing_inside_them(name: str, count: int) ->
     assert len(blocks) == count
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = [n for n, p in model.named_parameters() if id(p) not in inside]
-    assert all("embed" in n or "norm" in n or "shared" in n or "head" in n or "cls" in n for n in outside)
+    assert all(
+        "embed" in n or "norm" in n or "shared" in n or "head" in n or "cls" in n for n in outside
+    )
 
 
 def test_a_module_without_blocks() -> None:
@@ -92,7 +107,9 @@ def test_a_folder_gives_configuration_and_weights(tmp_path: Path) -> None:
     saved.save_pretrained(tmp_path)
     again = HFConfig("hf", str(tmp_path), "causal_lm", str(tmp_path), {})
     loaded = build_hf(again, vocab_size=256, seq_len=32)
-    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(saved.parameters(), loaded.parameters(), strict=True)
+    )
     assert loaded.training
     with torch.device("meta"):
         assert next(build_hf(again, vocab_size=256, seq_len=32).parameters()).is_meta
@@ -136,7 +153,10 @@ def test_a_folder_cannot_bring_code(tmp_path: Path, foreign: dict[str, Any]) -> 
         (config("GPT3Config"), "Did you mean .*GPT2Config"),
         (config("os"), "neither a configuration class"),
         (config(None), r"model\.config is null"),
-        (config(n_layerz=3), r"model\.options\.n_layerz: GPT2Config has no such field\. Did you mean n_layer"),
+        (
+            config(n_layerz=3),
+            r"model\.options\.n_layerz: GPT2Config has no such field\. Did you mean n_layer",
+        ),
         (config(head="causal"), "Did you mean causal_lm"),
         (config("BertConfig", "seq2seq_lm"), r"cannot be built with model\.head=seq2seq_lm"),
         (config(vocab_size=100), "100 token ids, but the data has 256"),

@@ -1,4 +1,5 @@
-"""What the objective sums, counts and refuses, on one process; what is expected comes from logits."""
+"""What the objective sums, counts and refuses, on one process; what is expected comes from
+logits."""
 
 from __future__ import annotations
 
@@ -22,12 +23,19 @@ def objective(name: str) -> HuggingFace:
     return HuggingFace(HEADS[name].denominator, aux_coef=0.02 if name in MIXTURES else 0.0)
 
 
-@pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels not in ("number", "multi_label")])
+@pytest.mark.parametrize(
+    "name", [name for name, head in HEADS.items() if head.labels not in ("number", "multi_label")]
+)
 def test_a_micro_batch_in_which_nothing_counts_adds_exactly_0_with_a_graph(name: str) -> None:
     model, micro_batch = make(name), make_micro_batch(HEADS[name].labels, 1, 2, 6, counted="none")
-    sums, weight = objective(name).loss_sum(model, micro_batch), objective(name).denominator(micro_batch)
+    sums, weight = (
+        objective(name).loss_sum(model, micro_batch),
+        objective(name).denominator(micro_batch),
+    )
     terms = dict(sums) if isinstance(sums, dict) else {"loss": sums}
-    assert list((weight if isinstance(weight, dict) else {"loss": weight}).values()) == [0] * len(terms)
+    assert list((weight if isinstance(weight, dict) else {"loss": weight}).values()) == [0] * len(
+        terms
+    )
     for term in terms.values():
         assert float(term.detach()) == 0.0
         assert term.requires_grad
@@ -71,7 +79,8 @@ def test_a_mean_in_bf16_becomes_a_sum_in_float32() -> None:
         def forward(self, labels: Tensor) -> Any:
             return SimpleNamespace(loss=1.0 * self.mean)
 
-    micro_batch = {"labels": torch.zeros(1, 1001, dtype=torch.int64)}  # 1001 has no bf16: it would be 1000
+    # 1001 has no bf16: it would be 1000
+    micro_batch = {"labels": torch.zeros(1, 1001, dtype=torch.int64)}
     total = HuggingFace("tokens").loss_sum(Half(), micro_batch)
     assert (total.dtype, float(total.detach())) == (torch.float32, 1001.0)
 
@@ -85,7 +94,8 @@ def test_a_tuple_begins_with_the_loss() -> None:
 
 
 def test_the_count_of_the_batch_is_never_passed() -> None:
-    """A head that is given num_items_in_batch divides by it, or returns its mean all the same: a factor of 8."""
+    """A head that is given num_items_in_batch divides by it, or returns its mean all the same: a
+    factor of 8."""
     seen: dict[str, Any] = {}
 
     class Head(nn.Module):
@@ -99,8 +109,12 @@ def test_the_count_of_the_batch_is_never_passed() -> None:
 
     micro_batch = {"x": torch.tensor([1.0, 3.0]), "labels": torch.tensor([0, 1])}
     model = Head()
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), HuggingFace("tokens"))
-    record = accumulator.step([micro_batch, {"x": torch.tensor([11.0]), "labels": torch.tensor([0])}])
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), HuggingFace("tokens")
+    )
+    record = accumulator.step(
+        [micro_batch, {"x": torch.tensor([11.0]), "labels": torch.tensor([0])}]
+    )
     assert sorted(seen) == ["labels", "x"]
     assert (record.loss, record.denominator) == (5.0, 3)  # (2 x 2 + 11 x 1) / 3
     assert float(model.scale.detach()) == -4.0
@@ -115,7 +129,10 @@ def test_question_answering_counts_positions_in_range() -> None:
     output = model(**micro_batch)
     rows = torch.tensor([0, 2, 3])
     pairs = ((output.start_logits, "start_positions"), (output.end_logits, "end_positions"))
-    sums = [F.cross_entropy(logits[rows], micro_batch[key][rows], reduction="sum") for logits, key in pairs]
+    sums = [
+        F.cross_entropy(logits[rows], micro_batch[key][rows], reduction="sum")
+        for logits, key in pairs
+    ]
     expected = sum(sums) / 2
     assert abs(objective("bert_answers").loss_sum(model, micro_batch) / expected - 1) <= 8 * EPS
     micro_batch["end_positions"][2] = FAR
@@ -125,16 +142,22 @@ def test_question_answering_counts_positions_in_range() -> None:
 
 def test_the_auxiliary_term() -> None:
     model, micro_batch = make("mixtral"), make_micro_batch("tokens", 3, 3, 8)
-    sums, weight = objective("mixtral").loss_sum(model, micro_batch), objective("mixtral").denominator(micro_batch)
+    sums, weight = (
+        objective("mixtral").loss_sum(model, micro_batch),
+        objective("mixtral").denominator(micro_batch),
+    )
     output = model(**micro_batch)
     count = int((micro_batch["labels"][:, 1:] != -100).sum())
     assert weight == {"loss": count, "aux": 1}
-    # The token part is a difference of two numbers of which the smaller is a hundredth: no digit is lost.
+    # The token part is a difference of two numbers of which the smaller is a hundredth: no digit is
+    # lost.
     tokens = F.cross_entropy(
         output.logits[:, :-1].flatten(0, 1), micro_batch["labels"][:, 1:].flatten(), reduction="sum"
     )
     assert abs(sums["loss"] / tokens - 1) <= 8 * EPS
-    assert float(sums["aux"].detach()) == pytest.approx(0.02 * float(output.aux_loss.detach()), rel=EPS)
+    assert float(sums["aux"].detach()) == pytest.approx(
+        0.02 * float(output.aux_loss.detach()), rel=EPS
+    )
     with pytest.raises(ConfigError, match=r"returned an \.aux_loss"):
         HuggingFace("shifted_tokens").loss_sum(model, micro_batch)
     model.config.output_router_logits = False
@@ -145,8 +168,12 @@ def test_the_auxiliary_term() -> None:
 def test_a_window_without_labels_is_skipped_with_its_auxiliary_term() -> None:
     model = make("mixtral")
     before = [p.detach().clone() for p in model.parameters()]
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective("mixtral"))
-    record = accumulator.step([make_micro_batch("tokens", i, 2, 5, counted="none") for i in range(2)])
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective("mixtral")
+    )
+    record = accumulator.step(
+        [make_micro_batch("tokens", i, 2, 5, counted="none") for i in range(2)]
+    )
     assert record.skipped == "denominator 0"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -155,9 +182,16 @@ def test_a_window_without_labels_is_skipped_with_its_auxiliary_term() -> None:
 def test_labels_that_are_shifted_already(name: str) -> None:
     model, micro_batch = make(name), make_micro_batch("tokens", 3, 3, 8)
     micro_batch["attention_mask"].fill_(1)
-    shifted = {"input_ids": micro_batch["input_ids"], "labels": F.pad(micro_batch["labels"][:, 1:], (0, 1), value=-100)}
+    shifted = {
+        "input_ids": micro_batch["input_ids"],
+        "labels": F.pad(micro_batch["labels"][:, 1:], (0, 1), value=-100),
+    }
     ours = HuggingFaceCausalLM.of(model)
-    assert ours == HuggingFaceCausalLM.of(model.config) == HuggingFaceCausalLM(0.02 if name in MIXTURES else 0.0)
+    assert (
+        ours
+        == HuggingFaceCausalLM.of(model.config)
+        == HuggingFaceCausalLM(0.02 if name in MIXTURES else 0.0)
+    )
     assert ours.denominator(shifted) == objective(name).denominator(micro_batch)
     sums, expected = ours.loss_sum(model, shifted), objective(name).loss_sum(model, micro_batch)
     for term in sums if isinstance(sums, dict) else [None]:

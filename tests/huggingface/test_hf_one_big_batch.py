@@ -1,9 +1,10 @@
-"""Traps 19 and 20: heads of transformers on 2 ranks with 4 ragged micro-batches each, against one forward over all
-samples.
+"""Traps 19 and 20: heads of transformers on 2 ranks with 4 ragged micro-batches each, against one
+forward over all samples.
 
-Tolerance: float32 rounds to eps = 6e-8. An element of a gradient sums at most 8 x 3 x 9 = 216 contributions, and each
-went through some 50 rounded operations, in another order than in the big batch: random roundings leave at most
-eps x sqrt(216 x 50) = 6e-6 of the whole gradient. A wrong denominator gives 1e-2 and more.
+Tolerance: float32 rounds to eps = 6e-8. An element of a gradient sums at most 8 x 3 x 9 = 216
+contributions, and each went through some 50 rounded operations, in another order than in the big
+batch: random roundings leave at most eps x sqrt(216 x 50) = 6e-6 of the whole gradient. A wrong
+denominator gives 1e-2 and more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class RecordingSGD(torch.optim.SGD):
     found: Tensor
 
     def step(self, closure: Any = None) -> Any:
-        self.found = torch.cat([whole(p.grad).flatten() for g in self.param_groups for p in g["params"]])
+        self.found = torch.cat(
+            [whole(p.grad).flatten() for g in self.param_groups for p in g["params"]]
+        )
         return super().step(closure)
 
 
@@ -56,10 +59,12 @@ def windows_of(labels: str) -> list[list[dict[str, Tensor]]]:
 
 
 def found_by_us(name: str, strategy: str) -> tuple[da.StepRecord, Tensor, HuggingFace]:
-    """One window on this rank: the record, the whole gradient, and the objective as it was found."""
+    """One window on this rank: the record, the whole gradient, and the objective as it was
+    found."""
     import torch.distributed as dist
 
-    # FSDP2 warns of modules that return views of what the user may change in place; these models change nothing.
+    # FSDP2 warns of modules that return views of what the user may change in place; these models
+    # change nothing.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     head, model = HEADS[name], make(name)
     objective = HuggingFace.find(model, make_micro_batch(head.labels, 7, 4, 8))
@@ -72,10 +77,13 @@ def found_by_us(name: str, strategy: str) -> tuple[da.StepRecord, Tensor, Huggin
 
 
 def dense_errors(name: str, strategy: str) -> dict[str, Any]:
-    """On each rank: relative errors of loss and gradient against the head's own loss on one big batch."""
+    """On each rank: relative errors of loss and gradient against the head's own loss on one big
+    batch."""
     record, found, objective = found_by_us(name, strategy)
     model, labels = make(name), HEADS[name].labels
-    batch = one_big_batch([micro_batch for micro_batches in windows_of(labels) for micro_batch in micro_batches])
+    batch = one_big_batch(
+        [micro_batch for micro_batches in windows_of(labels) for micro_batch in micro_batches]
+    )
     loss, expected = gradient(model, lambda: model(**batch).loss)
     assert record.skipped is None
     assert record.denominator == objective.denominator(batch)
@@ -97,7 +105,9 @@ def measured(two_ranks: World) -> list[dict[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_trap_19_a_window_is_one_big_batch(measured: list[dict[str, dict[str, Any]]], name: str) -> None:
+def test_trap_19_a_window_is_one_big_batch(
+    measured: list[dict[str, dict[str, Any]]], name: str
+) -> None:
     for errors in (rank[name] for rank in measured):
         assert errors["denominator"] == HEADS[name].denominator
         assert errors["gradient"] <= TOLERANCE, (name, errors)
@@ -108,21 +118,28 @@ def test_trap_19_under_fsdp2(two_ranks: World) -> None:
     names = ["gpt2", "bert_classes", "t5"]
     for errors in two_ranks.run(all_dense, names, "fsdp"):
         for name in names:
-            assert max(errors[name]["gradient"], errors[name]["loss"]) <= TOLERANCE, (name, errors[name])
+            assert max(errors[name]["gradient"], errors[name]["loss"]) <= TOLERANCE, (
+                name,
+                errors[name],
+            )
 
 
 def mixture_errors(name: str, strategy: str) -> dict[str, float]:
-    """The token part is one big batch's, the auxiliary part the mean over the seven micro-batches in which labels
-    count."""
+    """The token part is one big batch's, the auxiliary part the mean over the seven micro-batches
+    in which labels count."""
     record, found, objective = found_by_us(name, strategy)
     model, coef = make(name), 0.02
     assert objective.aux_coef == coef
     micro_batches = [micro_batch for window in windows_of("tokens") for micro_batch in window]
     batch = one_big_batch(micro_batches)
     token, token_gradient = gradient(model, lambda: model(**batch, output_router_logits=False).loss)
-    counting = [micro_batch for micro_batch in micro_batches if (micro_batch["labels"][:, 1:] != -100).any()]
+    counting = [
+        micro_batch for micro_batch in micro_batches if (micro_batch["labels"][:, 1:] != -100).any()
+    ]
     assert len(counting) == len(micro_batches) - 1 == record.denominators["aux"]
-    aux, aux_gradient = gradient(model, lambda: coef * torch.stack([model(**m).aux_loss for m in counting]).mean())
+    aux, aux_gradient = gradient(
+        model, lambda: coef * torch.stack([model(**m).aux_loss for m in counting]).mean()
+    )
     expected = token_gradient + aux_gradient
     return {
         "gradient": float((found - expected).norm() / expected.norm()),
@@ -135,7 +152,9 @@ def mixture_errors(name: str, strategy: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_trap_20_the_auxiliary_loss_has_its_own_denominator(two_ranks: World, name: str, strategy: str) -> None:
+def test_trap_20_the_auxiliary_loss_has_its_own_denominator(
+    two_ranks: World, name: str, strategy: str
+) -> None:
     for errors in two_ranks.run(mixture_errors, name, strategy):
         assert errors.pop("the auxiliary part") > 100 * TOLERANCE  # so that it would be missed
         assert max(errors.values()) <= TOLERANCE, errors

@@ -1,5 +1,5 @@
-"""Decoders and encoders of transformers with the last micro-batches block by block: to the bit as in the plain
-order."""
+"""Decoders and encoders of transformers with the last micro-batches block by block: to the bit as
+in the plain order."""
 
 from __future__ import annotations
 
@@ -44,14 +44,18 @@ def run(name: str, strategy: str, overlap_micro_batches: int) -> Any:
     model = made(name)
     objective = HuggingFace.find(model, make_micro_batch(labels, 7, 4, 8))
     wrapped = wrap(model, strategy)
-    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in wrapped.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     accumulator = da.Accumulator(
-        wrapped, optimizer, objective, sync="boundary" if strategy == "ddp" else "gather_once", clip_norm=0.5, seed=1,
-        audit="always", overlap_micro_batches=overlap_micro_batches,
+        wrapped, optimizer, objective, sync="boundary" if strategy == "ddp" else "gather_once",
+        clip_norm=0.5, seed=1, audit="always", overlap_micro_batches=overlap_micro_batches,
     )  # fmt: skip
     window = windows_of(labels)[rank]
     records = [accumulator.step(micro_batches) for micro_batches in (window, window[rank:])]
-    return [(record.losses, record.grad_norm) for record in records], [whole(p) for p in wrapped.parameters()]
+    return [(record.losses, record.grad_norm) for record in records], [
+        whole(p) for p in wrapped.parameters()
+    ]
 
 
 def same(name: str, strategy: str) -> list[bool]:
@@ -59,10 +63,22 @@ def same(name: str, strategy: str) -> list[bool]:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     warnings.filterwarnings("ignore", message=".*use_reentrant")
     plain, found = run(name, strategy, 1), run(name, strategy, 3)
-    return [found[0] == plain[0], all(torch.equal(a, b) for a, b in zip(found[1], plain[1], strict=True))]
+    return [
+        found[0] == plain[0],
+        all(torch.equal(a, b) for a, b in zip(found[1], plain[1], strict=True)),
+    ]
 
 
-NAMES = ["gpt2", "gpt2 checkpointed", "llama untied", "llama tied", "qwen2", "bert_masked", "mixtral without", "lora"]
+NAMES = [
+    "gpt2",
+    "gpt2 checkpointed",
+    "llama untied",
+    "llama tied",
+    "qwen2",
+    "bert_masked",
+    "mixtral without",
+    "lora",
+]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -81,7 +97,8 @@ def refusal(name: str, strategy: str) -> str:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", ["t5", "mixtral"])  # an encoder beside the decoder; a loss of every layer's router
+# an encoder beside the decoder; a loss of every layer's router
+@pytest.mark.parametrize("name", ["t5", "mixtral"])
 def test_what_is_no_chain_is_refused(two_ranks: World, name: str, strategy: str) -> None:
     for message in two_ranks.run(refusal, name, strategy, timeout_s=110.0):
         assert "blocks are a chain" in message

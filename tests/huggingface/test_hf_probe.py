@@ -1,4 +1,5 @@
-"""The denominator of a head's mean is measured: on tiny heads of transformers, and on heads with known means."""
+"""The denominator of a head's mean is measured: on tiny heads of transformers, and on heads with
+known means."""
 
 from __future__ import annotations
 
@@ -38,8 +39,11 @@ def tokens(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each sample's mean, then the mean over samples: long samples count no more than short ones."""
-    return torch.stack([F.cross_entropy(row, own) for row, own in zip(logits, labels, strict=True)]).mean()
+    """Each sample's mean, then the mean over samples: long samples count no more than short
+    ones."""
+    return torch.stack(
+        [F.cross_entropy(row, own) for row, own in zip(logits, labels, strict=True)]
+    ).mean()
 
 
 def every_label(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +61,9 @@ def short_of_memory(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def weighted(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight=torch.tensor([1.0, 5.0, 25.0]))
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), weight=torch.tensor([1.0, 5.0, 25.0])
+    )
 
 
 def summed(logits: Tensor, labels: Tensor) -> Tensor:
@@ -87,7 +93,8 @@ def test_a_known_mean_is_found(mean: Any, name: str, ragged: bool) -> None:
 
 
 def test_labels_that_begin_ignored_do_not_mislead() -> None:
-    """Prompts whose first label is ignored count alike with and without the shift; other data need not."""
+    """Prompts whose first label is ignored count alike with and without the shift; other data need
+    not."""
     batch = micro_batch(ragged=False)
     batch["labels"][:, 0] = -100
     assert HuggingFace.find(Head(tokens), batch).mean_over.value == "tokens"
@@ -103,27 +110,36 @@ def test_a_head_that_ignores_nothing_counts_numbers_and_says_so() -> None:
 
 @pytest.mark.parametrize("mean", [weighted, summed])
 def test_what_is_no_mean_of_these_is_refused_with_numbers(mean: Any) -> None:
-    with pytest.raises(ConfigError, match=r"no denominator.*tokens: [\d.]+ together, [\d.]+ alone.*\.logits"):
+    with pytest.raises(
+        ConfigError, match=r"no denominator.*tokens: [\d.]+ together, [\d.]+ alone.*\.logits"
+    ):
         HuggingFace.find(Head(mean), micro_batch(ragged=True))
 
 
 def test_samples_of_one_loss_cannot_be_told_apart() -> None:
     batch = micro_batch(ragged=False)
     batch["x"], batch["labels"] = torch.zeros_like(batch["x"]), torch.zeros_like(batch["labels"])
-    with pytest.raises(ConfigError, match="cannot tell shifted_tokens and tokens and samples and numbers apart"):
-        HuggingFace.find(Head(lambda logits, labels: tokens(logits, labels.clamp(min=-1).abs() * 0)), batch)
+    with pytest.raises(
+        ConfigError, match="cannot tell shifted_tokens and tokens and samples and numbers apart"
+    ):
+        HuggingFace.find(
+            Head(lambda logits, labels: tokens(logits, labels.clamp(min=-1).abs() * 0)), batch
+        )
 
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_mean_of_means_is_not_taken_for_a_mean_over_numbers(ragged: bool) -> None:
-    """On samples of one length both fit; on micro-batches of several lengths they are two things."""
+    """On samples of one length both fit; on micro-batches of several lengths they are two
+    things."""
     with pytest.raises(ConfigError, match="cannot tell samples and numbers apart"):
         HuggingFace.find(Head(mean_of_means), micro_batch(ragged))
 
 
 @pytest.mark.parametrize(("mean", "name"), [(shifted, "shifted_tokens"), (tokens, "tokens")])
 @pytest.mark.parametrize("ignored", [0, 2])
-def test_one_row_is_enough_where_its_positions_have_labels(mean: Any, name: str, ignored: int) -> None:
+def test_one_row_is_enough_where_its_positions_have_labels(
+    mean: Any, name: str, ignored: int
+) -> None:
     batch = micro_batch(ragged=False, size=1)
     batch["labels"][0, 6 - ignored :] = -100
     before = batch["labels"].clone()
@@ -139,13 +155,18 @@ def test_one_row_is_no_excuse_for_a_wrong_denominator(mean: Any) -> None:
 
 @pytest.mark.parametrize(("mean", "labels", "why"), [
     (every_label, torch.tensor([[0, 1, 2, 0, 1, 2]]), "fails on a copy with ignored labels"),
-    (tokens, torch.tensor([[0, 1, 2, -100, -100, -100]]), r"shape \[1, 6\] .* cannot be turned into a second"),
-    (lambda logits, labels: F.cross_entropy(logits[:, 0], labels), torch.tensor([1]), r"labels of shape \[1\]"),
+    (tokens, torch.tensor([[0, 1, 2, -100, -100, -100]]),
+    r"shape \[1, 6\] .* cannot be turned into a second"), (lambda logits,
+    labels: F.cross_entropy(logits[:, 0], labels), torch.tensor([1]), r"labels of shape \[1\]"),
     (lambda logits, labels: F.mse_loss(logits[..., 0], labels), torch.ones(1, 6), "torch.float32"),
 ])  # fmt: skip
-def test_one_row_that_compares_with_nothing_says_what_to_hand_over(mean: Any, labels: Tensor, why: str) -> None:
+def test_one_row_that_compares_with_nothing_says_what_to_hand_over(
+    mean: Any, labels: Tensor, why: str
+) -> None:
     batch = {**micro_batch(ragged=False, size=1), "labels": labels}
-    with pytest.raises(ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*mean_over="):
+    with pytest.raises(
+        ConfigError, match=rf"{why}.*find\(model, collate\(\[row1, row2\]\)\).*mean_over="
+    ):
         HuggingFace.find(Head(mean), batch)
 
 
@@ -157,7 +178,10 @@ def test_memory_that_runs_out_says_nothing_about_the_head(size: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name, head in HEADS.items() if head.labels == "tokens"])
 def test_one_row_of_heads_of_transformers(name: str) -> None:
-    assert HuggingFace.find(make(name), make_micro_batch("tokens", 5, 1, 8)).mean_over.value == HEADS[name].denominator
+    assert (
+        HuggingFace.find(make(name), make_micro_batch("tokens", 5, 1, 8)).mean_over.value
+        == HEADS[name].denominator
+    )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -175,9 +199,9 @@ def test_a_sum_over_a_lattice_is_refused() -> None:
     import transformers
 
     config = transformers.Wav2Vec2Config(
-        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, conv_dim=[8, 8], conv_stride=[5, 2], conv_kernel=[10, 3],
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     torch.manual_seed(0)
     batch = {"input_values": torch.randn(3, 400), "labels": torch.randint(1, 20, (3, 5))}

@@ -1,4 +1,5 @@
-"""Wrapped models: LoRA with frozen weights, tied embeddings in shards, and measuring a denominator on all ranks.
+"""Wrapped models: LoRA with frozen weights, tied embeddings in shards, and measuring a denominator
+on all ranks.
 
 Gradients are compared with one big batch as in test_hf_one_big_batch.py, and with its tolerance.
 """
@@ -23,15 +24,21 @@ from distaccum.nn.blocks import blocks_of
 
 
 def make_lora() -> nn.Module:
-    """GPT-2 with LoRA on its attention; B is drawn too, since with zeros half of the gradients are zero."""
+    """GPT-2 with LoRA on its attention; B is drawn too, since with zeros half of the gradients are
+    zero."""
     import peft
 
     base = make("gpt2")
     torch.manual_seed(5)
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     with warnings.catch_warnings():
-        # peft asks for it by the name that transformers 5 has deprecated; nothing that we could call otherwise.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        # peft asks for it by the name that transformers 5 has deprecated; nothing that we could
+        # call otherwise.
+        warnings.filterwarnings(
+            "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+        )
         model: nn.Module = peft.get_peft_model(base, config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +48,8 @@ def make_lora() -> nn.Module:
 
 
 def lora_errors(strategy: str, sync: str) -> dict[str, Any]:
-    """One window against one big batch, on each rank, or on one process that has the micro-batches of both ranks."""
+    """One window against one big batch, on each rank, or on one process that has the micro-batches
+    of both ranks."""
     import torch.distributed as dist
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -75,7 +83,9 @@ def judge(errors: dict[str, Any]) -> None:
     assert max(errors["gradient"], errors["loss"]) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("strategy", "sync"), [("ddp", "auto"), ("fsdp", "boundary"), ("fsdp", "gather_once")])
+@pytest.mark.parametrize(
+    ("strategy", "sync"), [("ddp", "auto"), ("fsdp", "boundary"), ("fsdp", "gather_once")]
+)
 def test_lora(two_ranks: World, strategy: str, sync: str) -> None:
     for errors in two_ranks.run(lora_errors, strategy, sync, timeout_s=110.0):
         judge(errors)
@@ -86,11 +96,18 @@ def test_lora_on_one_process() -> None:
 
 
 def built(name: str) -> nn.Module:
-    options = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    options = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
     if name == "GPT2Config":
         options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     torch.manual_seed(3)
-    return build_hf(HFConfig("hf", name, "causal_lm", None, {**options, "tie_word_embeddings": True}), 50, 8)
+    return build_hf(
+        HFConfig("hf", name, "causal_lm", None, {**options, "tie_word_embeddings": True}), 50, 8
+    )
 
 
 def text(rank: int) -> list[dict[str, Tensor]]:
@@ -100,13 +117,16 @@ def text(rank: int) -> list[dict[str, Tensor]]:
 
 
 def text_errors(name: str, strategy: str) -> list[float]:
-    """Three steps on packed text with AdamW: losses, and at the end the weights, against one plain process."""
+    """Three steps on packed text with AdamW: losses, and at the end the weights, against one plain
+    process."""
     import torch.distributed as dist
 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.manual_seed(dist.get_rank())
     model = wrap(built(name), strategy)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), HuggingFaceCausalLM.of(model))
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), HuggingFaceCausalLM.of(model)
+    )
     plain = built(name)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     batch = {
@@ -115,17 +135,28 @@ def text_errors(name: str, strategy: str) -> list[float]:
     }
     errors = []
     for _ in range(3):
-        loss = F.cross_entropy(plain(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten())
+        loss = F.cross_entropy(
+            plain(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         errors.append(abs(accumulator.step(text(dist.get_rank())).loss / float(loss.detach()) - 1))
     pairs = zip(model.parameters(), plain.parameters(), strict=True)
-    return [*errors, *(float((whole(a) - b).detach().norm() / b.detach().norm()) for a, b in pairs if b.ndim > 1)]
+    return [
+        *errors,
+        *(
+            float((whole(a) - b).detach().norm() / b.detach().norm())
+            for a, b in pairs
+            if b.ndim > 1
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", ["GPT2Config", "LlamaConfig"])
-def test_causal_language_models_with_tied_embeddings_under_fsdp2(two_ranks: World, name: str) -> None:
+def test_causal_language_models_with_tied_embeddings_under_fsdp2(
+    two_ranks: World, name: str
+) -> None:
     for errors in two_ranks.run(text_errors, name, "fsdp"):
         assert max(errors) <= TOLERANCE, errors
 
@@ -134,7 +165,9 @@ def found_when_wrapped(strategy: str) -> tuple[str, bool]:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model = wrap(make("mixtral"), strategy)
     found = HuggingFace.find(model, make_micro_batch("tokens", 5, 4, 8, "all"))
-    record = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), found).step(make_window("tokens", 0))
+    record = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), found).step(
+        make_window("tokens", 0)
+    )
     return f"{found.mean_over.value} {found.aux_coef}", record.skipped is None
 
 

@@ -1,4 +1,5 @@
-"""A task that writes what each rank got, and fails on request. Started as a real program by the tests."""
+"""A task that writes what each rank got, and fails on request. Started as a real program by the
+tests."""
 
 import json
 import os
@@ -49,13 +50,17 @@ def task(job: Job) -> None:
     }
     if job.store is not None:
         timeout = timedelta(seconds=job.config["timeout_s"])
-        dist.init_process_group("gloo", store=job.store, rank=job.rank, world_size=job.world_size, timeout=timeout)
+        dist.init_process_group(
+            "gloo", store=job.store, rank=job.rank, world_size=job.world_size, timeout=timeout
+        )
         total = torch.tensor(float(job.rank + job.config["value"]))
         dist.all_reduce(total)
         seen["total"] = total.item()
     if job.rank == 0:
         with (job.run_dir / "starts.jsonl").open("a") as file:
-            file.write(json.dumps({"world_size": job.world_size, "run_dir": str(job.run_dir)}) + "\n")
+            file.write(
+                json.dumps({"world_size": job.world_size, "run_dir": str(job.run_dir)}) + "\n"
+            )
         num_starts = len((job.run_dir / "starts.jsonl").read_text().splitlines())
     # Renamed into place, so that whoever waits for the file never reads half of it.
     draft = job.run_dir / f"draft{job.rank}"
@@ -73,14 +78,20 @@ def task(job: Job) -> None:
         misbehave(fault["kind"], job.rank == fault["rank"])
     if job.rank == 0:
         write_result(
-            job.run_dir, {"validation_loss": (job.config["value"] - 2.0) ** 2, "samples_per_s": 10.0, "steps": 1}
+            job.run_dir,
+            {
+                "validation_loss": (job.config["value"] - 2.0) ** 2,
+                "samples_per_s": 10.0,
+                "steps": 1,
+            },
         )
     if job.store is not None:
         dist.destroy_process_group()
 
 
 def work_until(job, came):
-    """Collectives in a loop until a signal came, or somebody has written the file "stop"; then all end together."""
+    """Collectives in a loop until a signal came, or somebody has written the file "stop"; then all
+    end together."""
     stop = torch.zeros(1)
     while not stop:
         stop += len(came) + ((job.run_dir / "stop").exists() and job.rank == 0)
@@ -96,7 +107,8 @@ def misbehave(kind: str, is_culprit: bool) -> None:
         raise ArithmeticError("the culprit's own error")
     if is_culprit and kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if kind in ("sleep", "desert") or (is_culprit and kind == "hang"):  # no collective that would notice anything
+    # no collective that would notice anything
+    if kind in ("sleep", "desert") or (is_culprit and kind == "hang"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN if kind == "hang" else signal.SIG_DFL)
         time.sleep(600)
     dist.all_reduce(torch.zeros(1))  # never completes: the culprit is gone
@@ -104,5 +116,15 @@ def misbehave(kind: str, is_culprit: bool) -> None:
 
 if __name__ == "__main__":
     conf = Path(__file__).parent / "conf"
-    grace = replace(GRACE, first_s=1.0, own_error_s=2.5)  # ranks that are gone need not be waited for
-    sys.exit(launch(sys.argv[1:], config_dir=conf, check=check, task=task, summarise=report_sweep, grace=grace))
+    # Ranks that are gone need not be waited for.
+    grace = replace(GRACE, first_s=1.0, own_error_s=2.5)
+    sys.exit(
+        launch(
+            sys.argv[1:],
+            config_dir=conf,
+            check=check,
+            task=task,
+            summarise=report_sweep,
+            grace=grace,
+        )
+    )

@@ -38,7 +38,11 @@ class Program:
     """
 
     def __init__(self, folder, *args, torchrun=0, environment=None, cold=False, host=None):
-        starter = ["--standalone", f"--nproc-per-node={torchrun}"] if isinstance(torchrun, int) else list(torchrun)
+        starter = (
+            ["--standalone", f"--nproc-per-node={torchrun}"]
+            if isinstance(torchrun, int)
+            else list(torchrun)
+        )
         starter = starter if torchrun else []
         clean = {key: value for key, value in os.environ.items() if key not in OF_A_LAUNCHER}
         if torchrun:
@@ -48,7 +52,12 @@ class Program:
         self.output_file = folder / f"output{time.monotonic_ns()}"
         self.output_file.touch()
         if not cold:
-            request = {"starter": starter, "args": args, "folder": str(folder), "environment": clean}
+            request = {
+                "starter": starter,
+                "args": args,
+                "folder": str(folder),
+                "environment": clean,
+            }
             self.process = Warm(request | {"output": str(self.output_file), "host": host})
             return
         if torchrun:
@@ -102,15 +111,27 @@ def free_port():
 
 
 def by_hand(start, num_ranks, *args, ranks=None, **kwargs):
-    """Ranks without an agent (all, or only some): RANK and so on in the environment; rank 0 hosts the store."""
-    place = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [start(*args, environment=place | {"RANK": str(rank)}, **kwargs) for rank in ranks or range(num_ranks)]
+    """Ranks without an agent (all, or only some): RANK and so on in the environment; rank 0 hosts
+    the store."""
+    place = {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        start(*args, environment=place | {"RANK": str(rank)}, **kwargs)
+        for rank in ranks or range(num_ranks)
+    ]
 
 
 def found(folder, pattern):
-    """The files below a folder whose name matches, sorted; a job may make and remove folders meanwhile."""
-    walk = os.walk(folder)  # unlike Path.rglob it passes over a folder that is gone before it is read
-    return sorted(Path(top, name) for top, _, names in walk for name in fnmatch.filter(names, pattern))
+    """The files below a folder whose name matches, sorted; a job may make and remove folders
+    meanwhile."""
+    # unlike Path.rglob it passes over a folder that is gone before it is read
+    walk = os.walk(folder)
+    return sorted(
+        Path(top, name) for top, _, names in walk for name in fnmatch.filter(names, pattern)
+    )
 
 
 def seen(folder):
@@ -120,7 +141,11 @@ def seen(folder):
 
 def starts(folder):
     """What the ranks of all starts wrote, first to last."""
-    return [json.loads(line) for file in found(folder, "starts.jsonl") for line in file.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for file in found(folder, "starts.jsonl")
+        for line in file.read_text().splitlines()
+    ]
 
 
 def wait_until(done, timeout_s=30, what=""):
@@ -132,7 +157,9 @@ def wait_until(done, timeout_s=30, what=""):
 
 
 def wait_for_ranks(folder, count, timeout_s=30):
-    return wait_until(lambda: len(ranks := seen(folder)) >= count and ranks, timeout_s, f"{count} ranks at work")
+    return wait_until(
+        lambda: len(ranks := seen(folder)) >= count and ranks, timeout_s, f"{count} ranks at work"
+    )
 
 
 def alive(pid):
@@ -162,4 +189,6 @@ def assert_one_job(ranks, world_size):
         for key in ("config", "run_dir", "overrides", "number"):
             assert rank[key] == first[key]
         value = first["config"]["value"]
-        assert rank.get("total") == (None if world_size == 1 else sum(value + other for other in range(world_size)))
+        assert rank.get("total") == (
+            None if world_size == 1 else sum(value + other for other in range(world_size))
+        )

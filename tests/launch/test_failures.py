@@ -1,4 +1,5 @@
-"""A rank fails, hangs or is killed (trap 22): all end soon, the first one's error is shown, all leave their stacks."""
+"""A rank fails, hangs or is killed (trap 22): all end soon, the first one's error is shown, all
+leave their stacks."""
 
 import signal
 import socket
@@ -11,11 +12,21 @@ from distaccum.launch import peers
 from distaccum.launch.grace import GRACE
 from distaccum.launch.ranks import Place
 
-from .programs import alive, by_hand, free_port, seen, stacks, wait_for_ranks, wait_until, wait_until_gone
+from .programs import (
+    alive,
+    by_hand,
+    free_port,
+    seen,
+    stacks,
+    wait_for_ranks,
+    wait_until,
+    wait_until_gone,
+)
 
 
 def ways(start, folder, num_ranks, *args):
-    """The same job by torchrun, by our own ranks, and by ranks without an agent, each in a folder of its own."""
+    """The same job by torchrun, by our own ranks, and by ranks without an agent, each in a folder
+    of its own."""
     folders = [folder / name for name in ("torchrun", "own", "by_hand")]
     for each in folders:
         each.mkdir()
@@ -46,7 +57,11 @@ def test_raising_rank_takes_the_others_down(start, tmp_path):
         assert [program.code for each in programs.values() for program in each] == [1] * 5
         for way, each in programs.items():
             output = "\n".join(program.output for program in each)
-            shown = output.split("Traceback (most recent call last):\n  File")[0] if way == "torchrun" else output
+            shown = (
+                output.split("Traceback (most recent call last):\n  File")[0]
+                if way == "torchrun"
+                else output
+            )
             assert shown.count("[rank 1] Traceback (most recent call last):") == 1, output
             assert shown.count("[rank 1] ArithmeticError: the culprit's own error") == 1, output
             assert "[rank 0] Traceback" not in output
@@ -63,8 +78,14 @@ def test_killed_rank_is_noticed(start, tmp_path):
     programs = ways(start, tmp_path, 2, "fault.kind=kill", "fault.rank=1")
     ends_within(programs, 6, tmp_path, 15)
     (torchrun,), (own,), hands = programs.values()
-    assert (torchrun.code, own.code, *(program.code for program in hands)) == (1, 1, 1, -signal.SIGKILL)
-    assert len(torchrun.own_output()) <= 1, torchrun.output  # torchrun ends the others at once; its summary says why
+    assert (torchrun.code, own.code, *(program.code for program in hands)) == (
+        1,
+        1,
+        1,
+        -signal.SIGKILL,
+    )
+    # torchrun ends the others at once; its summary says why
+    assert len(torchrun.own_output()) <= 1, torchrun.output
     assert "Signal 9 (SIGKILL)" in torchrun.output
     assert "[rank 1] was ended by SIGKILL" in own.output
     assert "Traceback" not in own.output
@@ -86,7 +107,8 @@ def test_host_of_the_store_is_killed(start, tmp_path):
 
 
 def test_hanging_rank_is_named_and_leaves(start, tmp_path):
-    """It sleeps in Python and ignores SIGTERM; torchrun would kill it after 30 s. The limit is the start's, too."""
+    """It sleeps in Python and ignores SIGTERM; torchrun would kill it after 30 s. The limit is the
+    start's, too."""
     programs = ways(start, tmp_path, 3, "fault.kind=hang", "fault.rank=1", "timeout_s=8")
     ends_within(programs, 9, tmp_path, 8 + 15)
     assert [program.code for each in programs.values() for program in each] == [1] * 5
@@ -94,8 +116,8 @@ def test_hanging_rank_is_named_and_leaves(start, tmp_path):
         output = "\n".join(program.output for program in each)
         (folder,) = each[0].folder.rglob("stacks")
         words = (
-            "] a collective took longer than train.timeout_s=8: rank 1 did not join it; its stack is in "
-            f"{folder}/rank-1.txt"
+            "] a collective took longer than train.timeout_s=8: rank 1 did not join it; its stack "
+            f"is in {folder}/rank-1.txt"
         )
         lines = [line for line in output.splitlines() if words in line]
         assert len(lines) == 1, output
@@ -116,13 +138,19 @@ def test_a_rank_that_never_comes_is_named(start, tmp_path):
     programs = (zero, two, lost, late)
     assert [program.wait(20).code for program in programs] == [1, 1, 1, 1]
     assert zero.output.startswith(
-        "error: After 3 s (train.timeout_s) only 2 of 4 ranks have connected (0, 2); missing: 1, 3. "
+        "error: After 3 s (train.timeout_s) only 2 of 4 ranks have connected (0, 2); missing: 1, "
+        "3. "
     )
     assert "WORLD_SIZE=4 means 4 processes with RANK 0 to 3" in zero.output
     assert two.output == ""  # what there is to say stands once
     for rank, program in ((1, lost), (2, late)):
-        assert program.output.startswith(f"error: Rank {rank} of 3 could not reach rank 0 at MASTER_ADDR=127.0.0.1")
-        assert " within 3 s (train.timeout_s): nothing listens there (connection refused)" in program.output
+        assert program.output.startswith(
+            f"error: Rank {rank} of 3 could not reach rank 0 at MASTER_ADDR=127.0.0.1"
+        )
+        assert (
+            " within 3 s (train.timeout_s): nothing listens there (connection refused)"
+            in program.output
+        )
     assert all(len(program.output.splitlines()) <= 1 for program in programs)
     assert seen(tmp_path) == []
 
@@ -131,7 +159,12 @@ def test_a_port_that_is_taken_is_a_letter(start):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        place = {
+            "WORLD_SIZE": "2",
+            "RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+        }
         program = start(environment=place).wait(20)
     assert program.code == 1
     assert "error: Rank 0 cannot listen on MASTER_ADDR=127.0.0.1" in program.output
@@ -139,10 +172,13 @@ def test_a_port_that_is_taken_is_a_letter(start):
 
 
 def test_no_wait_ends_a_run(monkeypatch):
-    """20 days are over again and again; only a store that is gone ends the watch, and with it the rank."""
+    """20 days are over again and again; only a store that is gone ends the watch, and with it the
+    rank."""
     waits = []
     monkeypatch.setattr(peers, "_LONGEST_WAIT", timedelta(milliseconds=20))
-    monkeypatch.setattr(PrefixStore, "wait", lambda *args, wait=PrefixStore.wait: (waits.append(args), wait(*args)))
+    monkeypatch.setattr(
+        PrefixStore, "wait", lambda *args, wait=PrefixStore.wait: (waits.append(args), wait(*args))
+    )
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     place = Place("environment", rank=0, world_size=2, local_rank=0, local_world_size=2)
@@ -156,7 +192,10 @@ def test_no_wait_ends_a_run(monkeypatch):
 
 
 def test_killed_launcher_leaves_no_orphan(start, tmp_path):
-    programs = [start("fault.kind=sleep", torchrun=2), start("fault.kind=sleep", "launch.nproc_per_node=2")]
+    programs = [
+        start("fault.kind=sleep", torchrun=2),
+        start("fault.kind=sleep", "launch.nproc_per_node=2"),
+    ]
     ranks = wait_for_ranks(tmp_path, 4)
     assert {rank["parent"] for rank in ranks} == {program.pid for program in programs}
     assert all(alive(rank["pid"]) for rank in ranks)

@@ -1,4 +1,5 @@
-"""How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only Hydra acts."""
+"""How a job starts and how it ends, judged by what its ranks wrote. Real processes, save where only
+Hydra acts."""
 
 import errno
 import fcntl
@@ -61,7 +62,8 @@ def test_one_process(start, tmp_path):
 
 
 def test_one_folder_for_each_job(start, tmp_path):
-    """Three launches, in the same folder at the same time (harder than one after the other), by new interpreters."""
+    """Three launches, in the same folder at the same time (harder than one after the other), by new
+    interpreters."""
     programs = [
         start("value=1", torchrun=2, cold=True),
         start("value=1", torchrun=3),
@@ -112,8 +114,14 @@ def test_showing_under_torchrun_prints_once(start, tmp_path):
             "run_dir=epoch=3",
             """: run_dir=epoch=3\nIf its value is exactly this text, write 'run_dir="epoch=3"'""",
         ),
-        ("run_dir=it's", """: run_dir=it's\nIf its value is exactly this text, write "run_dir='it\\'s'" """),
-        ("run_dir=my run", "cannot be read: run\nAn override has the form key=value. Quote a value with spaces"),
+        (
+            "run_dir=it's",
+            """: run_dir=it's\nIf its value is exactly this text, write "run_dir='it\\'s'" """,
+        ),
+        (
+            "run_dir=my run",
+            "cannot be read: run\nAn override has the form key=value. Quote a value with spaces",
+        ),
         ("model=none", "Could not find 'model/none'"),
         ("value=${nowhere}", "Interpolation key 'nowhere' not found"),
         ("value=???", "Missing mandatory value: value"),
@@ -132,7 +140,9 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["program"])
     for name in OF_A_LAUNCHER:
         monkeypatch.delenv(name, raising=False)
-    code = launch(argument.split(), config_dir=HERE / "conf", check=program.check, task=program.task)
+    code = launch(
+        argument.split(), config_dir=HERE / "conf", check=program.check, task=program.task
+    )
     output = "".join(capfd.readouterr())
     assert code == 2
     assert output.startswith("error: ")
@@ -150,19 +160,31 @@ def test_refusal_is_a_letter(argument, words, tmp_path, monkeypatch, capfd):
         ("RANK=", "WORLD_SIZE is not set, although related variables (RANK) are"),
         ("RANK=one WORLD_SIZE=2", "RANK='one'"),
         ("RANK=1 WORLD_SIZE=0", "WORLD_SIZE='0'; it must be a whole number, 1 or more"),
-        ("RANK=2 WORLD_SIZE=2", "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1"),
+        (
+            "RANK=2 WORLD_SIZE=2",
+            "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to WORLD_SIZE - 1, which is 1",
+        ),
         ("RANK=1", "WORLD_SIZE is not set, although related variables (RANK) are"),
         ("WORLD_SIZE=2", "RANK is not set, although related variables (WORLD_SIZE) are"),
         ("RANK=0 WORLD_SIZE=2", "MASTER_ADDR is missing"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR is empty"),
         (
             "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a",
-            "MASTER_PORT is not set, although related variables (RANK, WORLD_SIZE, MASTER_ADDR) are",
+            (
+                "MASTER_PORT is not set, although related variables (RANK, WORLD_SIZE, "
+                "MASTER_ADDR) are"
+            ),
         ),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000", "MASTER_PORT=70000 is not a port"),
         ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=x", "LOCAL_RANK='x'"),
-        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1", "LOCAL_RANK=1 and LOCAL_"),
-        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=2", "LOCAL_RANK=2 and WORLD_SIZE=2: ranks"),
+        (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=1 LOCAL_WORLD_SIZE=1",
+            "LOCAL_RANK=1 and LOCAL_",
+        ),
+        (
+            "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1 LOCAL_RANK=2",
+            "LOCAL_RANK=2 and WORLD_SIZE=2: ranks",
+        ),
         ("SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=", "SLURM_STEP_NUM_TASKS=''"),
     ],
 )
@@ -180,32 +202,43 @@ def test_an_environment_that_cannot_be_is_a_letter(environment, words, monkeypat
 
 def test_a_local_rank_that_is_missing_is_no_false_report():
     environment = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    told = r"^LOCAL_WORLD_SIZE=4 is set and LOCAL_RANK is not\. Set LOCAL_RANK to .* on its machine, from 0 to 3\.$"
+    told = (
+        r"^LOCAL_WORLD_SIZE=4 is set and LOCAL_RANK is not\. Set LOCAL_RANK to .* on its machine,"
+        r" from 0 to 3\.$"
+    )
     with pytest.raises(ConfigError, match=told):
         detect_launcher(environment | {"LOCAL_WORLD_SIZE": "4"})
-    assert detect_launcher(environment | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}).local_rank == 1
+    assert (
+        detect_launcher(environment | {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}).local_rank == 1
+    )
     assert detect_launcher(environment).local_rank == 5
 
 
 @pytest.mark.parametrize(
-    "text", ["plain/a-b", "epoch=3", "it's", "my run", 'a "b" $c', "end\\", "\\'", "[a,b", "", "100%"]
+    "text",
+    ["plain/a-b", "epoch=3", "it's", "my run", 'a "b" $c', "end\\", "\\'", "[a,b", "", "100%"],
 )
 def test_what_is_to_be_pasted_is_read_as_it_was_meant(text):
     shown = to_paste("run_dir", text)
-    word = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True).stdout
+    word = subprocess.run(
+        ["bash", "-c", f"printf %s {shown}"], capture_output=True, text=True, check=True
+    ).stdout
     assert OverridesParser.create().parse_override(word).value() == text
     assert (shown == f"run_dir={text}") == (text in ("plain/a-b", "100%", ""))
 
 
 def test_refusal_ends_every_way_of_starting(start, tmp_path):
-    """Before any rank works, with the same letter once; torchrun adds its own summary and knows exit code 1 only."""
+    """Before any rank works, with the same letter once; torchrun adds its own summary and knows
+    exit code 1 only."""
     own = start("+nope=1", "launch.nproc_per_node=2")
     torchrun = start("launch.nproc_per_node=3", torchrun=2)
     assert [program.wait().code for program in (own, torchrun)] == [2, 1]
     keys = "launch, model, run_dir, device, value, fault, timeout_s, train"
     assert own.output == f"error: unknown key: ['nope']. The keys are {keys}.\n"
     assert len(torchrun.own_output()) == 1
-    assert torchrun.own_output()[0].startswith("error: launch.nproc_per_node (3) differs from the 2 ranks")
+    assert torchrun.own_output()[0].startswith(
+        "error: launch.nproc_per_node (3) differs from the 2 ranks"
+    )
     assert seen(tmp_path) == []
 
 
@@ -223,18 +256,25 @@ def test_more_ranks_than_gpus(monkeypatch):
     alone = detect_launcher({})
     assert ranks_here({"device": "cpu", "launch": {"nproc_per_node": 4}}, alone) == 4
     assert ranks_here({"device": "cuda"}, alone) == 1
-    for config in ({"device": "auto", "launch": {"nproc_per_node": 4}}, {"launch": {"nproc_per_node": 4}}):
+    for config in (
+        {"device": "auto", "launch": {"nproc_per_node": 4}},
+        {"launch": {"nproc_per_node": 4}},
+    ):
         with pytest.raises(ConfigError, match=r"4 ranks on this machine, but it has 1 GPU:"):
             ranks_here(config, alone)
     with pytest.raises(ConfigError, match="2 ranks on this machine"):
-        ranks_here({"device": "cuda"}, Place("torchrun", rank=5, world_size=8, local_rank=1, local_world_size=2))
+        ranks_here(
+            {"device": "cuda"},
+            Place("torchrun", rank=5, world_size=8, local_rank=1, local_world_size=2),
+        )
 
 
 # Two starts in one run folder
 
 
 def test_a_second_start_in_a_run_folder_is_refused(start, tmp_path):
-    """However both were started, before anything is changed, on all ranks; and never once the first was killed."""
+    """However both were started, before anything is changed, on all ranks; and never once the first
+    was killed."""
     run = tmp_path / "run"
     ways = {"one": {}, "own": {}, "torchrun": {"torchrun": 2}}
     arguments = {way: ["launch.nproc_per_node=2"] if way == "own" else [] for way in ways}
@@ -245,8 +285,13 @@ def test_a_second_start_in_a_run_folder_is_refused(start, tmp_path):
         before = contents(run)
         others = [start(f"run_dir={run}", *arguments[way], **how) for way, how in ways.items()]
         others += by_hand(start, 2, f"run_dir={run}")
-        assert [other.wait().code for other in others] == [2, 2, 1, 2, 2], [other.output for other in others]
-        letter = rf"error: {run} is in use by another run \(host {socket.gethostname()}, pid {holder}, since 20\d\d-"
+        assert [other.wait().code for other in others] == [2, 2, 1, 2, 2], [
+            other.output for other in others
+        ]
+        letter = (
+            rf"error: {run} is in use by another run \(host {socket.gethostname()}, pid {holder},"
+            r" since 20\d\d-"
+        )
         for other in others[:-1]:
             assert len(re.findall(letter, other.output)) == 1, other.output
         assert others[-1].output == ""
@@ -273,11 +318,16 @@ def test_a_second_sweep_in_a_folder_is_refused_as_a_whole(start, tmp_path):
 
 
 def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(
+        fcntl, "lockf", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    )
     with run_lock.held(tmp_path):
         pass
     assert (
-        capfd.readouterr().err.count(f"warning: the file system of {tmp_path} has no locks (No locks available)") == 1
+        capfd.readouterr().err.count(
+            f"warning: the file system of {tmp_path} has no locks (No locks available)"
+        )
+        == 1
     )
 
 

@@ -1,4 +1,5 @@
-"""Starting again after a failure, by torchrun or by ourselves: in the same folder, with as many ranks as are there."""
+"""Starting again after a failure, by torchrun or by ourselves: in the same folder, with as many
+ranks as are there."""
 
 import os
 import signal
@@ -10,14 +11,19 @@ from .programs import free_port, seen, starts, wait_for_ranks, wait_until, wait_
 
 
 def test_restart_continues_in_the_same_folder(start, tmp_path):
-    """The first start fails in one rank; torchrun's is started cold, as its ranks are new interpreters each time."""
+    """The first start fails in one rank; torchrun's is started cold, as its ranks are new
+    interpreters each time."""
     programs = {}
     for name in ("it's torchrun", "own", "given"):
         (tmp_path / name).mkdir()
     fault = ("fault.kind=raise", "fault.rank=1", "fault.times=1")
     torchrun = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    programs["torchrun"] = start(*fault, torchrun=torchrun, folder=tmp_path / "it's torchrun", cold=True)
-    programs["own"] = start(*fault, "launch.nproc_per_node=2", "launch.max_restarts=2", folder=tmp_path / "own")
+    programs["torchrun"] = start(
+        *fault, torchrun=torchrun, folder=tmp_path / "it's torchrun", cold=True
+    )
+    programs["own"] = start(
+        *fault, "launch.nproc_per_node=2", "launch.max_restarts=2", folder=tmp_path / "own"
+    )
     programs["given"] = start(*fault, "run_dir=mine", torchrun=torchrun, folder=tmp_path / "given")
     for name, program in programs.items():
         assert program.wait().code == 0, program.output
@@ -25,11 +31,14 @@ def test_restart_continues_in_the_same_folder(start, tmp_path):
         first, second = starts(program.folder)
         assert first == second
         assert len(list(program.folder.rglob(".hydra"))) == 1
-        assert program.output.count(f"restart 1: continues in {first['run_dir']}\n") == (name != "given")
+        assert program.output.count(f"restart 1: continues in {first['run_dir']}\n") == (
+            name != "given"
+        )
 
 
 def test_restart_of_a_sweep_and_of_what_cannot_be_put_right(start, tmp_path):
-    """The whole sweep loses a rank under torchrun; our own ranks are not started again for a user's mistake."""
+    """The whole sweep loses a rank under torchrun; our own ranks are not started again for a user's
+    mistake."""
     for name in ("sweep", "refused", "hopeless"):
         (tmp_path / name).mkdir()
     sweep = start(
@@ -56,20 +65,33 @@ def test_restart_of_a_sweep_and_of_what_cannot_be_put_right(start, tmp_path):
     assert refused.output == "error: the task refuses this configuration\n"
     assert hopeless.wait().code == 1
     assert len(starts(hopeless.folder)) == 3
-    assert hopeless.output.count("the culprit's own error") == 6  # in the traceback and as its last line
+    # in the traceback and as its last line
+    assert hopeless.output.count("the culprit's own error") == 6
     assert "restart 2: continues in" in hopeless.output
     assert "restart 3" not in hopeless.output
 
 
 @pytest.fixture
 def agent(start, tmp_path):
-    """Starts an agent of torchrun with two ranks; the first one hosts the rendezvous, for one agent or two."""
+    """Starts an agent of torchrun with two ranks; the first one hosts the rendezvous, for one agent
+    or two."""
     endpoint = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
 
     def begin(*args, is_host, nodes="1:2", **kwargs):
-        conf = f"--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,is_host={is_host:d}"
-        words = ["--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=elastic", "--nproc-per-node=2"]
-        return start("fault.kind=loop", *args, torchrun=[f"--nnodes={nodes}", *words, endpoint, conf], **kwargs)
+        conf = "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,"
+        conf += f"is_host={is_host:d}"
+        words = [
+            "--max-restarts=3",
+            "--rdzv-backend=c10d",
+            "--rdzv-id=elastic",
+            "--nproc-per-node=2",
+        ]
+        return start(
+            "fault.kind=loop",
+            *args,
+            torchrun=[f"--nnodes={nodes}", *words, endpoint, conf],
+            **kwargs,
+        )
 
     return begin
 
@@ -99,7 +121,8 @@ def test_world_shrinks(agent, tmp_path):
 
 
 def test_world_grows(agent, tmp_path):
-    """A second agent joins. torch 2.13 has it wait for ever unless each start has a store of its own.
+    """A second agent joins. torch 2.13 has it wait for ever unless each start has a store of its
+    own.
 
     Such a store remembers nothing, so that the run folder is the user's to write.
     """

@@ -26,7 +26,9 @@ def folders(tmp_path):
 
 
 def test_signals_reach_our_own_ranks_which_save(start, folders):
-    programs = [start("fault.kind=save", "launch.nproc_per_node=2", folder=folder) for folder in folders[:4]]
+    programs = [
+        start("fault.kind=save", "launch.nproc_per_node=2", folder=folder) for folder in folders[:4]
+    ]
     for program, number in zip(programs, SIGNALS, strict=True):
         wait_for_ranks(program.folder, 2)
         program.signal(number)
@@ -37,7 +39,9 @@ def test_signals_reach_our_own_ranks_which_save(start, folders):
 
 
 def test_ranks_that_handle_no_signal_end_by_it(start, folders):
-    programs = [start("fault.kind=loop", "launch.nproc_per_node=2", folder=folder) for folder in folders[:4]]
+    programs = [
+        start("fault.kind=loop", "launch.nproc_per_node=2", folder=folder) for folder in folders[:4]
+    ]
     alone = [start("fault.kind=loop", folder=folder) for folder in folders[4:]]
     for program, number in zip(programs + alone, SIGNALS * 2, strict=True):
         wait_for_ranks(program.folder, 1 + (program in programs))
@@ -47,7 +51,12 @@ def test_ranks_that_handle_no_signal_end_by_it(start, folders):
         assert "orch" not in program.output
         assert "Traceback" not in program.output
         wait_until_gone([rank["pid"] for rank in seen(program.folder)])
-    assert [program.wait(15).code for program in alone] == [-signal.SIGTERM, 130, -signal.SIGUSR1, -signal.SIGUSR2]
+    assert [program.wait(15).code for program in alone] == [
+        -signal.SIGTERM,
+        130,
+        -signal.SIGUSR1,
+        -signal.SIGUSR2,
+    ]
 
 
 def test_signal_while_ranks_start_ends_them(start, tmp_path):

@@ -1,4 +1,5 @@
-"""Sweeps: what becomes of each job, of the sweep when a job fails or a signal comes, and what the sweeper gets."""
+"""Sweeps: what becomes of each job, of the sweep when a job fails or a signal comes, and what the
+sweeper gets."""
 
 import csv
 import math
@@ -42,7 +43,14 @@ def folders(tmp_path):
 
 def test_result_round_trip(tmp_path):
     assert read_result(tmp_path) is None
-    values = {"validation_loss": math.nan, "best": -math.inf, "steps": 3, "reason": "nancy", "none": None, "x": 0.1}
+    values = {
+        "validation_loss": math.nan,
+        "best": -math.inf,
+        "steps": 3,
+        "reason": "nancy",
+        "none": None,
+        "x": 0.1,
+    }
     write_result(tmp_path, {"old": 1})
     write_result(tmp_path, values)
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
@@ -55,7 +63,8 @@ def test_result_round_trip(tmp_path):
 
 
 def test_what_the_sweeper_gets(tmp_path):
-    """The objective of a job that is done; nothing where it failed, is not finite, or left only an old result."""
+    """The objective of a job that is done; nothing where it failed, is not finite, or left only an
+    old result."""
     outcomes = Outcomes("validation_loss")
 
     def job(values, code=0, error=None, raised=None):
@@ -90,7 +99,12 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
     """Own ranks: a rank raises, the check refuses. torchrun: a rank is killed, a rank raises while
     the other one does not notice; torchrun keeps its ranks throughout."""
     own = start(
-        "-m", "fault.kind=raise,none", "value=1,-1", "fault.rank=1", "launch.nproc_per_node=2", folder=folders[0]
+        "-m",
+        "fault.kind=raise,none",
+        "value=1,-1",
+        "fault.rank=1",
+        "launch.nproc_per_node=2",
+        folder=folders[0],
     )
     torchrun = start(
         "--multirun",
@@ -103,8 +117,16 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
 
     assert own.wait().code == 1
     raised, refused, done, refused_too = rows_of(own)
-    assert [row["status"] for row in (raised, refused, done, refused_too)] == ["failed", "failed", "done", "failed"]
-    assert (raised["error"], raised["exit_code"]) == ("ArithmeticError: the culprit's own error", "1")
+    assert [row["status"] for row in (raised, refused, done, refused_too)] == [
+        "failed",
+        "failed",
+        "done",
+        "failed",
+    ]
+    assert (raised["error"], raised["exit_code"]) == (
+        "ArithmeticError: the culprit's own error",
+        "1",
+    )
     assert (refused["error"], refused["exit_code"]) == ("value (-1) must be 0 or more.", "2")
     assert (done["validation_loss"], done["samples_per_s"], done["error"]) == ("1.0", "10.0", "")
     assert (done["fault.kind"], done["value"], done["launch.nproc_per_node"]) == ("none", "1", "2")
@@ -118,13 +140,19 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
     assert torchrun.wait().code == 1
     rows = rows_of(torchrun)
     assert [row["status"] for row in rows] == ["done", "failed", "failed"]
-    assert rows[1]["error"] == "rank 1 was ended by SIGKILL (possibly manually, or by the system for lack of memory)"
+    assert (
+        rows[1]["error"]
+        == "rank 1 was ended by SIGKILL (possibly manually, or by the system for lack of memory)"
+    )
     assert rows[2]["error"] == "ArithmeticError: the culprit's own error"
     for number in range(3):
         job = [rank for rank in seen(torchrun.folder) if rank["number"] == number]
         assert_one_job(job, 2)
         assert {rank["run_dir"] for rank in job} == {str(folder_of(torchrun) / str(number))}
-    parents = [{rank["parent"] for rank in seen(torchrun.folder) if rank["rank"] == number} for number in range(2)]
+    parents = [
+        {rank["parent"] for rank in seen(torchrun.folder) if rank["rank"] == number}
+        for number in range(2)
+    ]
     assert [len(found) for found in parents] == [1, 1]
 
     for program in (own, torchrun):
@@ -138,7 +166,9 @@ def test_a_job_that_fails_ends_only_itself(start, folders):
 def test_a_sweep_on_ranks_that_its_jobs_cannot_use_is_refused_once(start, tmp_path):
     programs = by_hand(start, 2, "--multirun", "value=1,2")
     assert [program.wait().code for program in programs] == [2, 2]
-    assert programs[0].output.startswith("error: --multirun cannot use the 2 ranks that environment variables have")
+    assert programs[0].output.startswith(
+        "error: --multirun cannot use the 2 ranks that environment variables have"
+    )
     assert "launch.nproc_per_node=N" in programs[0].output
     assert programs[1].output == ""
     assert seen(tmp_path) == []
@@ -153,7 +183,10 @@ def test_a_signal_ends_a_sweep_at_once(start, folders):
         start(*sweep, torchrun=2, folder=folders[2]),
         start(*sweep, torchrun=2, folder=folders[3]),
     ]
-    ranks = [wait_for_ranks(folder, count, 60) for folder, count in zip(folders, (2, 1, 2, 2), strict=True)]
+    ranks = [
+        wait_for_ranks(folder, count, 60)
+        for folder, count in zip(folders, (2, 1, 2, 2), strict=True)
+    ]
     programs[0].process.send_signal(signal.SIGINT)
     programs[1].process.send_signal(signal.SIGTERM)
     programs[2].process.send_signal(signal.SIGTERM)
@@ -162,7 +195,9 @@ def test_a_signal_ends_a_sweep_at_once(start, folders):
     assert codes[:2] == [130, 143]
     assert 0 not in codes
     for number, program, found in zip((130, 143, 143, 130), programs, ranks, strict=True):
-        wait_until_gone([pid for rank in found for pid in (rank["pid"], rank["parent"])], timeout_s=5)
+        wait_until_gone(
+            [pid for rank in found for pid in (rank["pid"], rank["parent"])], timeout_s=5
+        )
         assert {rank["number"] for rank in seen(program.folder)} == {0}
         (row,) = rows_of(program)
         assert (row["status"], row["exit_code"]) == ("interrupted", str(number))
@@ -171,7 +206,8 @@ def test_a_signal_ends_a_sweep_at_once(start, folders):
 
 
 def test_optuna_chooses_by_the_result_and_sees_no_number_of_a_job_that_failed(start):
-    """The objective is (value - 2)^2; -1 is refused. Its failure neither ends the study nor counts as a measurement."""
+    """The objective is (value - 2)^2; -1 is refused. Its failure neither ends the study nor counts
+    as a measurement."""
     program = start(
         "--multirun",
         "hydra/sweeper=optuna",
@@ -181,9 +217,14 @@ def test_optuna_chooses_by_the_result_and_sees_no_number_of_a_job_that_failed(st
     ).wait()
     assert program.code == 1
     rows = {row["value"]: row for row in rows_of(program)}
-    assert {value: row["validation_loss"] for value, row in rows.items()} == {"-1": "", "0": "4.0", "2": "0.0"}
+    assert {value: row["validation_loss"] for value, row in rows.items()} == {
+        "-1": "",
+        "0": "4.0",
+        "2": "0.0",
+    }
     assert rows["-1"]["status"] == "failed"
-    if rows["-1"]["job"] == "2":  # a grid is walked in random order, and the sweeper cannot end it with a failure
+    # a grid is walked in random order, and the sweeper cannot end it with a failure
+    if rows["-1"]["job"] == "2":
         assert "the last job of the grid failed" in program.output
     else:
         best = yaml.safe_load((folder_of(program) / "optimization_results.yaml").read_text())

@@ -1,4 +1,5 @@
-"""Two hosts, made of network namespaces: torchrun on both, the link is cut in the middle, and is there again.
+"""Two hosts, made of network namespaces: torchrun on both, the link is cut in the middle, and is
+there again.
 
 Needs root and iproute2. Where they are missing the test is skipped, and fails if CI is set.
 """
@@ -29,7 +30,20 @@ def hosts(tmp_path):
         try:
             for network in networks:
                 ip("netns", "add", network)
-            ip("-n", networks[0], "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", networks[1])
+            ip(
+                "-n",
+                networks[0],
+                "link",
+                "add",
+                "link0",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "link0",
+                "netns",
+                networks[1],
+            )
             for network, address in zip(networks, ADDRESSES, strict=True):
                 ip("-n", network, "address", "add", f"{address}/24", "dev", "link0")
                 ip("-n", network, "link", "set", "lo", "up")
@@ -52,10 +66,16 @@ def hosts(tmp_path):
 def test_cut_link_ends_both_sides(start, hosts, tmp_path):
     """Later, with the link, a new start goes on in the same folder.
 
-    The agent on the far side asks its rendezvous over the cut link, in torch, and would do so until TCP gives up, a
-    quarter of an hour. Its ranks have left by then; it is killed as `srun --kill-on-bad-exit` would.
+    The agent on the far side asks its rendezvous over the cut link, in torch, and would do so until
+    TCP gives up, a quarter of an hour. Its ranks have left by then; it is killed as `srun
+    --kill-on-bad-exit` would.
     """
-    torchrun = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", f"--rdzv-endpoint={NAMES[0]}:29123"]
+    torchrun = [
+        "--nnodes=2",
+        "--nproc-per-node=2",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={NAMES[0]}:29123",
+    ]
 
     def begin():
         arguments = ("fault.kind=loop", f"timeout_s={TIMEOUT_S}", "run_dir=mine")
@@ -72,12 +92,17 @@ def test_cut_link_ends_both_sides(start, hosts, tmp_path):
     lines = near.own_output() + far.own_output()
     (named,) = [line for line in lines if "did not join it" in line]
     assert f"] a collective took longer than train.timeout_s={TIMEOUT_S}: rank" in named
-    assert "exits without an answer from the other ranks: the host of the job's store does not answer" in far.output
+    assert (
+        "exits without an answer from the other ranks: the host of the job's store does not answer"
+        in far.output
+    )
     assert sorted(stacks(tmp_path)) == [0, 1, 2, 3]
 
     ip("-n", hosts[0]["network"], "link", "set", "link0", "up")
     agents = begin()
     wait_until(lambda: len(starts(tmp_path)) == 2, what="a second start")
     (tmp_path / "mine" / "stop").touch()
-    assert [program.wait(30).code for program in agents] == [0, 0], agents[0].output + agents[1].output
+    assert [program.wait(30).code for program in agents] == [0, 0], (
+        agents[0].output + agents[1].output
+    )
     assert {one["run_dir"] for one in starts(tmp_path)} == {str(tmp_path / "mine")}

@@ -1,7 +1,8 @@
-"""Starts program.py without importing torch each time: every process is forked from one that has done so.
+"""Starts program.py without importing torch each time: every process is forked from one that has
+done so.
 
-Real processes, the agent of torchrun among them, with real signals; only `exec` is left out. What must be seen with a
-new interpreter is started cold (see `programs.Program`).
+Real processes, the agent of torchrun among them, with real signals; only `exec` is left out. What
+must be seen with a new interpreter is started cold (see `programs.Program`).
 """
 
 import contextlib
@@ -109,7 +110,14 @@ def _exit_with(body):
 
 def _as_after_exec():
     faulthandler.disable()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGCHLD,
+    ):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -122,7 +130,11 @@ def _program(starter, args, folder, environment, output, host):
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
     os.closerange(3, 256)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(0),
+        os.fdopen(1, "w"),
+        os.fdopen(2, "w", buffering=1),
+    )
     sys.__stderr__ = sys.stderr
     os.chdir(folder)
     os.environ.clear()
@@ -175,8 +187,9 @@ class _Rank:
 
         def body():
             gc.freeze()  # what the agent holds is not for this process to close
-            # The agent's store resolves names while ranks connect to it. A rank that is forked in that moment finds the
-            # resolver locked for ever, so that none connects before all are forked.
+            # The agent's store resolves names while ranks connect to it. A rank that is forked in
+            # that moment finds the resolver locked for ever, so that none connects before all are
+            # forked.
             time.sleep(FORKED_S)
             os.environ.clear()
             os.environ.update(env)

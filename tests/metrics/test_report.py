@@ -1,7 +1,9 @@
-"""The report: metrics.jsonl, console, W&B with the real library, curve.png. No network beyond a closed loopback port.
+"""The report: metrics.jsonl, console, W&B with the real library, curve.png. No network beyond a
+closed loopback port.
 
-Everything that starts W&B runs in a process of its own, with warnings as errors: W&B keeps settings, threads and an
-exit hook per process, and reads its address from the environment only once. No warning filter is needed.
+Everything that starts W&B runs in a process of its own, with warnings as errors: W&B keeps
+settings, threads and an exit hook per process, and reads its address from the environment only
+once. No warning filter is needed.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Clock:
         return self.now
 
 
-# ---------------------------------------------------------------------------------------------------- metrics.jsonl
+# ---- metrics.jsonl
 
 
 def test_a_record_is_on_disk_when_write_returns(tmp_path):
@@ -77,13 +79,18 @@ def test_a_record_is_on_disk_when_write_returns(tmp_path):
     ).read_text() == '{"kind": "step", "step": 1, "loss": 2.5, "skipped": null, "lr": 0.001}\n'
     metrics.write("validation", step=1, loss=3.0)
     metrics.close()
-    assert [record["kind"] for record in read_metrics(tmp_path / "m.jsonl")] == ["step", "validation"]
+    assert [record["kind"] for record in read_metrics(tmp_path / "m.jsonl")] == [
+        "step",
+        "validation",
+    ]
 
 
 def test_non_finite_floats_are_valid_json_and_come_back(tmp_path):
     path = tmp_path / "m.jsonl"
     metrics = MetricsFile(path)
-    metrics.write("step", loss=math.nan, grad_norm=math.inf, other=-math.inf, lr=0.5, nested={"x": math.nan})
+    metrics.write(
+        "step", loss=math.nan, grad_norm=math.inf, other=-math.inf, lr=0.5, nested={"x": math.nan}
+    )
     metrics.close()
 
     def refuse(constant: str) -> None:
@@ -94,7 +101,13 @@ def test_non_finite_floats_are_valid_json_and_come_back(tmp_path):
     assert raw["non_finite"] == {"loss": "nan", "grad_norm": "inf", "other": "-inf"}
     (record,) = read_metrics(path)
     assert math.isnan(record.pop("loss"))
-    assert record == {"kind": "step", "grad_norm": math.inf, "other": -math.inf, "lr": 0.5, "nested": {"x": "nan"}}
+    assert record == {
+        "kind": "step",
+        "grad_norm": math.inf,
+        "other": -math.inf,
+        "lr": 0.5,
+        "nested": {"x": "nan"},
+    }
 
 
 @pytest.mark.parametrize("name", ["kind", "non_finite"])
@@ -118,7 +131,9 @@ def test_the_next_run_in_the_same_folder_starts_on_a_new_line(tmp_path):
     metrics.write("step", step=2)
     metrics.close()
     assert (
-        path.read_text() == '{"kind": "step", "step": 1}\n{"kind": "torn", "bytes": 20}\n{"kind": "step", "step": 2}\n'
+        path.read_text()
+        == '{"kind": "step", "step": 1}\n{"kind": "torn", "bytes": 20}\n{"kind": "step", "step":'
+        " 2}\n"
     )
 
 
@@ -146,7 +161,13 @@ def test_any_configuration_becomes_plain_json():
         path: Path
         word: Word
 
-    value = {"inner": Inner(Path("x/y"), Word.a), 3: (1, 2.5, None, True), Word.a: {"b", "a"}, "bad": math.inf, "t": io}
+    value = {
+        "inner": Inner(Path("x/y"), Word.a),
+        3: (1, 2.5, None, True),
+        Word.a: {"b", "a"},
+        "bad": math.inf,
+        "t": io,
+    }
     plain = to_plain(value)
     json.dumps(plain, allow_nan=False)
     assert plain == {
@@ -158,7 +179,7 @@ def test_any_configuration_becomes_plain_json():
     }
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers
+# ---- numbers
 
 
 @pytest.mark.parametrize(
@@ -191,7 +212,7 @@ def test_numbers_for_people(text, expected):
     assert text == expected
 
 
-# ---------------------------------------------------------------------------------------------------------- console
+# ---- console
 
 
 def test_start_block_is_aligned_and_wrapped_at_100_columns_without_a_terminal():
@@ -227,8 +248,8 @@ def test_without_a_terminal_one_plain_line_per_call():
         clock.now += 0.001  # faster than a bar would be redrawn: all the same every call is a line
         console.progress(step, 100, {"loss": f"{step}.0", "lr": "1e-3"})
     console.end("stopped", {"steps": "4"})
-    assert stream.getvalue() == (
-        "step   1/100  loss 1.0  lr 1e-3\n"
+    assert (
+        stream.getvalue() == "step   1/100  loss 1.0  lr 1e-3\n"
         "step   2/100  loss 2.0  lr 1e-3  left 0.10s\n"
         "step   3/100  loss 3.0  lr 1e-3  left 0.10s\n"
         "step   4/100  loss 4.0  lr 1e-3  left 0.10s\n"
@@ -240,15 +261,19 @@ def test_without_a_terminal_one_plain_line_per_call():
 @pytest.fixture
 def terminal() -> Iterator[tuple[io.TextIOBase, int]]:
     leader, follower = pty.openpty()
-    with open(follower, "w", encoding="ascii") as stream:  # strict: anything that is not ASCII raises
+    with open(
+        follower, "w", encoding="ascii"
+    ) as stream:  # strict: anything that is not ASCII raises
         yield stream, leader
     os.close(leader)
 
 
 def typed(leader: int) -> str:
-    """What a terminal has been sent since the last call; the line discipline writes a newline as CR LF."""
+    """What a terminal has been sent since the last call; the line discipline writes a newline as CR
+    LF."""
     sent = b""
-    while select.select([leader], [], [], 0.3)[0]:  # the kernel hands over in pieces, a moment later
+    # the kernel hands over in pieces, a moment later
+    while select.select([leader], [], [], 0.3)[0]:
         sent += os.read(leader, 1 << 16)
     return sent.decode("ascii").replace("\r\n", "\n")
 
@@ -268,9 +293,8 @@ def test_on_a_terminal_one_bar_redrawn_ten_times_a_second(terminal):
     assert sent.endswith("\n")
     assert "\x1b" not in sent
     assert re.match(r"\[#{24}\] 100% step 100/100  loss 100 *\n", drawings[-1])
-    assert (
-        max(len(drawing.rstrip("\n")) for drawing in drawings) < 80
-    )  # a pseudo-terminal without a size counts as 80 wide
+    # a pseudo-terminal without a size counts as 80 wide
+    assert max(len(drawing.rstrip("\n")) for drawing in drawings) < 80
 
 
 def test_on_a_terminal_another_line_leaves_the_bar_with_its_newest_numbers(terminal):
@@ -291,7 +315,7 @@ def test_on_a_terminal_another_line_leaves_the_bar_with_its_newest_numbers(termi
     assert typed(leader) == "again\n"  # the bar was left once, not drawn again
 
 
-# -------------------------------------------------------------------------------------------------------- curve.png
+# ---- curve.png
 
 
 def write_run(path: Path, losses: list[float], validation: dict[int, float]) -> None:
@@ -306,7 +330,9 @@ def write_run(path: Path, losses: list[float], validation: dict[int, float]) -> 
 def test_the_curve_is_drawn(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("matplotlib.pyplot")]:
         monkeypatch.delitem(sys.modules, name)  # other tests of this process may have used it
-    write_run(tmp_path / "m.jsonl", [1 + 5 / i for i in range(1, 101)] + [math.nan], {50: 1.3, 100: 1.1})
+    write_run(
+        tmp_path / "m.jsonl", [1 + 5 / i for i in range(1, 101)] + [math.nan], {50: 1.3, 100: 1.1}
+    )
     out = tmp_path / "curve.png"
     assert draw_curve(tmp_path / "m.jsonl", out, baseline=3.1)
 
@@ -345,7 +371,7 @@ def test_the_axis_shows_all_but_rare_spikes():
     assert low < 2.0 < high
 
 
-# ----------------------------------------------------------------------------------------------------------- report
+# ---- report
 
 
 def step_fields(step: int) -> dict[str, float | int | str | None]:
@@ -375,13 +401,19 @@ def test_a_report_without_a_logger(tmp_path):
         report.step(step_fields(step), 3, show=step != 1)
     report.validation({"step": 3, "loss": 1.5, "samples": 192, "tokens": 19200})
     report.note("ledger: as forecast")
-    report.end("all 3 steps done", {"validation loss": 1.5, "samples": 192_000, "none": None}, 0, baseline=3.0)
+    report.end(
+        "all 3 steps done",
+        {"validation loss": 1.5, "samples": 192_000, "none": None},
+        0,
+        baseline=3.0,
+    )
     report.end("again", {}, 1)  # a finally clause may end what has ended
 
     text = stream.getvalue()
     assert "step 1/3" not in text
     assert (
-        "step 2/3  epoch 0.5  loss 2.0000  grad -  lr 1.00e-03  samples 1.23K/s  data 2%  comm 10%  mem 3.0 GiB" in text
+        "step 2/3  epoch 0.5  loss 2.0000  grad -  lr 1.00e-03  samples 1.23K/s  data 2%  comm 10% "
+        " mem 3.0 GiB" in text
     )
     assert "skipped denominator 0" in text
     assert "validation loss 1.5000 at step 3\nledger: as forecast\n" in text
@@ -390,7 +422,15 @@ def test_a_report_without_a_logger(tmp_path):
     assert "again" not in text
 
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [record["kind"] for record in records] == ["start", "step", "step", "step", "validation", "note", "end"]
+    assert [record["kind"] for record in records] == [
+        "start",
+        "step",
+        "step",
+        "step",
+        "validation",
+        "note",
+        "end",
+    ]
     assert records[2] == {"kind": "step", **step_fields(2)}
     assert records[-1]["reason"] == "all 3 steps done"
     assert records[-1]["baseline"] == 3.0
@@ -421,28 +461,31 @@ def test_the_configuration_of_the_group_fits_the_schema():
         assert logger.mode is WandbMode.offline
 
 
-# -------------------------------------------------------------------------------------------------------------- W&B
+# ---- W&B
 
 TRAINING = """
     import os, signal, sys, time
     from pathlib import Path
     from distaccum.metrics import LoggerConfig, LoggerName, WandbMode, make_report
 
-    assert not {"wandb", "matplotlib"} & sys.modules.keys(), "importing distaccum.metrics must stay light"
+    # Importing distaccum.metrics must stay light.
+    assert not {"wandb", "matplotlib"} & sys.modules.keys()
     run_dir, mode, fault = Path(sys.argv[1]), WandbMode(sys.argv[2]), sys.argv[3]
     config = LoggerConfig(
-        name=LoggerName.wandb, project="proj", entity=None, run_name="a run", group="a group", mode=mode,
-        init_timeout_s=1.5,
+        name=LoggerName.wandb, project="proj", entity=None, run_name="a run", group="a group",
+        mode=mode, init_timeout_s=1.5,
     )
     started = time.monotonic()
-    report = make_report(run_dir, config, {"optim": {"lr": 0.001}, "mode": mode, "folder": Path("data")})
+    settings = {"optim": {"lr": 0.001}, "mode": mode, "folder": Path("data")}
+    report = make_report(run_dir, config, settings)
     print(f"made in {time.monotonic() - started:.2f}")
     report.start({}, {"plan": {"effective_batch_size": 64}})
     run = report._wandb
     if fault == "service killed":
         for pid in filter(str.isdigit, os.listdir("/proc")):
             try:
-                stat, command = Path(f"/proc/{pid}/stat").read_text(), Path(f"/proc/{pid}/cmdline").read_text()
+                stat = Path(f"/proc/{pid}/stat").read_text()
+                command = Path(f"/proc/{pid}/cmdline").read_text()
             except OSError:
                 continue
             if int(stat.rpartition(")")[2].split()[1]) == os.getpid() and "wandb" in command:
@@ -453,7 +496,8 @@ TRAINING = """
         if fault == "odd value" and step == 2:
             run.log("train", {"odd": object()})
             print("fault: odd")
-        report.step({"step": step, "samples": 64 * step, "tokens": 640 * step, "loss": 4.0 / step, "lr": None}, 3, True)
+        counts = {"step": step, "samples": 64 * step, "tokens": 640 * step}
+        report.step({**counts, "loss": 4.0 / step, "lr": None}, 3, True)
     report.validation({"step": 3, "loss": 1.5, "samples": 192, "tokens": 1920})
     started = time.monotonic()
     report.end("done", {"validation_loss": 1.5}, 3, baseline=2.5)
@@ -477,7 +521,8 @@ class StepStats:
 
 
 def train(tmp_path: Path, mode: str, fault: str, api_key: str) -> StepStats:
-    """Run TRAINING in a process that can reach nothing: W&B's address is a loopback port where nobody listens."""
+    """Run TRAINING in a process that can reach nothing: W&B's address is a loopback port where
+    nobody listens."""
     import matplotlib as mpl
 
     with socket.socket() as probe:
@@ -510,7 +555,8 @@ def train(tmp_path: Path, mode: str, fault: str, api_key: str) -> StepStats:
     assert done.returncode == 0, done.stdout + done.stderr
     if not fault:  # a killed service makes W&B's own exit hook print
         assert done.stderr == ""
-    assert len(read_metrics(run_dir / "metrics.jsonl")) == 7  # whatever W&B did: start, 4 steps, held-out, end
+    # whatever W&B did: start, 4 steps, held-out, end
+    assert len(read_metrics(run_dir / "metrics.jsonl")) == 7
     assert (run_dir / "curve.png").exists()
     assert done.stdout.rstrip().splitlines()[-2] == f"run folder: {run_dir}"
     return StepStats(done.stdout, run_dir)
@@ -533,7 +579,9 @@ def runs(tmp_path_factory) -> Iterator[dict[str, Future[StepStats]]]:
         for name, arguments in RUNS.items():
             folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
             if arguments[1]:  # as after a killed run: its W&B folder is there
-                (folder / "run" / "wandb" / "offline-run-20260101_000000-abcdefgh").mkdir(parents=True)
+                (folder / "run" / "wandb" / "offline-run-20260101_000000-abcdefgh").mkdir(
+                    parents=True
+                )
             started[name] = pool.submit(train, folder, *arguments)
         yield started
         pool.shutdown(cancel_futures=True)
@@ -542,8 +590,9 @@ def runs(tmp_path_factory) -> Iterator[dict[str, Future[StepStats]]]:
 def wandb_records(run_dir: Path) -> list:
     """All records of the one offline run in a run folder, in order.
 
-    The format is LevelDB's log: after a header of 7 bytes, blocks of 32 KiB hold frames of checksum (4 bytes), length
-    (2), type (1: whole, 2: first, 3: middle, 4: last) and payload; fewer than 7 bytes at a block's end are padding.
+    The format is LevelDB's log: after a header of 7 bytes, blocks of 32 KiB hold frames of checksum
+    (4 bytes), length (2), type (1: whole, 2: first, 3: middle, 4: last) and payload; fewer than 7
+    bytes at a block's end are padding.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -585,15 +634,22 @@ def check_offline_run(outcome: StepStats) -> None:
     assert config["folder"] == "data"
     assert config["plan"] == {"effective_batch_size": 64}
 
-    metrics = {metric.name or metric.glob_name: metric.step_metric for metric in of_kind(records, "metric")}
+    metrics = {
+        metric.name or metric.glob_name: metric.step_metric for metric in of_kind(records, "metric")
+    }
     for axis in ("step", "samples", "tokens"):
         assert metrics[axis] == ""
     assert metrics["train/*"] == metrics["validation/*"] == "step"
 
     rows = [named(row.item) for row in of_kind(records, "history")]
-    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
+    rows = [
+        {name: value for name, value in row.items() if not name.startswith("_")} for row in rows
+    ]
     assert rows == [
-        *({"step": s, "samples": 64 * s, "tokens": 640 * s, "train/loss": 4.0 / s} for s in (1, 2, 3, 2)),
+        *(
+            {"step": s, "samples": 64 * s, "tokens": 640 * s, "train/loss": 4.0 / s}
+            for s in (1, 2, 3, 2)
+        ),
         {"step": 3, "samples": 192, "tokens": 1920, "validation/loss": 1.5},
     ]
     summary: dict[str, object] = {}
@@ -607,15 +663,24 @@ def check_offline_run(outcome: StepStats) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true"), ("WANDB_DISABLED", "1"), ("WANDB_MODE", "Disabled")],
+    [
+        ("WANDB_MODE", "disabled"),
+        ("WANDB_DISABLED", "true"),
+        ("WANDB_DISABLED", "1"),
+        ("WANDB_MODE", "Disabled"),
+    ],
 )
 def test_a_disabled_wandb_writes_nothing_and_is_said(name, value, tmp_path, monkeypatch):
     for other in ("WANDB_MODE", "WANDB_DISABLED"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr("distaccum.metrics.wandb_run._start", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr(
+        "distaccum.metrics.wandb_run._start", lambda *_: pytest.fail("it was started")
+    )
     stream = io.StringIO()
-    report = make_report(tmp_path, dataclasses.replace(NO_LOGGER, name=LoggerName.wandb), {}, stream)
+    report = make_report(
+        tmp_path, dataclasses.replace(NO_LOGGER, name=LoggerName.wandb), {}, stream
+    )
     report.end("done", {}, 0)
     lines = [line for line in stream.getvalue().splitlines() if "W&B" in line]
     assert lines == [f"W&B: {name}={value}, so W&B is off in this run and writes no files"]
@@ -636,12 +701,9 @@ def test_wandb_offline(runs):
     (folder,) = (outcome.run_dir / "wandb").glob("offline-run-*")
     assert outcome.said() == [f"W&B offline: {folder}"]
     check_offline_run(outcome)
-    assert {path.name for path in outcome.run_dir.parent.iterdir()} <= {
-        "run",
-        "config",
-        "cache",
-        "data",
-    }  # nothing beside the run folder
+    # Nothing is left beside the run folder.
+    beside = {path.name for path in outcome.run_dir.parent.iterdir()}
+    assert beside <= {"run", "config", "cache", "data"}
 
 
 def test_wandb_online_falls_back_to_offline_within_the_timeout(runs):
@@ -649,7 +711,8 @@ def test_wandb_online_falls_back_to_offline_within_the_timeout(runs):
     warning, where = outcome.said()
     assert re.match(r"W&B: init failed \(.*127\.0\.0\.1.*\): falling back to offline$", warning)
     assert where.startswith("W&B offline: ")
-    # 1.5 s for the server (W&B alone would wait 90), the rest is importing and starting offline on a busy machine.
+    # 1.5 s for the server (W&B alone would wait 90), the rest is importing and starting offline on
+    # a busy machine.
     assert 1.5 <= outcome.seconds("made") < 15
     assert outcome.seconds("ended") < 15
     check_offline_run(outcome)
@@ -660,7 +723,8 @@ def test_wandb_online_without_a_key_falls_back_and_asks_nobody(runs):
     warning, where = outcome.said()
     assert (
         warning
-        == "W&B: init failed (UsageError: No API key configured. Use `wandb login` to log in.): falling back to offline"
+        == "W&B: init failed (UsageError: No API key configured. Use `wandb login` to log in.):"
+        " falling back to offline"
     )
     assert where.startswith("W&B offline: ")
 
@@ -671,7 +735,9 @@ def test_a_failure_of_wandb_is_one_line_and_the_training_goes_on(runs, fault):
     assert "\nfault: " in outcome.out  # it did happen
     earlier, _where, off = outcome.said()  # that the new start is a second run has to be said
     assert "already holds 1 run(s); this start is recorded as a separate run" in earlier
-    assert re.match(r"W&B: log failed \(\w+: .*\): W&B is off from here on, metrics\.jsonl continues$", off)
+    assert re.match(
+        r"W&B: log failed \(\w+: .*\): W&B is off from here on, metrics\.jsonl continues$", off
+    )
     assert outcome.seconds("ended") < 15
     if fault == "odd value":  # what came before is kept, and the run is closed with its exit code
         records = wandb_records(outcome.run_dir)
@@ -684,5 +750,7 @@ def test_a_line_of_metrics_costs_little(tmp_path):
     started = time.perf_counter()
     for step in range(1000):
         metrics.write("step", **step_fields(step + 1))
-    assert (time.perf_counter() - started) / 1000 < 1e-3  # measured: tens of microseconds; a step takes milliseconds
+    assert (
+        time.perf_counter() - started
+    ) / 1000 < 1e-3  # measured: tens of microseconds; a step takes milliseconds
     metrics.close()

@@ -11,7 +11,15 @@ from typing import Literal
 import pytest
 from matplotlib.figure import Figure
 
-from distaccum.metrics.sweep import JobOutcome, Sweep, described, draw_sweep, report_sweep, swept_keys, write_csv
+from distaccum.metrics.sweep import (
+    JobOutcome,
+    Sweep,
+    described,
+    draw_sweep,
+    report_sweep,
+    swept_keys,
+    write_csv,
+)
 
 
 def job(
@@ -84,11 +92,14 @@ def test_csv_has_a_row_for_each_job_and_a_column_for_each_key(tmp_path: Path) ->
 
 
 def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two keys, numbers over a large span and names; failed jobs as crosses; what is drawn is what was measured."""
+    """Two keys, numbers over a large span and names; failed jobs as crosses; what is drawn is what
+    was measured."""
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure) or save(figure, *args, **kwargs)
+        Figure,
+        "savefig",
+        lambda figure, *args, **kwargs: drawn.append(figure) or save(figure, *args, **kwargs),
     )
     jobs = (
         job(0, ("lr=0.01", "optim=sgd"), of(3.0, 10.0)),
@@ -96,7 +107,7 @@ def test_picture_shows_every_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         job(2, ("lr=0.1", "optim=sgd"), {}, "failed"),
     )
     draw_sweep(tmp_path / "a.png", jobs)
-    (loss_lr, loss_optim, rate_lr, _) = drawn[0].axes
+    loss_lr, loss_optim, rate_lr, _ = drawn[0].axes
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     assert loss_lr.lines[0].get_xydata().tolist() == [[0.01, 3.0], [1.0, 2.0]]
     assert loss_lr.lines[1].get_xdata().tolist() == [0.1]

@@ -26,7 +26,9 @@ def test_a_short_value_is_not_lost() -> None:
 
 
 def test_panels_share_the_axis() -> None:
-    text = plot({"lr": [(i, i / 50) for i in range(100)], "samples": [(0, 16)]}, "steps", 100, height=5)
+    text = plot(
+        {"lr": [(i, i / 50) for i in range(100)], "samples": [(0, 16)]}, "steps", 100, height=5
+    )
     lines = text.splitlines()
     assert [line for line in lines if line.strip() in ("lr", "samples")] == ["lr", "samples"]
     assert len(lines) == 1 + 5 + 1 + 1 + 2  # a constant takes one line
@@ -43,7 +45,8 @@ def test_panels_share_the_axis() -> None:
 
 def test_table() -> None:
     text = table(
-        ["part", "bytes", "share"], [["weights", 1234567, 0.5], ["none", None, 1e-9], ["said", "4.1 MiB", 2.0]]
+        ["part", "bytes", "share"],
+        [["weights", 1234567, 0.5], ["none", None, 1e-9], ["said", "4.1 MiB", 2.0]],
     )
     assert text.splitlines() == [
         "part         bytes  share",

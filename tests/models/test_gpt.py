@@ -1,4 +1,5 @@
-"""The GPT against arithmetic: sizes, causality, initialisation, and each way in which it is built and run."""
+"""The GPT against arithmetic: sizes, causality, initialisation, and each way in which it is built
+and run."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from distaccum.models.gpt import GPT, GPTConfig
 
 CONF = Path(__file__).parents[2] / "conf"
 SMALL = GPTConfig(
-    name="gpt", vocab_size=61, max_seq_len=16, num_layers=3, num_heads=2, width=32, dropout=0.0, bias=True
+    name="gpt",
+    vocab_size=61,
+    max_seq_len=16,
+    num_layers=3,
+    num_heads=2,
+    width=32,
+    dropout=0.0,
+    bias=True,
 )
 
 
@@ -39,7 +47,8 @@ def tokens(*shape: int, vocab_size: int = 61) -> Tensor:
 
 
 def composed(name: str) -> GPTConfig:
-    """The configuration of conf/model/NAME.yaml, checked against the dataclass: no key missing and none unknown."""
+    """The configuration of conf/model/NAME.yaml, checked against the dataclass: no key missing and
+    none unknown."""
     with initialize_config_dir(str(CONF / "model"), version_base="1.3"):
         raw = compose(name)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GPTConfig), raw))
@@ -48,7 +57,8 @@ def composed(name: str) -> GPTConfig:
 
 
 def count(vocab_size: int, max_seq_len: int, num_layers: int, width: int, bias: bool) -> int:
-    """Parameters by arithmetic: 12 w^2 of matrices in a block; 4 w + 5 w of linear biases; two norms of w (+ w)."""
+    """Parameters by arithmetic: 12 w^2 of matrices in a block; 4 w + 5 w of linear biases; two
+    norms of w (+ w)."""
     norm = width * (1 + bias)
     block = 12 * width**2 + bias * (3 + 1 + 4 + 1) * width + 2 * norm
     return (vocab_size + max_seq_len) * width + num_layers * block + norm
@@ -56,28 +66,42 @@ def count(vocab_size: int, max_seq_len: int, num_layers: int, width: int, bias: 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("gpt", 858_880), ("gpt_10m", 10_844_160), ("gpt2_124m", 124_439_808), ("gpt2_350m", 354_823_168)],
+    [
+        ("gpt", 858_880),
+        ("gpt_10m", 10_844_160),
+        ("gpt2_124m", 124_439_808),
+        ("gpt2_350m", 354_823_168),
+    ],
 )
 def test_conf_has_the_parameters_that_it_says(name: str, parameters: int) -> None:
     config = composed(name)
-    config = dataclasses.replace(config, vocab_size=config.vocab_size or 256, max_seq_len=config.max_seq_len or 256)
+    config = dataclasses.replace(
+        config, vocab_size=config.vocab_size or 256, max_seq_len=config.max_seq_len or 256
+    )
     with torch.device("meta"):
         model = GPT(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert parameters == count(config.vocab_size, config.max_seq_len, config.num_layers, config.width, config.bias)
+    assert parameters == count(
+        config.vocab_size, config.max_seq_len, config.num_layers, config.width, config.bias
+    )
     assert f"{parameters:,}" in (CONF / "model" / f"{name}.yaml").read_text()
 
 
 def test_parameters_without_bias() -> None:
     model = build(small(bias=False))
     assert sum(parameter.numel() for parameter in model.parameters()) == count(61, 16, 3, 32, False)
-    assert all(parameter.ndim == 2 or name.endswith("norm.weight") for name, parameter in model.named_parameters())
+    assert all(
+        parameter.ndim == 2 or name.endswith("norm.weight")
+        for name, parameter in model.named_parameters()
+    )
 
 
 def test_embedding_and_head_are_one_matrix_outside_the_blocks() -> None:
     model = build()
     shape = (61, 32)
-    assert [name for name, parameter in model.named_parameters() if parameter.shape == shape] == ["wte.weight"]
+    assert [name for name, parameter in model.named_parameters() if parameter.shape == shape] == [
+        "wte.weight"
+    ]
     assert not list(model.buffers())
     assert len(model.blocks) == 3
     # A token that occurs only as a target reaches the matrix through the head.
@@ -98,7 +122,8 @@ def test_a_later_token_never_changes_earlier_logits() -> None:
     assert torch.equal(first[:, :6], second[:, :6])
     changed = (first - second).abs().amax(dim=2)
     assert (changed[:, 6:] > 1e-6).all()  # it does reach its own and all later positions
-    # Nor does the length of the sequence: padding at the end is harmless. Sums may be split differently, hence 1e-12.
+    # Nor does the length of the sequence: padding at the end is harmless. Sums may be split
+    # differently, hence 1e-12.
     torch.testing.assert_close(model(before[:, :6]), first[:, :6], rtol=0, atol=1e-12)
 
 
@@ -120,7 +145,9 @@ def test_float64_agrees_with_attention_by_hand() -> None:
         heads.append(scores.softmax(dim=2) @ v[..., columns])
     x = x + block.attention.project(torch.cat(heads, dim=2))
     hidden = block.mlp.expand(block.mlp_norm(x))
-    hidden = hidden * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    hidden = (
+        hidden * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    )
     x = x + block.mlp.project(hidden)
     expected = model.norm(x) @ model.wte.weight.T
     logits = model(ids)
@@ -132,7 +159,8 @@ def test_initial_loss_is_near_ln_vocab() -> None:
     model = build(small(vocab_size=1000, max_seq_len=64, width=64))
     ids = tokens(8, 65, vocab_size=1000)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-    # Logits have a std of 0.02 * sqrt(64) = 0.16, which adds half its square, 0.013; the mean of 512 has noise 0.007.
+    # Logits have a std of 0.02 * sqrt(64) = 0.16, which adds half its square, 0.013; the mean of
+    # 512 has noise 0.007.
     assert abs(loss.item() - math.log(1000)) < 0.05
 
 
@@ -187,7 +215,10 @@ def test_autocast_gives_bf16_logits_and_float32_gradients() -> None:
         logits = model(ids)
     assert logits.dtype == torch.bfloat16
     logits.float().square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.dtype == torch.float32
+        for parameter in model.parameters()
+    )
     # bfloat16 has 8 bits; logits are of the order of 0.1, a few roundings deep.
     torch.testing.assert_close(logits.float(), model(ids), rtol=0, atol=0.02)
 
@@ -217,7 +248,11 @@ def one_rank() -> object:
 @pytest.mark.parametrize("half", [False, True])
 def test_fully_shard_from_meta(one_rank: object, half: bool) -> None:
     direct = build(seed=5)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if half
+        else None
+    )
     options = {"mesh": one_rank} | ({"mp_policy": policy} if policy else {})
     torch.manual_seed(5)
     with torch.device("meta"):
@@ -240,7 +275,8 @@ def test_fully_shard_from_meta(one_rank: object, half: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(61, 32), (5, 3), (1, 4)])
 def test_a_shard_is_its_part_of_the_whole(shape: tuple[int, int]) -> None:
-    """Each of three ranks (imitated in turn) keeps its rows of the same draw, also when they are uneven."""
+    """Each of three ranks (imitated in turn) keeps its rows of the same draw, also when they are
+    uneven."""
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -258,7 +294,9 @@ def test_a_shard_is_its_part_of_the_whole(shape: tuple[int, int]) -> None:
         finally:
             dist.destroy_process_group()
     rows = math.ceil(shape[0] / 3)
-    assert [part.shape[0] for part in parts] == [max(0, min(rows, shape[0] - rank * rows)) for rank in range(3)]
+    assert [part.shape[0] for part in parts] == [
+        max(0, min(rows, shape[0] - rank * rows)) for rank in range(3)
+    ]
     assert torch.equal(torch.cat(parts), full)
 
 

@@ -1,4 +1,5 @@
-"""The ResNet against arithmetic: sizes, shapes, initialisation, each way in which it is built, and real digits."""
+"""The ResNet against arithmetic: sizes, shapes, initialisation, each way in which it is built, and
+real digits."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.batchnorm import BatchNormMode, convert_batchnorm, pooled_statistics
 
 CONF = Path(__file__).parents[2] / "conf"
-SMALL = ResNetConfig("resnet", num_classes=5, in_channels=2, widths=[4, 6], blocks_per_stage=2, large_stem=False)
+SMALL = ResNetConfig(
+    "resnet", num_classes=5, in_channels=2, widths=[4, 6], blocks_per_stage=2, large_stem=False
+)
 
 
 def small(**changes: object) -> ResNetConfig:
@@ -44,7 +47,8 @@ def composed(name: str) -> ResNetConfig:
 
 
 def count(config: ResNetConfig) -> int:
-    """Parameters by arithmetic: convolutions in x out x kernel^2, two numbers a channel for each norm, a head."""
+    """Parameters by arithmetic: convolutions in x out x kernel^2, two numbers a channel for each
+    norm, a head."""
     channels = config.widths[0]
     total = config.in_channels * channels * (7 if config.large_stem else 3) ** 2 + 2 * channels
     for stage, width in enumerate(config.widths):
@@ -57,9 +61,12 @@ def count(config: ResNetConfig) -> int:
 
 # ResNet-18 has 11,689,512 parameters in torchvision.
 @pytest.mark.parametrize(
-    ("name", "sizes", "parameters"), [("resnet", (10, 1), 77_754), ("resnet18", (1000, 3), 11_689_512)]
+    ("name", "sizes", "parameters"),
+    [("resnet", (10, 1), 77_754), ("resnet18", (1000, 3), 11_689_512)],
 )
-def test_conf_has_the_parameters_that_it_says(name: str, sizes: tuple[int, int], parameters: int) -> None:
+def test_conf_has_the_parameters_that_it_says(
+    name: str, sizes: tuple[int, int], parameters: int
+) -> None:
     config = dataclasses.replace(composed(name), num_classes=sizes[0], in_channels=sizes[1])
     with torch.device("meta"):
         model = ResNet(config)
@@ -68,7 +75,8 @@ def test_conf_has_the_parameters_that_it_says(name: str, sizes: tuple[int, int],
 
 
 @pytest.mark.parametrize(
-    ("large_stem", "size_px", "last_px"), [(False, 8, 4), (False, 5, 3), (True, 64, 8), (True, 33, 5)]
+    ("large_stem", "size_px", "last_px"),
+    [(False, 8, 4), (False, 5, 3), (True, 64, 8), (True, 33, 5)],
 )
 def test_shapes(large_stem: bool, size_px: int, last_px: int) -> None:
     model = build(small(large_stem=large_stem))
@@ -93,7 +101,10 @@ def test_float64_agrees_with_blocks_by_hand() -> None:
     h = (norm(F.conv2d(inner, first.conv2.weight, padding=1), first.norm2) + h).relu()
     inner = norm(F.conv2d(h, second.conv1.weight, padding=1, stride=2), second.norm1).relu()
     shortcut = norm(
-        h[:, :, ::2, ::2].permute(0, 2, 3, 1).matmul(second.shortcut[0].weight[:, :, 0, 0].T).permute(0, 3, 1, 2),
+        h[:, :, ::2, ::2]
+        .permute(0, 2, 3, 1)
+        .matmul(second.shortcut[0].weight[:, :, 0, 0].T)
+        .permute(0, 3, 1, 2),
         second.shortcut[1],
     )
     h = (norm(F.conv2d(inner, second.conv2.weight, padding=1), second.norm2) + shortcut).relu()
@@ -110,7 +121,9 @@ def test_initialisation() -> None:
             fan_out = parameter.shape[0] * math.prod(parameter.shape[2:])
             std = math.sqrt(2 / fan_out) if parameter.ndim == 4 else 0.01
             # The deviation of n normal numbers is itself off by 1 / sqrt(2 n) of it; five of these.
-            assert float(parameter.detach().std()) == pytest.approx(std, rel=5 / math.sqrt(2 * parameter.numel()))
+            assert float(parameter.detach().std()) == pytest.approx(
+                std, rel=5 / math.sqrt(2 * parameter.numel())
+            )
 
 
 def test_the_same_weights_however_it_is_built() -> None:
@@ -131,7 +144,8 @@ def test_the_same_weights_however_it_is_built() -> None:
 
 
 def sharded() -> bool:
-    """Blocks and root sharded while on meta, then filled: the same as built at once, in weights and outputs."""
+    """Blocks and root sharded while on meta, then filled: the same as built at once, in weights and
+    outputs."""
     with torch.device("meta"):
         model = ResNet(SMALL)
     convert_batchnorm(model, BatchNormMode.pooled)
@@ -151,7 +165,10 @@ def sharded() -> bool:
     return (
         equal
         and torch.equal(model(x), whole(x))
-        and all(torch.equal(a, b) for a, b in zip(model.eval().buffers(), build().buffers(), strict=True))
+        and all(
+            torch.equal(a, b)
+            for a, b in zip(model.eval().buffers(), build().buffers(), strict=True)
+        )
     )
 
 
@@ -160,10 +177,14 @@ def test_sharded_while_on_meta(two_ranks: World) -> None:
 
 
 def test_it_learns_real_digits() -> None:
-    """40 steps of 2 micro-batches of 32 digits: on images it never saw, far better than class frequencies (2.3
-    nats)."""
-    train, validation = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
-    config = dataclasses.replace(composed("resnet"), num_classes=train.num_classes, in_channels=train.shape[0])
+    """40 steps of 2 micro-batches of 32 digits: on images it never saw, far better than class
+    frequencies (2.3 nats)."""
+    train, validation = load_images(
+        ImagesConfig("images", ImageSource.digits, None, None, True, 0.2)
+    )
+    config = dataclasses.replace(
+        composed("resnet"), num_classes=train.num_classes, in_channels=train.shape[0]
+    )
     model = convert_batchnorm(build(config), BatchNormMode.pooled)
     statistics = pooled_statistics(model)
     assert statistics is not None
@@ -172,7 +193,9 @@ def test_it_learns_real_digits() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(40):
         for _ in range(2):
-            batch = train.batch(torch.randint(len(train), (32,), generator=generator).tolist(), generator)
+            batch = train.batch(
+                torch.randint(len(train), (32,), generator=generator).tolist(), generator
+            )
             with statistics.observing():
                 logits = model(batch["inputs"])
             (F.cross_entropy(logits, batch["labels"], reduction="sum") / 64).backward()
@@ -191,7 +214,9 @@ def test_it_learns_real_digits() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model.num_classes=None, model.in_channels=2: both must be known"):
+    with pytest.raises(
+        ConfigError, match=r"model.num_classes=None, model.in_channels=2: both must be known"
+    ):
         ResNet(small(num_classes=None))
     with pytest.raises(ConfigError, match=r"model.blocks_per_stage \(0\)"):
         ResNet(small(blocks_per_stage=0))

@@ -1,7 +1,8 @@
-"""BatchNorm under accumulation against arithmetic: all inputs of a layer at once, on one process, in float64.
+"""BatchNorm under accumulation against arithmetic: all inputs of a layer at once, on one process,
+in float64.
 
-Numbers are of order 1 and sums have fewer than 1,000 terms, so that two orders of summation differ by less than
-1,000 x 2.2e-16 = 2.2e-13: 1e-12 everywhere.
+Numbers are of order 1 and sums have fewer than 1,000 terms, so that two orders of summation differ
+by less than 1,000 x 2.2e-16 = 2.2e-13: 1e-12 everywhere.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[World]:
 
 
 def net(kind: str = "2d", momentum: float | None = 0.1) -> nn.Sequential:
-    """BatchNorm of 4 and of 3 channels (layers 1 and 4), with running statistics of earlier windows."""
+    """BatchNorm of 4 and of 3 channels (layers 1 and 4), with running statistics of earlier
+    windows."""
     torch.manual_seed(3)
     linear: Any = {"1d": nn.Linear, "2d": nn.Conv2d, "3d": nn.Conv3d}[kind]
     norm: Any = {"1d": nn.BatchNorm1d, "2d": nn.BatchNorm2d, "3d": nn.BatchNorm3d}[kind]
@@ -65,7 +67,9 @@ def net(kind: str = "2d", momentum: float | None = 0.1) -> nn.Sequential:
     return model
 
 
-def converted(mode: str, kind: str = "2d", momentum: float | None = 0.1) -> tuple[nn.Module, PooledStatistics]:
+def converted(
+    mode: str, kind: str = "2d", momentum: float | None = 0.1
+) -> tuple[nn.Module, PooledStatistics]:
     model = convert_batchnorm(net(kind, momentum), BatchNormMode(mode))
     statistics = pooled_statistics(model)
     assert statistics is not None
@@ -82,7 +86,10 @@ def deal(kind: str, window: int, ranks: int) -> list[list[Tensor]]:
     rows = SIZES[window]
     if ranks < 4:
         rows = [[n for row in rows for n in row]] + [[]] * (ranks - 1)
-    return [[sample(kind, n, window, rank, i) for i, n in enumerate(row)] for rank, row in enumerate(rows)]
+    return [
+        [sample(kind, n, window, rank, i) for i, n in enumerate(row)]
+        for rank, row in enumerate(rows)
+    ]
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -103,7 +110,9 @@ def inputs_of_layers(micro_batches: list[Tensor], kind: str) -> dict[str, Tensor
     plain = net(kind)
     seen: dict[str, list[Tensor]] = {"1": [], "4": []}
     for name, inputs in seen.items():
-        plain[int(name)].register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach()))
+        plain[int(name)].register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0].detach())
+        )
     for micro_batch in micro_batches:
         plain(micro_batch)
     return {name: torch.cat(inputs) for name, inputs in seen.items()}
@@ -137,7 +146,9 @@ def pooled_windows(kind: str, momentum: float | None, skipped: int | None) -> An
             statistics.forget()
             continue
         statistics.commit()
-        for name, inputs in inputs_of_layers([micro_batch for row in dealt for micro_batch in row], kind).items():
+        for name, inputs in inputs_of_layers(
+            [micro_batch for row in dealt for micro_batch in row], kind
+        ).items():
             update(expected, name, inputs, momentum)
     after = buffers(model)
     statistics.send(our_group(), CPU)  # a window in which nobody observed anything
@@ -149,19 +160,24 @@ def pooled_windows(kind: str, momentum: float | None, skipped: int | None) -> An
 @pytest.mark.parametrize("skipped", [None, 0])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kind", list(SHAPES))
-def test_pooled_running_statistics(ranks: World, kind: str, momentum: float | None, skipped: int | None) -> None:
+def test_pooled_running_statistics(
+    ranks: World, kind: str, momentum: float | None, skipped: int | None
+) -> None:
     results = ranks.run(pooled_windows, kind, momentum, skipped)
     for found, expected, sent, num_bytes in results:
         for name, value in found.items():
             torch.testing.assert_close(value, expected[name], **NEAR)
             assert torch.equal(value, results[0][0][name])
         assert num_bytes == 8 * ((1 + 2 * 4) + (1 + 2 * 3))
-        assert sent == [({"all_reduce": 1}, {"all_reduce": num_bytes}) if ranks.size > 1 else ({}, {})] * 2
+        assert (
+            sent
+            == [({"all_reduce": 1}, {"all_reduce": num_bytes}) if ranks.size > 1 else ({}, {})] * 2
+        )
 
 
 def synced_rounds(kind: str, momentum: float | None, repeat: bool) -> Any:
-    """Two rounds beside one process that has the whole batch of each; the last rank has no micro-batch in the
-    second."""
+    """Two rounds beside one process that has the whole batch of each; the last rank has no
+    micro-batch in the second."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model, statistics = converted("sync", kind, momentum)
     plain = net(kind, momentum)
@@ -175,10 +191,17 @@ def synced_rounds(kind: str, momentum: float | None, repeat: bool) -> Any:
         micro_batch = (sample(kind, 3, 99) if pads else batch.detach()[own]).requires_grad_()
         with Ledger() as ledger:
             with statistics.padding() if pads else statistics.observing():
-                out = checkpoint(model, micro_batch, use_reentrant=False) if repeat else model(micro_batch)
+                out = (
+                    checkpoint(model, micro_batch, use_reentrant=False)
+                    if repeat
+                    else model(micro_batch)
+                )
             (out.sin().sum() * float(not pads)).backward()
         told = collectives(model)
-        assert (sum(told), len(told)) == (ledger.traffic.bytes["all_reduce"], ledger.traffic.counts["all_reduce"])
+        assert (sum(told), len(told)) == (
+            ledger.traffic.bytes["all_reduce"],
+            ledger.traffic.counts["all_reduce"],
+        )
         whole = plain(batch)
         whole.sin().sum().backward()
         assert out.isfinite().all()
@@ -198,7 +221,9 @@ def synced_rounds(kind: str, momentum: float | None, repeat: bool) -> Any:
 
 
 @pytest.mark.parametrize("repeat", [False, True], ids=["once", "checkpointed"])
-@pytest.mark.parametrize(("kind", "momentum"), [("1d", 0.1), ("2d", 0.1), ("2d", None), ("3d", 0.1)])
+@pytest.mark.parametrize(
+    ("kind", "momentum"), [("1d", 0.1), ("2d", 0.1), ("2d", None), ("3d", 0.1)]
+)
 def test_sync_is_one_batch(ranks: World, kind: str, momentum: float | None, repeat: bool) -> None:
     results = ranks.run(synced_rounds, kind, momentum, repeat)
     for pairs, found, expected, told in results:
@@ -212,7 +237,8 @@ def test_sync_is_one_batch(ranks: World, kind: str, momentum: float | None, repe
 
 
 def shared_layer() -> Any:
-    """One layer that runs twice in a forward, repeated for the backward: beside the same on one process."""
+    """One layer that runs twice in a forward, repeated for the backward: beside the same on one
+    process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     layer = nn.BatchNorm1d(2, track_running_stats=False).double()
     layer.weight.data.copy_(torch.tensor([0.5, 2.0]))
@@ -238,7 +264,8 @@ def test_a_layer_that_runs_twice(ranks: World) -> None:
 
 
 def sharded_in_bf16(mode: str) -> Any:
-    """A step under FSDP2 with bf16 compute: what the layer saw, its running statistics, and outputs in eval mode."""
+    """A step under FSDP2 with bf16 compute: what the layer saw, its running statistics, and outputs
+    in eval mode."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
     convert_batchnorm(model, BatchNormMode(mode))
@@ -284,11 +311,15 @@ def test_frozen_is_eval_mode_with_trained_affine() -> None:
     ours = model(x)
     with torch.no_grad():
         for buffer in model.buffers():
-            buffer.copy_(buffer.clone())  # as whoever broadcasts or restores buffers does before the backward
+            # as whoever broadcasts or restores buffers does before the backward
+            buffer.copy_(buffer.clone())
     ours.sin().sum().backward()
     (theirs := plain(x)).sin().sum().backward()
     assert torch.equal(ours, theirs)
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(
+        torch.equal(a.grad, b.grad)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     assert pooled_statistics(model).layers == []
 
@@ -350,7 +381,8 @@ def test_a_layer_alone_is_converted_too() -> None:
 
 
 def test_a_distant_mean_costs_no_variance() -> None:
-    """Mean 1e4, standard deviation 1, running mean 0: 1,000 squares of 1e8 lose 1e8 x 2.2e-13 = 2e-5."""
+    """Mean 1e4, standard deviation 1, running mean 0: 1,000 squares of 1e8 lose 1e8 x 2.2e-13 =
+    2e-5."""
     model = convert_batchnorm(nn.BatchNorm1d(2, momentum=1.0), BatchNormMode.pooled)
     statistics = pooled_statistics(model)
     assert statistics is not None
@@ -383,8 +415,13 @@ def test_what_is_refused() -> None:
 
 
 def test_layers_of_several_modes_are_refused_by_name() -> None:
-    model = nn.Sequential(convert_batchnorm(nn.BatchNorm1d(2), BatchNormMode.sync), nn.Sequential(nn.BatchNorm1d(2)))
-    told = r"needs one BatchNorm mode for all layers, but 0 is sync, 1\.0 is micro_batch\. Call convert_batchnorm"
+    model = nn.Sequential(
+        convert_batchnorm(nn.BatchNorm1d(2), BatchNormMode.sync), nn.Sequential(nn.BatchNorm1d(2))
+    )
+    told = (
+        r"needs one BatchNorm mode for all layers, but 0 is sync, 1\.0 is micro_batch\. Call"
+        r" convert_batchnorm"
+    )
     with pytest.raises(ConfigError, match=told):
         mode_of(model)
     assert mode_of(convert_batchnorm(model, BatchNormMode.pooled)) is BatchNormMode.pooled

@@ -40,7 +40,12 @@ from distaccum.optim import (
 
 CONF = Path(__file__).parents[2] / "conf"
 CURVE = ScheduleConfig(
-    name=ScheduleName.linear, unit=ScheduleUnit.steps, warmup=0, total=None, decay=4, final_ratio=0.0
+    name=ScheduleName.linear,
+    unit=ScheduleUnit.steps,
+    warmup=0,
+    total=None,
+    decay=4,
+    final_ratio=0.0,
 )
 NO_SCALE = ScaleConfig(lr=LRRule.none, base_batch=None, beta2=False)
 ADAMW = OptimConfig(
@@ -89,7 +94,9 @@ def test_matrices_decay_and_vectors_do_not_each_once() -> None:
     decaying, others = decay_groups(model, 0.3)
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert names(model, decaying) == ["embedding.weight", "conv.weight"]
-    assert sorted(names(model, others)) == sorted(["scale", "conv.bias", "norm.weight", "norm.bias", "head.bias"])
+    assert sorted(names(model, others)) == sorted(
+        ["scale", "conv.bias", "norm.weight", "norm.bias", "head.bias"]
+    )
 
 
 def test_an_empty_group_is_left_out() -> None:
@@ -132,7 +139,11 @@ def trained(config: OptimConfig, num_steps: int = 20) -> list[torch.Tensor]:
 def test_implementations_agree(name: OptimName) -> None:
     config = dataclasses.replace(ADAMW, name=name, momentum=0.9)
     by_loop = trained(config)
-    for implementation in (OptimImplementation.foreach, OptimImplementation.fused, OptimImplementation.auto):
+    for implementation in (
+        OptimImplementation.foreach,
+        OptimImplementation.fused,
+        OptimImplementation.auto,
+    ):
         other = trained(dataclasses.replace(config, implementation=implementation))
         for one, two in zip(by_loop, other, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-12)
@@ -140,14 +151,18 @@ def test_implementations_agree(name: OptimName) -> None:
 
 @pytest.mark.parametrize("implementation", list(OptimImplementation))
 def test_the_implementation_is_the_one_asked_for(implementation: OptimImplementation) -> None:
-    optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, implementation=implementation))
-    chosen = "foreach" if implementation is OptimImplementation.auto else implementation.value  # parameters on the CPU
+    optimizer = make_optimizer(
+        nn.Linear(2, 2), dataclasses.replace(ADAMW, implementation=implementation)
+    )
+    # parameters on the CPU
+    chosen = "foreach" if implementation is OptimImplementation.auto else implementation.value
     for group in optimizer.param_groups:
         assert (group["foreach"], group["fused"]) == (chosen == "foreach", chosen == "fused")
 
 
 def test_adamw_by_hand() -> None:
-    """Two steps on one matrix with gradients 2 and -1, and a bias with the same gradients but no decay."""
+    """Two steps on one matrix with gradients 2 and -1, and a bias with the same gradients but no
+    decay."""
     model = nn.Linear(1, 1).double()
     nn.init.constant_(model.weight, 1.0)
     nn.init.constant_(model.bias, 1.0)
@@ -161,7 +176,10 @@ def test_adamw_by_hand() -> None:
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.95 * square + 0.05 * gradient**2
         update = mean / (1 - 0.9**step) / (math.sqrt(square / (1 - 0.95**step)) + 1e-8)
-        expected = [value * (1 - 0.01 * decay) - 0.01 * update for value, decay in zip(expected, (0.1, 0), strict=True)]
+        expected = [
+            value * (1 - 0.01 * decay) - 0.01 * update
+            for value, decay in zip(expected, (0.1, 0), strict=True)
+        ]
     assert model.weight.item() == pytest.approx(expected[0], abs=1e-14)
     assert model.bias.item() == pytest.approx(expected[1], abs=1e-14)
 
@@ -169,7 +187,9 @@ def test_adamw_by_hand() -> None:
 def test_sgd_by_hand() -> None:
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 1.0)
-    optimizer = make_optimizer(model, dataclasses.replace(ADAMW, name=OptimName.sgd, momentum=0.5, lr=0.1))
+    optimizer = make_optimizer(
+        model, dataclasses.replace(ADAMW, name=OptimName.sgd, momentum=0.5, lr=0.1)
+    )
     value, velocity = 1.0, 0.0
     for gradient in (2.0, -1.0):
         model.weight.grad = torch.full_like(model.weight, gradient)
@@ -215,7 +235,9 @@ def test_conf(name: OptimName) -> None:
     for curve_name in ScheduleName:
         schedule = with_warmup(dataclasses.replace(config.schedule, name=curve_name), 200, 20)
         assert schedule.warmup == 20
-        assert lr_factor(200, schedule, 200) == (1.0 if curve_name is ScheduleName.constant else 0.1)
+        assert lr_factor(200, schedule, 200) == (
+            1.0 if curve_name is ScheduleName.constant else 0.1
+        )
 
 
 # -- schedules
@@ -228,10 +250,19 @@ def test_conf(name: OptimName) -> None:
         (curve("constant", warmup=4), [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]),
         (curve("linear"), [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0, 0]),
         (curve("linear", warmup=4), [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
-        (curve("linear", warmup=4, final_ratio=0.5), [0.25, 0.5, 0.75, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5]),
+        (
+            curve("linear", warmup=4, final_ratio=0.5),
+            [0.25, 0.5, 0.75, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5],
+        ),
         (curve("linear", total=4), [1, 0.75, 0.5, 0.25, 0, 0, 0, 0, 0, 0]),
-        (curve("cosine", warmup=2, total=6), [0.5, 1, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0, 0, 0, 0]),
-        (curve("cosine", total=2, final_ratio=0.2), [1, 0.6, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (
+            curve("cosine", warmup=2, total=6),
+            [0.5, 1, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0, 0, 0, 0],
+        ),
+        (
+            curve("cosine", total=2, final_ratio=0.2),
+            [1, 0.6, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2],
+        ),
         (curve("wsd", warmup=2), [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
         (curve("wsd", warmup=4), [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
         (curve("wsd", decay=2, final_ratio=0.5), [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.5]),
@@ -239,7 +270,9 @@ def test_conf(name: OptimName) -> None:
 )
 def test_factors_by_arithmetic(schedule: ScheduleConfig, expected: list[float]) -> None:
     """Positions 0 to 9 of a training of 8 steps: the last step is at 7, the end at 8."""
-    assert [lr_factor(position, schedule, 8) for position in range(10)] == pytest.approx(expected, abs=1e-15)
+    assert [lr_factor(position, schedule, 8) for position in range(10)] == pytest.approx(
+        expected, abs=1e-15
+    )
 
 
 lengths = st.integers(0, 10**6)
@@ -250,7 +283,10 @@ decaying = st.sampled_from(["linear", "cosine", "wsd"])
 def schedules(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
     warmup, stable, decay = draw(lengths), draw(lengths), draw(st.integers(1, 10**6))
     final_ratio = draw(st.floats(0, 1))
-    return curve(draw(decaying), warmup=warmup, decay=decay, final_ratio=final_ratio), warmup + stable + decay
+    return (
+        curve(draw(decaying), warmup=warmup, decay=decay, final_ratio=final_ratio),
+        warmup + stable + decay,
+    )
 
 
 @settings(deadline=None)
@@ -258,7 +294,9 @@ def schedules(draw: st.DrawFn) -> tuple[ScheduleConfig, int]:
 def test_factor_stays_in_its_bounds(case: tuple[ScheduleConfig, int], part: float) -> None:
     schedule, total = case
     factor = lr_factor(part * total, schedule, total)
-    assert 0 < factor <= 1 if part * total < schedule.warmup else schedule.final_ratio <= factor <= 1
+    assert (
+        0 < factor <= 1 if part * total < schedule.warmup else schedule.final_ratio <= factor <= 1
+    )
 
 
 @settings(deadline=None)
@@ -268,7 +306,11 @@ def test_the_ends_are_exact(case: tuple[ScheduleConfig, int]) -> None:
     first = lr_factor(0, schedule, total)
     assert first == (1 / schedule.warmup if schedule.warmup else 1)
     assert lr_factor(schedule.warmup, schedule, total) == 1
-    assert lr_factor(total, schedule, total) == lr_factor(total + 1, schedule, total) == schedule.final_ratio
+    assert (
+        lr_factor(total, schedule, total)
+        == lr_factor(total + 1, schedule, total)
+        == schedule.final_ratio
+    )
 
 
 @settings(deadline=None)
@@ -277,7 +319,11 @@ def test_up_then_down(case: tuple[ScheduleConfig, int], parts: list[float]) -> N
     schedule, total = case
     positions = sorted(part * total for part in parts)
     factors = [lr_factor(position, schedule, total) for position in positions]
-    up = [factor for position, factor in zip(positions, factors, strict=True) if position < schedule.warmup]
+    up = [
+        factor
+        for position, factor in zip(positions, factors, strict=True)
+        if position < schedule.warmup
+    ]
     down = factors[len(up) :]
     assert up == sorted(up)
     # (1 + cos) / 2 is rounded in its last bit.
@@ -291,27 +337,34 @@ def test_continuous(case: tuple[ScheduleConfig, int], part: float, distance: flo
     schedule, total = case
     length = schedule.decay if schedule.name is ScheduleName.wsd else total - schedule.warmup
     slope = max(1 / schedule.warmup if schedule.warmup else 0, math.pi / 2 / length)
-    here, there = lr_factor(part * total, schedule, total), lr_factor(part * total + distance, schedule, total)
+    here, there = (
+        lr_factor(part * total, schedule, total),
+        lr_factor(part * total + distance, schedule, total),
+    )
     assert abs(here - there) <= slope * distance + 1e-12
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "wsd"])
 def test_trap_13_the_curve_ends_at_zero_whatever_ranks_and_micro_batches(name: str) -> None:
-    """In samples: 12 windows of 48, made by any ranks x micro-batches, give the same curve as 12 steps, and it ends
-    at 0."""
+    """In samples: 12 windows of 48, made by any ranks x micro-batches, give the same curve as 12
+    steps, and it ends at 0."""
     in_steps = curve(name, warmup=2)
     in_samples = curve(name, unit=ScheduleUnit.samples, warmup=2 * 48, decay=4 * 48)
     decayed = [lr_factor(step, in_steps, 12) for step in range(2, 13)]
     for ranks, micro_batches in ((1, 8), (2, 4), (4, 2), (8, 1)):
         window = ranks * micro_batches * 6
-        assert [lr_factor(step * window, in_samples, 12 * 48) for step in range(2, 13)] == pytest.approx(decayed)
+        assert [
+            lr_factor(step * window, in_samples, 12 * 48) for step in range(2, 13)
+        ] == pytest.approx(decayed)
     assert decayed[-1] == 0
     assert decayed[-2] > 0
 
 
 def test_setting_is_by_position_and_of_each_group() -> None:
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD([{"params": [model.weight], "lr": 2.0}, {"params": [model.bias], "lr": 8.0}])
+    optimizer = torch.optim.SGD(
+        [{"params": [model.weight], "lr": 2.0}, {"params": [model.bias], "lr": 8.0}]
+    )
     schedule = LRSchedule(optimizer, curve("linear"), 4)
     assert [group["lr"] for group in optimizer.param_groups] == [2.0, 8.0]
     for position in (3, 0, 2, 2, 9, 1):  # in any order, any number of times
@@ -336,22 +389,40 @@ def test_a_resumed_run_is_on_the_same_curve(load_first: bool) -> None:
 @pytest.mark.parametrize(
     ("schedule", "total", "message"),
     [
-        (curve("linear"), None, r"name=linear needs an end\. Set optim.schedule.total \(in steps\)"),
+        (
+            curve("linear"),
+            None,
+            r"name=linear needs an end\. Set optim.schedule.total \(in steps\)",
+        ),
         (curve("cosine", warmup=-1), 8, r"warmup \(-1\)"),
         (curve("cosine", final_ratio=1.5), 8, r"final_ratio \(1.5\)"),
-        (curve("cosine", warmup=8), 8, r"a warmup of 8 .* cosine .* into 8 steps\. Use a warmup of at most 7"),
+        (
+            curve("cosine", warmup=8),
+            8,
+            r"a warmup of 8 .* cosine .* into 8 steps\. Use a warmup of at most 7",
+        ),
         (
             curve("linear", warmup=9, total=5),
             80,
             r"a warmup of 9 .* linear .* into 5 steps\. Use a warmup of at most 4",
         ),
-        (curve("wsd", decay=100), 3, r"a warmup of 0 .* \(at least 100\) .* into 3 steps\. Use a decay of at most 3"),
-        (curve("wsd", warmup=5), 8, r"a warmup of 5 .* wsd \(at least 4\) .* into 8 steps\. Use a warmup of at most 4"),
+        (
+            curve("wsd", decay=100),
+            3,
+            r"a warmup of 0 .* \(at least 100\) .* into 3 steps\. Use a decay of at most 3",
+        ),
+        (
+            curve("wsd", warmup=5),
+            8,
+            r"a warmup of 5 .* wsd \(at least 4\) .* into 8 steps\. Use a warmup of at most 4",
+        ),
         (curve("wsd", decay=0), 8, r"decay \(0\) must be at least 1"),
         (curve("wsd", decay=9), 8, r"wsd \(at least 9\) .* into 8 steps"),
     ],
 )
-def test_schedules_that_do_not_fit(schedule: ScheduleConfig, total: int | None, message: str) -> None:
+def test_schedules_that_do_not_fit(
+    schedule: ScheduleConfig, total: int | None, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         lr_factor(0, schedule, total)
     with pytest.raises(ConfigError, match=message):
@@ -363,21 +434,28 @@ def test_schedules_that_do_not_fit(schedule: ScheduleConfig, total: int | None, 
     [
         (curve("cosine", warmup="auto"), 3, 0, 0),
         (curve("cosine", warmup="auto"), 45, 4, 4),
-        (curve("linear", warmup="auto", total=50), 200, 20, 5),  # a tenth of the curve, which ends before the training
+        # a tenth of the curve, which ends before the training
+        (curve("linear", warmup="auto", total=50), 200, 20, 5),
         (curve("linear", warmup="auto", unit=ScheduleUnit.samples), 10**6, 960, 960),
         (curve("wsd", warmup="auto", decay=98), 100, 10, 2),  # never into the decay
         (curve("wsd", warmup="auto", decay=200), 100, 10, 0),
         (curve("constant", warmup="auto"), 100, 10, 10),
-        (curve("cosine", warmup=7), 3, 0, 7),  # a number is left alone, and refused where it does not fit
+        # a number is left alone, and refused where it does not fit
+        (curve("cosine", warmup=7), 3, 0, 7),
     ],
 )
-def test_an_automatic_warmup_fits(schedule: ScheduleConfig, total: int, tenth: int, expected: int) -> None:
+def test_an_automatic_warmup_fits(
+    schedule: ScheduleConfig, total: int, tenth: int, expected: int
+) -> None:
     assert with_warmup(schedule, total, tenth).warmup == expected
 
 
 def test_an_automatic_warmup_of_unknown_length_is_refused() -> None:
     schedule = curve("cosine", warmup="auto", unit=ScheduleUnit.tokens, total=1000)
-    told = r"warmup=auto cannot be converted to tokens.*Set optim.schedule.warmup in tokens \(0 for none\)"
+    told = (
+        r"warmup=auto cannot be converted to tokens.*Set optim.schedule.warmup in tokens \(0 for"
+        r" none\)"
+    )
     with pytest.raises(ConfigError, match=told):
         with_warmup(schedule, None, None)
     assert with_warmup(dataclasses.replace(schedule, warmup=5), None, None).warmup == 5
@@ -396,7 +474,11 @@ BOTH = ScaleConfig(lr=LRRule.sqrt, base_batch=16, beta2=True)
 
 def test_rules_by_hand() -> None:
     assert [lr_scale(4.0, rule) for rule in (LRRule.none, LRRule.linear, LRRule.sqrt)] == [1, 4, 2]
-    assert [lr_scale(0.25, rule) for rule in (LRRule.none, LRRule.linear, LRRule.sqrt)] == [1, 0.25, 0.5]
+    assert [lr_scale(0.25, rule) for rule in (LRRule.none, LRRule.linear, LRRule.sqrt)] == [
+        1,
+        0.25,
+        0.5,
+    ]
     assert scaled_beta2(0.5, 2.0) == 0.25
     assert scaled_beta2(0.81, 0.5) == pytest.approx(0.9, abs=1e-15)
     # 0.95 at 512 samples is about 0.9999 at 1: 0.95 ** (1 / 512) = exp(-0.05129329 / 512).
@@ -408,17 +490,24 @@ def test_the_half_life_in_samples_stays(beta2: float, base: int, batch: int) -> 
     scaled = scaled_beta2(beta2, batch / base)
     assert 0 <= scaled <= 1
     assert scaled_beta2(beta2, base / base) == beta2
-    # samples until half is left = batch x log(1/2) / log(beta2); log1p(scaled - 1) loses digits only as 1 - scaled does
+    # samples until half is left = batch x log(1/2) / log(beta2); log1p(scaled - 1) loses digits
+    # only as 1 - scaled does
     forgotten_per_sample = -math.log(beta2) / base
     if 1e-6 < batch * forgotten_per_sample < 100:
-        # scaled is rounded by 2^-53 relative to 1, so its log by about 2^-53 absolutely: at most 2e-10 of 1e-6.
+        # scaled is rounded by 2^-53 relative to 1, so its log by about 2^-53 absolutely: at most
+        # 2e-10 of 1e-6.
         assert -math.log(scaled) / batch == pytest.approx(forgotten_per_sample, rel=1e-9)
 
 
 def test_lr_and_beta2_follow_the_effective_batch_of_each_window() -> None:
     optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, beta2=0.81))
     schedule = LRSchedule(optimizer, curve("linear"), 8, BOTH)
-    for position, batch, lr, beta2 in (  # in any order: 0.01 x (1 - position / 8) x sqrt(batch / 16)
+    for (
+        position,
+        batch,
+        lr,
+        beta2,
+    ) in (  # in any order: 0.01 x (1 - position / 8) x sqrt(batch / 16)
         (4, 64, 0.01, 0.81**4),
         (0, 16, 0.01, 0.81),
         (6, 4, 0.00125, 0.81**0.25),
@@ -429,18 +518,25 @@ def test_lr_and_beta2_follow_the_effective_batch_of_each_window() -> None:
             assert group["lr"] == pytest.approx(lr, rel=1e-15)
             assert group["betas"] == (0.9, pytest.approx(beta2, rel=1e-15))
     schedule.set(0, 16)
-    assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [(0.01, (0.9, 0.81))] * 2  # exact at the base
+    assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [
+        (0.01, (0.9, 0.81))
+    ] * 2  # exact at the base
 
 
 def test_linear_for_sgd() -> None:
-    optimizer = make_optimizer(nn.Linear(2, 2), dataclasses.replace(ADAMW, name=OptimName.sgd, lr=0.5))
-    schedule = LRSchedule(optimizer, curve("constant"), None, ScaleConfig(LRRule.linear, 16, beta2=False))
+    optimizer = make_optimizer(
+        nn.Linear(2, 2), dataclasses.replace(ADAMW, name=OptimName.sgd, lr=0.5)
+    )
+    schedule = LRSchedule(
+        optimizer, curve("constant"), None, ScaleConfig(LRRule.linear, 16, beta2=False)
+    )
     schedule.set(0, 64)
     assert [group["lr"] for group in optimizer.param_groups] == [2.0, 2.0]
 
 
 def test_adam_uses_the_beta2_that_was_set() -> None:
-    """One parameter, gradients 2 and -1 at batches 16 and 64: the second step forgets 0.95 ** 4 of the square."""
+    """One parameter, gradients 2 and -1 at batches 16 and 64: the second step forgets 0.95 ** 4 of
+    the square."""
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.constant_(model.weight, 1.0)
     optimizer = make_optimizer(model, dataclasses.replace(ADAMW, weight_decay=0.0))
@@ -460,7 +556,9 @@ def test_adam_uses_the_beta2_that_was_set() -> None:
 
 @pytest.mark.parametrize("load_first", [True, False])
 @pytest.mark.parametrize("scale", [BOTH, NO_SCALE], ids=["scaled", "scaled no more"])
-def test_a_resumed_run_scales_what_was_configured_not_what_was_saved(load_first: bool, scale: ScaleConfig) -> None:
+def test_a_resumed_run_scales_what_was_configured_not_what_was_saved(
+    load_first: bool, scale: ScaleConfig
+) -> None:
     saved = make_optimizer(nn.Linear(2, 2), ADAMW)
     LRSchedule(saved, curve("linear"), 8, BOTH).set(3, 64)
     assert saved.param_groups[0]["betas"][1] == 0.95**4
@@ -482,14 +580,24 @@ def test_without_a_rule_the_batch_changes_nothing(scale: ScaleConfig | None) -> 
     for position in range(8):
         schedule.set(position, *([] if position % 2 else [64]))
         expected = 0.01 * lr_factor(position, curve("cosine", warmup=2), 8)
-        assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [(expected, (0.9, 0.95))] * 2
+        assert [(g["lr"], g["betas"]) for g in optimizer.param_groups] == [
+            (expected, (0.9, 0.95))
+        ] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "scale", "message"),
     [
-        (OptimName.sgd, BOTH, r"scale.beta2=true needs an optimizer with betas, but SGD has none\. Use optim=adamw"),
-        (OptimName.adamw, dataclasses.replace(BOTH, base_batch=0), r"scale.base_batch \(0\) .* at least 1"),
+        (
+            OptimName.sgd,
+            BOTH,
+            r"scale.beta2=true needs an optimizer with betas, but SGD has none\. Use optim=adamw",
+        ),
+        (
+            OptimName.adamw,
+            dataclasses.replace(BOTH, base_batch=0),
+            r"scale.base_batch \(0\) .* at least 1",
+        ),
         (OptimName.adamw, dataclasses.replace(BOTH, base_batch=None), r"scale.base_batch \(None\)"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Two models train on two halves of the ranks, each DDP with a process group of its own: BatchNorm meets inside it."""
+"""Two models train on two halves of the ranks, each DDP with a process group of its own: BatchNorm
+meets inside it."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ NEAR = 1e-12  # float64, sums of fewer than 100 numbers of order 1
 
 def net() -> nn.Sequential:
     torch.manual_seed(2)
-    return nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)).double()
+    return nn.Sequential(
+        nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 1)
+    ).double()
 
 
 def samples(rank: int, micro_batch: int) -> Tensor:
@@ -33,12 +36,15 @@ def objective() -> Any:
 
 
 def train(mode: str, rounds: dict[int, int], steps: int) -> tuple[dict[str, Tensor], Any, int]:
-    """On each of four ranks: ranks 0 and 1 train one model, 2 and 3 another; some make more steps than others."""
+    """On each of four ranks: ranks 0 and 1 train one model, 2 and 3 another; some make more steps
+    than others."""
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     rank = dist.get_rank()
     model = da.convert_batchnorm(net(), mode)
     wrapped = DistributedDataParallel(model, process_group=halves[rank // 2])
-    accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective(), audit="always")
+    accumulator = da.Accumulator(
+        wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective(), audit="always"
+    )
     for _ in range(steps if rank < 2 else 2 * steps):  # one half is not where the other one is
         accumulator.step([samples(rank, i) for i in range(rounds[rank])])
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
@@ -46,13 +52,19 @@ def train(mode: str, rounds: dict[int, int], steps: int) -> tuple[dict[str, Tens
     return copied.state_dict(), proof.holds or str(proof), accumulator.steps
 
 
-def on_one_process(mode: str, ranks: tuple[int, ...], micro_batches: int, steps: int) -> dict[str, Tensor]:
+def on_one_process(
+    mode: str, ranks: tuple[int, ...], micro_batches: int, steps: int
+) -> dict[str, Tensor]:
     """The training of one half: what meets in a layer is one batch."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
         rounds = [[samples(rank, i) for rank in ranks] for i in range(micro_batches)]
-        batches = [torch.cat(one) for one in rounds] if mode == "sync" else [x for one in rounds for x in one]
+        batches = (
+            [torch.cat(one) for one in rounds]
+            if mode == "sync"
+            else [x for one in rounds for x in one]
+        )
         count = sum(map(len, batches))
         for batch in batches:
             (model(batch).square().sum() / count).backward()
@@ -80,7 +92,9 @@ def train_alone(mode: str) -> list[float]:
     rank = dist.get_rank()
     model = da.convert_batchnorm(net(), mode)
     wrapped = DistributedDataParallel(model, process_group=groups[rank])
-    accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective(), audit="always")
+    accumulator = da.Accumulator(
+        wrapped, torch.optim.SGD(model.parameters(), lr=0.1), objective(), audit="always"
+    )
     records = [accumulator.step([samples(rank, 0)]) for _ in range(1 + rank)]  # not as many
     return [record.loss for record in records]
 

@@ -28,12 +28,15 @@ OBJECTIVE = da.CausalLM(shift=False)
 def setup(strategy: str, sync: str, world_size: int, **changes: Any) -> Setup:
     """The project's own choices for dtypes, FSDP2 and DDP, but for what is changed."""
     replicas = 2 if strategy == "hsdp" else 1
-    chosen = Setup(StrategyName(strategy), Sync(sync), world_size, replicas, None, None, None, True, False, 25)
+    chosen = Setup(
+        StrategyName(strategy), Sync(sync), world_size, replicas, None, None, None, True, False, 25
+    )
     return replace(chosen, **changes)
 
 
 class Odd(nn.Module):
-    """Sizes that divide by nothing, parameters with fewer rows than ranks, a scalar, a frozen one, a buffer."""
+    """Sizes that divide by nothing, parameters with fewer rows than ranks, a scalar, a frozen one,
+    a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +48,8 @@ class Odd(nn.Module):
         self.register_buffer("offset", torch.zeros(11))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids).flatten(0, 1)  # FSDP2 warns of outputs that are views, as a 3-D linear's are
+        # FSDP2 warns of outputs that are views, as a 3-D linear's are
+        x = self.embedding(ids).flatten(0, 1)
         for block in self.blocks:
             x = torch.tanh(block(x))
         return self.head(x).unflatten(0, ids.shape) * self.scale + self.offset.sum()
@@ -73,7 +77,9 @@ def shapes_of(name: str, dtype: torch.dtype) -> ModelShape:
 
 def mesh_of(setup: Setup) -> DeviceMesh:
     if setup.strategy == "hsdp":
-        return init_device_mesh("cpu", (setup.replicas, setup.shards), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(
+            "cpu", (setup.replicas, setup.shards), mesh_dim_names=("replicate", "shard")
+        )
     return init_device_mesh("cpu", (setup.shards,), mesh_dim_names=("shard",))
 
 
@@ -83,7 +89,10 @@ def spread(model: nn.Module, setup: Setup, mesh: DeviceMesh | None = None, **ddp
         return model
     if setup.strategy == "ddp":
         return DistributedDataParallel(
-            model, bucket_cap_mb=setup.bucket_mb, find_unused_parameters=setup.find_unused_parameters, **ddp
+            model,
+            bucket_cap_mb=setup.bucket_mb,
+            find_unused_parameters=setup.find_unused_parameters,
+            **ddp,
         )
     narrow = (torch.bfloat16, torch.float16)
     stored = next(model.parameters()).dtype
@@ -91,7 +100,9 @@ def spread(model: nn.Module, setup: Setup, mesh: DeviceMesh | None = None, **ddp
     policy = MixedPrecisionPolicy(param_dtype=setup.compute, reduce_dtype=setup.reduce or chosen)
     mesh = mesh or mesh_of(setup)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=setup.reshard_after_forward)
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=setup.reshard_after_forward
+        )
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
@@ -113,19 +124,25 @@ def accumulator_for(
 
 def make_optimizer(name: str, momentum: float, model: nn.Module) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained) if name == "adamw" else torch.optim.SGD(trained, lr=0.1, momentum=momentum)
+    return (
+        torch.optim.AdamW(trained)
+        if name == "adamw"
+        else torch.optim.SGD(trained, lr=0.1, momentum=momentum)
+    )
 
 
 def measured(
     name: str, dtype: torch.dtype, setup: Setup, optimizer: tuple[str, float], micro_batches: int
 ) -> dict[str, int]:
-    """Bytes on this rank in the second window, part by part; the largest seen where a part comes and goes."""
+    """Bytes on this rank in the second window, part by part; the largest seen where a part comes
+    and goes."""
     model = spread(make_model(name).to(dtype), setup)
     optim = make_optimizer(*optimizer, model)
     seen: dict[str, list[int]] = {"gradients": [], "accumulation": [], "gathered": []}
 
     def loss_sum(module: nn.Module, micro_batch: Any) -> Tensor:
-        """It runs first in each micro-batch: what is alive here came from the micro-batch before."""
+        """It runs first in each micro-batch: what is alive here came from the micro-batch
+        before."""
         sums = accumulator.strategy.sums
         own = [] if sums is None else list(sums._sums.values())
         seen["accumulation"].append(held([*own, *unreduced(model)]))
@@ -141,9 +158,16 @@ def measured(
     for numbers in seen.values():
         numbers.clear()
     groups = [group for group, _ in _fsdp_groups(model)]
-    with _Watch(lambda: seen["gathered"].append(held(gathered(groups)))) if groups else nullcontext():
+    with (
+        _Watch(lambda: seen["gathered"].append(held(gathered(groups)))) if groups else nullcontext()
+    ):
         accumulator.step(window)
-    states = [value for state in optim.state.values() for value in state.values() if isinstance(value, Tensor)]
+    states = [
+        value
+        for state in optim.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
     found = {key: max(numbers, default=0) for key, numbers in seen.items()}
     return {
         **found,
@@ -169,7 +193,9 @@ class _Watch(TorchDispatchMode):
 def held(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind this rank's part of the tensors, padding included."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in local)}
+    storages = {
+        storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in local)
+    }
     return sum(size for pointer, size in storages.items() if pointer)
 
 
@@ -185,13 +211,26 @@ def unreduced(model: nn.Module) -> list[Tensor]:
 
 
 def gathered(groups: list[Any]) -> list[Tensor]:
-    """The parameters that FSDP2 has gathered, with their padding, and those that it gathers ahead."""
-    ahead = [group._all_gather_result.all_gather_output for group in groups if group._all_gather_result is not None]
-    return ahead + [tensor for group in groups for param in group.fsdp_params for tensor in param.all_gather_outputs]
+    """The parameters that FSDP2 has gathered, with their padding, and those that it gathers
+    ahead."""
+    ahead = [
+        group._all_gather_result.all_gather_output
+        for group in groups
+        if group._all_gather_result is not None
+    ]
+    return ahead + [
+        tensor
+        for group in groups
+        for param in group.fsdp_params
+        for tensor in param.all_gather_outputs
+    ]
 
 
 def ddp_bucket_bytes(model: nn.Module) -> int:
     if not isinstance(model, DistributedDataParallel):
         return 0
     data = model._get_ddp_logging_data()
-    return sum(int(size) for size in str(data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]).split(","))
+    return sum(
+        int(size)
+        for size in str(data.get("rebuilt_bucket_sizes") or data["bucket_sizes"]).split(",")
+    )

@@ -31,7 +31,8 @@ def saved_bytes(model: nn.Module, loss_sum: Any, micro_batch: Any) -> int:
 
 
 def counted(model: nn.Module, loss_sum: Any, micro_batch: Any) -> int:
-    """Bytes of the distinct storages that autograd saves on real tensors, without the model's and the micro-batch's."""
+    """Bytes of the distinct storages that autograd saves on real tensors, without the model's and
+    the micro-batch's."""
     given = [*model.parameters(), *model.buffers(), *micro_batch.values()]
     known = {tensor.untyped_storage().data_ptr() for tensor in given}
     saved: dict[int, int] = {}
@@ -49,12 +50,15 @@ def counted(model: nn.Module, loss_sum: Any, micro_batch: Any) -> int:
 
 
 def test_by_hand() -> None:
-    """tanh(tanh(x W)) with x [3, 5], W [5, 7]: both tanh keep their result; the product keeps x, which is the
-    micro-batch."""
+    """tanh(tanh(x W)) with x [3, 5], W [5, 7]: both tanh keep their result; the product keeps x,
+    which is the micro-batch."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Tanh(), nn.Tanh())
         x = torch.zeros(3, 5)
-    assert saved_bytes(model, lambda module, micro_batch: module(micro_batch[0]).sum(), [x]) == 2 * 3 * 7 * 4
+    assert (
+        saved_bytes(model, lambda module, micro_batch: module(micro_batch[0]).sum(), [x])
+        == 2 * 3 * 7 * 4
+    )
 
 
 def gpt(dropout: float) -> nn.Module:
@@ -66,7 +70,9 @@ def gpt(dropout: float) -> nn.Module:
 def test_as_on_real_tensors(loss_sum: Any, dropout: float) -> None:
     with torch.device("meta"):
         shapes = gpt(dropout)
-    assert saved_bytes(shapes, loss_sum, meta_micro_batch(3)) == counted(gpt(dropout), loss_sum, make_micro_batch(3))
+    assert saved_bytes(shapes, loss_sum, meta_micro_batch(3)) == counted(
+        gpt(dropout), loss_sum, make_micro_batch(3)
+    )
 
 
 def test_odd_shapes_with_frozen_parameters() -> None:
@@ -82,22 +88,27 @@ def test_linear_in_the_micro_batch() -> None:
         shapes = gpt(0.0)
     one, two, four = (saved_bytes(shapes, in_bf16, meta_micro_batch(size)) for size in (1, 2, 4))
     assert four - two == 2 * (two - one)
-    weights = sum(p.numel() for name, p in shapes.named_parameters() if p.ndim == 2 and "wpe" not in name)
-    assert (
-        one - (two - one) == 2 * weights + 4
-    )  # copies in bf16, and one number of the cross entropy's; no backward needs a bias
+    weights = sum(
+        p.numel() for name, p in shapes.named_parameters() if p.ndim == 2 and "wpe" not in name
+    )
+    # copies in bf16, and one number of the cross entropy's; no backward needs a bias
+    assert one - (two - one) == 2 * weights + 4
 
 
 def test_checkpointed_blocks_keep_their_inputs_only() -> None:
     with torch.device("meta"):
         plain, checkpointed = gpt(0.0), gpt(0.0)
     checkpoint_blocks(checkpointed.blocks)
-    kept, less = (saved_bytes(model, OBJECTIVE.loss_sum, meta_micro_batch(4)) for model in (plain, checkpointed))
+    kept, less = (
+        saved_bytes(model, OBJECTIVE.loss_sum, meta_micro_batch(4))
+        for model in (plain, checkpointed)
+    )
     for block in plain.blocks:
         inputs = torch.zeros(4, TOKENS, 16, device="meta", requires_grad=True)
         inside = saved_bytes(block, lambda module, micro_batch: module(micro_batch[0]), [inputs])
         kept -= inside
-    # What is left of the plain model is outside its blocks, and their inputs, which their norms keep there too.
+    # What is left of the plain model is outside its blocks, and their inputs, which their norms
+    # keep there too.
     assert less <= kept
     assert less < 0.5 * saved_bytes(plain, OBJECTIVE.loss_sum, meta_micro_batch(4))
 
@@ -114,7 +125,13 @@ def test_the_model_stays_as_it_is() -> None:
 def test_hugging_face() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=VOCABULARY,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     with torch.device("meta"):
         shapes = transformers.GPT2LMHeadModel(config)

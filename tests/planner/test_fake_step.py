@@ -1,7 +1,8 @@
-"""The predicted peak against a real step of the real accumulator on tensors without memory, which sends nothing.
+"""The predicted peak against a real step of the real accumulator on tensors without memory, which
+sends nothing.
 
-Unlike in test_peak.py no rank is needed, and nothing is computed: a release of torch that allocates in another order
-is noticed here, in seconds.
+Unlike in test_peak.py no rank is needed, and nothing is computed: a release of torch that allocates
+in another order is noticed here, in seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ CASES = [
 
 
 class AsOnGloo(TorchDispatchMode):
-    """Answers what depends on data as 1, and reduces in a copy of the message, as gloo's reduce-scatter does."""
+    """Answers what depends on data as 1, and reduces in a copy of the message, as gloo's
+    reduce-scatter does."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
@@ -61,14 +63,19 @@ class AsOnGloo(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1
         copies = []
         if "reduce_scatter" in str(func):
-            copies = [torch.empty_like(max(tree_leaves(args), key=lambda leaf: getattr(leaf, "nbytes", 0)))]
+            copies = [
+                torch.empty_like(
+                    max(tree_leaves(args), key=lambda leaf: getattr(leaf, "nbytes", 0))
+                )
+            ]
         result = func(*args, **(kwargs or {}))
         del copies
         return result
 
 
 class Rows:
-    """Rows that arrive at once: every rank has sent what this one did, and what was measured is 1."""
+    """Rows that arrive at once: every rank has sent what this one did, and what was measured is
+    1."""
 
     def __init__(self, world: World, known: Any, measured: Any = ()) -> None:
         self._rows = [[*known, *[1.0] * sum(map(len, measured))]] * world.size
@@ -104,13 +111,15 @@ def _stepped(case: Case, setup: Setup, model: nn.Module, mesh: DeviceMesh | None
         _fill(model, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         blocks = blocks_of(model)
         wrapped = spread(model, setup, mesh, init_sync=False)
-        if isinstance(wrapped, DistributedDataParallel):  # it expects a result that the fake group does not give
+        # DDP expects a result that the fake group does not give.
+        if isinstance(wrapped, DistributedDataParallel):
             wrapped.register_comm_hook(None, lambda _, bucket: _known(bucket.buffer()))
         optimizer = case.make_optimizer(wrapped)
         micro_batches = [case.micro_batch(case.samples) for _ in range(min(2, case.micro_batches))]
         window = [micro_batches[index % 2] for index in range(case.micro_batches)]
         if isinstance(wrapped, DistributedDataParallel):
-            # In a second window DDP would arrange its buckets anew, and for that read what has no memory.
+            # In a second window DDP would arrange its buckets anew, and for that read what has no
+            # memory.
             for parameter in wrapped.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
@@ -133,7 +142,13 @@ def _stepped(case: Case, setup: Setup, model: nn.Module, mesh: DeviceMesh | None
 
 
 @pytest.mark.parametrize(("case", "world_size"), CASES, ids=str)
-def test_a_step_takes_what_is_predicted(case: Case, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "gather_rows", lambda world, known, measured=(): Rows(world, known, measured))
+def test_a_step_takes_what_is_predicted(
+    case: Case, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        World, "gather_rows", lambda world, known, measured=(): Rows(world, known, measured)
+    )
     monkeypatch.setattr(World, "gather_objects", lambda world, value: [value] * world.size)
-    assert predicted(case, world_size).total == pytest.approx(stepped(case, world_size), rel=TOLERANCE)
+    assert predicted(case, world_size).total == pytest.approx(
+        stepped(case, world_size), rel=TOLERANCE
+    )

@@ -13,8 +13,8 @@ from distaccum.planner.hardware import KINDS, HardwareProfile, LinkTimings, fit
 
 LINK = LinkTimings((1_000, 3_000, 10_000), (1.0, 2.0, 9.0))
 MACHINE = HardwareProfile(
-    "cpu", 2, "gpt, 7 parameters", "bf16", 0.001, 1.5e10, 2e-9, 4, dict.fromkeys(KINDS, LINK), False,
-    {"torch": "2.13.0"}, "2026-11-21 12:00 UTC",
+    "cpu", 2, "gpt, 7 parameters", "bf16", 0.001, 1.5e10, 2e-9, 4, dict.fromkeys(KINDS, LINK),
+    False, {"torch": "2.13.0"}, "2026-11-21 12:00 UTC",
 )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def test_a_line_through_two_sizes() -> None:
 
 @pytest.mark.parametrize("seconds", [0.2, 0.5, 0.6])
 def test_where_noise_bends_the_line_the_larger_one_decides(seconds: float) -> None:
-    """Less than half of 0.5 s would be less than nothing at 0, and 0.5 s or more nothing for each."""
+    """Less than half of 0.5 s would be less than nothing at 0, and 0.5 s or more nothing for
+    each."""
     assert fit((1, seconds), (2, 0.5)) == (0.0, 0.25)
 
 
@@ -51,10 +52,10 @@ def damaged(**changes: Any) -> str:
 
 WRITTEN = json.dumps(
     {
-        "device": "cpu", "threads": 2, "model": "gpt", "precision": "fp32", "micro_batch_overhead_s": 0,
-        "flops_per_s": 1e9,
-        "update_s_per_number": 1e-9, "ranks": 2, "links": {kind: {"sizes": [8], "seconds": [0.1]} for kind in KINDS},
-        "overlaps": True, "versions": {}, "date": "-",
+        "device": "cpu", "threads": 2, "model": "gpt", "precision": "fp32",
+        "micro_batch_overhead_s": 0, "flops_per_s": 1e9,
+        "update_s_per_number": 1e-9, "ranks": 2, "links": {kind: {"sizes": [8],
+        "seconds": [0.1]} for kind in KINDS}, "overlaps": True, "versions": {}, "date": "-",
     }
 )  # fmt: skip
 
@@ -77,8 +78,14 @@ def link(**changes: Any) -> dict[str, Any]:
         (damaged(ranks=True), "ranks must be an integer"),
         (damaged(flops_per_s=0), "flops_per_s must be a number above 0, but is 0"),
         (damaged(flops_per_s="1e9"), "flops_per_s must be a number above 0"),
-        (damaged(micro_batch_overhead_s=-1), "micro_batch_overhead_s must be a number of at least 0"),
-        (damaged(update_s_per_number=float("nan")), "update_s_per_number must be a number of at least 0, but is nan"),
+        (
+            damaged(micro_batch_overhead_s=-1),
+            "micro_batch_overhead_s must be a number of at least 0",
+        ),
+        (
+            damaged(update_s_per_number=float("nan")),
+            "update_s_per_number must be a number of at least 0, but is nan",
+        ),
         (damaged(overlaps=1), "overlaps must be true or false"),
         (damaged(versions=["2.13"]), "versions must be an object whose values are strings"),
         (
@@ -88,7 +95,10 @@ def link(**changes: Any) -> dict[str, Any]:
         (damaged(links=link(rate=1)), "links must be an object with sizes and seconds"),
         (damaged(links=link(sizes=8)), "links must be lists"),
         (damaged(links=link(sizes=[16, 8])), "links must be ascending sizes"),
-        (damaged(links=link(sizes=[8])), "links must be ascending sizes and one number of seconds for each"),
+        (
+            damaged(links=link(sizes=[8])),
+            "links must be ascending sizes and one number of seconds for each",
+        ),
         (damaged(links=link(sizes=[], seconds=[])), "links must be ascending sizes"),
         (damaged(links=link(seconds=[0.1, -0.2])), "links must be a number above 0"),
         (damaged(links={}), r"it has 0 link\(s\) for 2 rank\(s\)"),
@@ -100,7 +110,9 @@ def test_what_is_no_machine(tmp_path: Path, text: str, letter: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=letter) as caught:
         HardwareProfile.load(path)
-    assert f"machine={path} was not written by `distaccum profile`, or is damaged" in str(caught.value)
+    assert f"machine={path} was not written by `distaccum profile`, or is damaged" in str(
+        caught.value
+    )
 
 
 def test_what_is_not_there_and_what_cannot_be_written(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The parts of a rank's memory: by hand for one model, and against what real models hold, to the byte."""
+"""The parts of a rank's memory: by hand for one model, and against what real models hold, to the
+byte."""
 
 from __future__ import annotations
 
@@ -14,15 +15,17 @@ from worlds import World
 
 from distaccum.nn.blocks import blocks_of
 from distaccum.planner.peak import peak
+from distaccum.planner.segments import LOSS, MicroBatchTrace, Segment, Update
 from distaccum.planner.shapes import Setup, describe
-from distaccum.planner.trace import LOSS, MicroBatchTrace, Segment, Update, trace, update
+from distaccum.planner.trace import trace, update
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 MICRO_BATCHES = 2
 
 
 def tied() -> nn.Module:
-    """10 numbers in a matrix of the root, tied into its block, and 7 of the block's own; a buffer of 3 float32."""
+    """10 numbers in a matrix of the root, tied into its block, and 7 of the block's own; a buffer
+    of 3 float32."""
     root = nn.Module()
     root.table = nn.Embedding(5, 2)
     root.block = nn.Module()
@@ -58,7 +61,8 @@ TRACED = MicroBatchTrace(
 
 
 def test_by_hand() -> None:
-    """4 shards: 5 rows become 4 x 2 rows, 7 numbers 4 x 2, so that a rank holds 4 + 2 of 17 numbers."""
+    """4 shards: 5 rows become 4 x 2 rows, 7 numbers 4 x 2, so that a rank holds 4 + 2 of 17
+    numbers."""
     model, took = describe(tied(), []), Update(kept=2 * 6 * 4 + 2 * 4, transient=0)
     assert peak(model, setup("fsdp", "boundary", 4), took, TRACED, MICRO_BATCHES).parts == {
         "weights": 6 * 4 + 12,
@@ -76,7 +80,10 @@ def test_without_accumulation_nothing_is_kept_between_micro_batches() -> None:
     model = describe(tied(), [])
     for policy in ("boundary", "gather_once", "reduce_scatter"):
         chosen = setup("hsdp", policy, 4)
-        one, two = (peak(model, chosen, Update(0, 0), TRACED, number).parts["accumulation"] for number in (1, 2))
+        one, two = (
+            peak(model, chosen, Update(0, 0), TRACED, number).parts["accumulation"]
+            for number in (1, 2)
+        )
         assert one == 0 < two
 
 
@@ -87,7 +94,9 @@ def traced(name: str, dtype: torch.dtype, compute: torch.dtype | None) -> MicroB
     return trace(model, blocks_of, OBJECTIVE.loss_sum, make_micro_batch(), 2, compute=compute)
 
 
-def predicted(name: str, dtype: torch.dtype, one: Setup, optimizer: tuple[str, float]) -> Mapping[str, int]:
+def predicted(
+    name: str, dtype: torch.dtype, one: Setup, optimizer: tuple[str, float]
+) -> Mapping[str, int]:
     with torch.device("meta"):
         model = make_model(name).to(dtype)
     shape = describe(model, list(model.blocks))
@@ -121,12 +130,16 @@ def worlds_of() -> Iterator[dict[int, World]]:
         one.close()
 
 
-def measure_all(name: str, chosen: list[tuple[Setup, torch.dtype]], optimizer: tuple[str, float]) -> list[Any]:
+def measure_all(
+    name: str, chosen: list[tuple[Setup, torch.dtype]], optimizer: tuple[str, float]
+) -> list[Any]:
     return [measured(name, dtype, one, optimizer, MICRO_BATCHES) for one, dtype in chosen]
 
 
 @pytest.mark.parametrize(("name", "size"), [("odd", 1), ("odd", 2), ("gpt", 2), ("odd", 4)])
-def test_real_models_hold_what_is_predicted(worlds_of: dict[int, World], name: str, size: int) -> None:
+def test_real_models_hold_what_is_predicted(
+    worlds_of: dict[int, World], name: str, size: int
+) -> None:
     ranks, chosen = worlds_of[size], cases(size)
     found = ranks.run(measure_all, name, chosen, ("adamw", 0.0))
     for index, (one, dtype) in enumerate(chosen):

@@ -1,4 +1,5 @@
-"""The predicted peak against real windows, counted tensor by tensor from before the model is made."""
+"""The predicted peak against real windows, counted tensor by tensor from before the model is
+made."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from worlds import World
 
 import distaccum as da
 from distaccum.planner.peak import peak
+from distaccum.planner.segments import LOSS, MicroBatchTrace, Segment, Update
 from distaccum.planner.shapes import ModelShape, ParameterShape
-from distaccum.planner.trace import LOSS, MicroBatchTrace, Segment, Update
 
 TOLERANCE = 0.02  # a fifth of what is promised; most are off by less than 0.002
 LATE = 0.04  # gloo may free the copy of a message late, so that more is counted than is needed
@@ -77,7 +78,8 @@ def test_four_ranks(four_ranks: World, case: Case) -> None:
 
 
 def test_flat_from_two_micro_batches_on() -> None:
-    """Gradients of a first micro-batch come into being one by one; from the second on they are all there."""
+    """Gradients of a first micro-batch come into being one by one; from the second on they are all
+    there."""
     peaks = [
         predicted(Case(micro_batches=micro_batches, optimizer="fused", samples=8), 1).total
         for micro_batches in (1, 2, 3, 8, 64)
@@ -86,7 +88,8 @@ def test_flat_from_two_micro_batches_on() -> None:
 
 
 def test_by_hand() -> None:
-    """A block of 10 numbers and 6 of the root, float32, on one process; AdamW keeps twice as much and a count each."""
+    """A block of 10 numbers and 6 of the root, float32, on one process; AdamW keeps twice as much
+    and a count each."""
     model = ModelShape(
         (
             ParameterShape("block", (10,), torch.float32, True, 0),
@@ -100,7 +103,9 @@ def test_by_hand() -> None:
         Segment(-1, True, 300, (350, 320), (1,)),
         Segment(0, True, 300, (330, 100), (0,)),
     )
-    micro_batch = MicroBatchTrace(1, segments, saved=300, handed_on=20, micro_batch_bytes=5, flops=0)
+    micro_batch = MicroBatchTrace(
+        1, segments, saved=300, handed_on=20, micro_batch_bytes=5, flops=0
+    )
     alone, update = setup("single", "boundary", 1), Update(kept=136, transient=128)
     held = 64 + 8 + 136 + 2 * 5
     once = peak(model, alone, update, micro_batch, 1)
@@ -119,7 +124,9 @@ def test_a_line_through_two_sizes() -> None:
     assert MicroBatchTrace.between(at(2), at(8), 5) == at(5)
     assert MicroBatchTrace.between(at(2), at(8), 64) == at(64)
     other = MicroBatchTrace(8, (), 0, 0, 0, 0)
-    with pytest.raises(ValueError, match="micro-batches of 2 and of 8 samples run different segments"):
+    with pytest.raises(
+        ValueError, match="micro-batches of 2 and of 8 samples run different segments"
+    ):
         MicroBatchTrace.between(at(2), other, 4)
 
 
@@ -132,7 +139,9 @@ def test_what_is_counted_is_what_the_allocator_gives() -> None:
     accumulator.step(window)
     with Counted() as tracker, profile(profile_memory=True) as profiled:
         tracker.count([*model.parameters(), *window[0].values()])
-        tracker.count(tensor for state in accumulator.optimizer.state.values() for tensor in state.values())
+        tracker.count(
+            tensor for state in accumulator.optimizer.state.values() for tensor in state.values()
+        )
         before = tracker.live
         accumulator.step(window)
         after = tracker.live
@@ -142,5 +151,6 @@ def test_what_is_counted_is_what_the_allocator_gives() -> None:
             live += event.nbytes()
             most = max(most, live)
     assert after == before
-    assert tracker.peak - before == pytest.approx(most, rel=0.001)  # kernels' own workspaces are left out
+    # kernels' own workspaces are left out
+    assert tracker.peak - before == pytest.approx(most, rel=0.001)
     assert most > 8 * 16 * VOCABULARY * 4  # the logits

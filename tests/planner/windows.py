@@ -1,4 +1,5 @@
-"""Real windows on real tensors, counted from before the model is made; and what is predicted of them."""
+"""Real windows on real tensors, counted from before the model is made; and what is predicted of
+them."""
 
 from __future__ import annotations
 
@@ -18,9 +19,10 @@ from distaccum.models.resnet import ResNet, ResNetConfig
 from distaccum.nn.blocks import blocks_of, checkpoint_blocks
 from distaccum.planner.meter import Tracker
 from distaccum.planner.peak import peak
+from distaccum.planner.segments import MicroBatchTrace, Update
 from distaccum.planner.shapes import ModelShape, Setup, describe
 from distaccum.planner.timeline import Peak
-from distaccum.planner.trace import MicroBatchTrace, Update, trace, update
+from distaccum.planner.trace import trace, update
 
 BF16 = torch.bfloat16
 TOKENS, VOCABULARY = 16, 1000
@@ -49,7 +51,9 @@ class Case:
             self.optimizer,
             self.model,
         ]
-        return "-".join([*parts, *["checkpoint"] * self.checkpoint, *[f"T{self.overlap}"] * (self.overlap > 1)])
+        return "-".join(
+            [*parts, *["checkpoint"] * self.checkpoint, *[f"T{self.overlap}"] * (self.overlap > 1)]
+        )
 
     def setup(self, world_size: int) -> Setup:
         sharded = self.strategy in ("fsdp", "hsdp")
@@ -70,8 +74,9 @@ class Case:
 
             model = LlamaForCausalLM(
                 LlamaConfig(
-                    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=2,
-                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                    vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320,
+                    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    max_position_embeddings=64,
                 )
             )  # fmt: skip
         else:
@@ -118,7 +123,8 @@ class Counted(Tracker):
 def measured(case: Case, world_size: int) -> int:
     """The most bytes of tensors on this rank in a window after the first.
 
-    Under FSDP2 the least of three: gloo scatters a copy of each message, and frees it on another thread, at times late.
+    Under FSDP2 the least of three: gloo scatters a copy of each message, and frees it on another
+        thread, at times late.
     """
     gc.collect()
     with Counted() as tracker:
@@ -147,15 +153,22 @@ def measured(case: Case, world_size: int) -> int:
 
 
 @functools.cache
-def traced(model: str, precision: str, sharded: bool, checkpoint: bool, samples: int) -> MicroBatchTrace:
-    case = Case("fsdp" if sharded else "single", precision=precision, model=model, checkpoint=checkpoint)
+def traced(
+    model: str, precision: str, sharded: bool, checkpoint: bool, samples: int
+) -> MicroBatchTrace:
+    case = Case(
+        "fsdp" if sharded else "single", precision=precision, model=model, checkpoint=checkpoint
+    )
     with torch.device("meta"):
         shapes = case.make_model()
     compute = BF16 if sharded and precision == "bf16" else None
 
     def loss_sum(model: nn.Module, micro_batch: dict[str, Tensor]) -> Any:
         if compute is not None:
-            micro_batch = {name: t.to(compute) if t.is_floating_point() else t for name, t in micro_batch.items()}
+            micro_batch = {
+                name: t.to(compute) if t.is_floating_point() else t
+                for name, t in micro_batch.items()
+            }
         return case.objective.loss_sum(model, micro_batch)
 
     return trace(shapes, blocks_of, loss_sum, case.micro_batch(samples), samples, compute=compute)
@@ -168,10 +181,20 @@ def predicted(case: Case, world_size: int) -> Peak:
         shapes = case.make_model()
     shape = describe(shapes, blocks_of(shapes))
     micro_batch = MicroBatchTrace.between(
-        *(traced(case.model, case.precision, chosen.sharded, case.checkpoint, samples) for samples in (2, 8)),
+        *(
+            traced(case.model, case.precision, chosen.sharded, case.checkpoint, samples)
+            for samples in (2, 8)
+        ),
         case.samples,
     )
-    return peak(shape, chosen, updated(case, shape, chosen.shards), micro_batch, case.micro_batches, case.overlap)
+    return peak(
+        shape,
+        chosen,
+        updated(case, shape, chosen.shards),
+        micro_batch,
+        case.micro_batches,
+        case.overlap,
+    )
 
 
 def updated(case: Case, shape: ModelShape, shards: int) -> Update:

@@ -1,8 +1,9 @@
-"""Memory runs out at any moment of a window, on one rank: all ranks learn it, nothing is lost, nothing hangs.
+"""Memory runs out at any moment of a window, on one rank: all ranks learn it, nothing is lost,
+nothing hangs.
 
-The window is tried again in halved micro-batches, and the run ends where the undisturbed one does. float64; relative
-errors are those of sums in another order: a few roundoffs of 1.1e-16 each in a few dozen additions, 1e-12 is far
-beyond.
+The window is tried again in halved micro-batches, and the run ends where the undisturbed one does.
+float64; relative errors are those of sums in another order: a few roundoffs of 1.1e-16 each in a
+few dozen additions, 1e-12 is far beyond.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from worlds import World
 import distaccum as da
 
 DDP = ("ddp", (), "boundary")
-REFUSED = [("ddp", (), "every"), *(("fsdp", (2,), policy) for policy in ("boundary", "gather_once", "every"))]
+REFUSED = [
+    ("ddp", (), "every"),
+    *(("fsdp", (2,), policy) for policy in ("boundary", "gather_once", "every")),
+]
 NUM_WINDOWS, NUM_MICRO_BATCHES, SIZE = 3, 3, 4
 MOMENTS = 8  # at which it happens, evenly over the operators of the window
 
@@ -51,7 +55,9 @@ class Shortage(TorchDispatchMode):
 
     def after_the_last_backward(self, short: bool) -> list[int]:
         self.counts = False
-        return type(self.accumulator._consensus).out_of_memory_ranks(self.accumulator._consensus, short)
+        return type(self.accumulator._consensus).out_of_memory_ranks(
+            self.accumulator._consensus, short
+        )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.counts and func.namespace == "aten":
@@ -64,7 +70,10 @@ class Shortage(TorchDispatchMode):
 def windows(rank: int, ranks: int) -> list[list[Any]]:
     """The micro-batches of one rank in each window."""
     return [
-        [make_micro_batch(100 * step + i * ranks + rank, SIZE, "some") for i in range(NUM_MICRO_BATCHES)]
+        [
+            make_micro_batch(100 * step + i * ranks + rank, SIZE, "some")
+            for i in range(NUM_MICRO_BATCHES)
+        ]
         for step in range(NUM_WINDOWS)
     ]
 
@@ -73,18 +82,25 @@ def in_halves(micro_batches: list[Any]) -> list[Any]:
     """The same samples in micro-batches of half the size."""
     parts = (slice(0, SIZE // 2), slice(SIZE // 2, SIZE))
     return [
-        {name: tensor[part] for name, tensor in micro_batch.items()} for micro_batch in micro_batches for part in parts
+        {name: tensor[part] for name, tensor in micro_batch.items()}
+        for micro_batch in micro_batches
+        for part in parts
     ]
 
 
-def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, int | None]) -> dict[str, Any]:
-    """Train; in the second window the ranks of `short` have no memory for one operator of theirs."""
+def trained(
+    rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, int | None]
+) -> dict[str, Any]:
+    """Train; in the second window the ranks of `short` have no memory for one operator of
+    theirs."""
     import torch.distributed as dist
 
     strategy, mesh, policy = case
     model = wrap(make_model(), strategy, mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    accumulator = da.Accumulator(model, optimizer, masked_objective(), sync=policy, audit="always", agree_on_oom=True)
+    accumulator = da.Accumulator(
+        model, optimizer, masked_objective(), sync=policy, audit="always", agree_on_oom=True
+    )
     told, losses, counted = [], [], 0
     for step, micro_batches in enumerate(windows(rank, dist.get_world_size())):
         shortage = Shortage(accumulator, short.get(rank) if step == 1 else None)
@@ -106,7 +122,8 @@ def trained(rank: int, case: tuple[str, tuple[int, ...], str], short: dict[int, 
 
 
 def with_batchnorm(mode: str, at: int | None) -> dict[str, Any]:
-    """Three windows of a small convolution; in the second one rank 1 runs out of memory, and it is repeated."""
+    """Three windows of a small convolution; in the second one rank 1 runs out of memory, and it is
+    repeated."""
     import torch.distributed as dist
 
     torch.manual_seed(5)
@@ -120,7 +137,8 @@ def with_batchnorm(mode: str, at: int | None) -> dict[str, Any]:
     for step in range(NUM_WINDOWS):
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
         micro_batches = [
-            torch.randn(SIZE, 1, 6, 6, generator=generator, dtype=torch.float64) for _ in range(NUM_MICRO_BATCHES)
+            torch.randn(SIZE, 1, 6, 6, generator=generator, dtype=torch.float64)
+            for _ in range(NUM_MICRO_BATCHES)
         ]
         shortage = Shortage(accumulator, at if step == 1 and dist.get_rank() == 1 else None)
         try:
@@ -153,7 +171,10 @@ def shortages(world: World, case: Any) -> None:
             assert here["steps"] == NUM_WINDOWS
             assert here["losses"] == pytest.approx(there["losses"], rel=1e-12, abs=0)
             for name in range(len(there["parameters"])):
-                assert relative(here["parameters"][name], there["parameters"][name]) < 1e-12, (at, name)
+                assert relative(here["parameters"][name], there["parameters"][name]) < 1e-12, (
+                    at,
+                    name,
+                )
 
 
 def test_on_one_of_two_ranks(two_ranks: World) -> None:
@@ -166,8 +187,13 @@ def test_on_one_of_four_ranks(four_ranks: World) -> None:
 
 def refusal(case: tuple[str, tuple[int, ...], str] | None) -> str:
     if case is None:
-        layers = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
-        model, policy = nn.parallel.DistributedDataParallel(da.convert_batchnorm(layers, "sync")), "boundary"
+        layers = nn.Sequential(
+            nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)
+        )
+        model, policy = (
+            nn.parallel.DistributedDataParallel(da.convert_batchnorm(layers, "sync")),
+            "boundary",
+        )
     else:
         strategy, mesh, policy = case
         model = wrap(make_model(), strategy, mesh)

@@ -1,8 +1,9 @@
-"""Loops as they are written in public, moved over: each is the same loop by hand on one process over the big batch.
+"""Loops as they are written in public, moved over: each is the same loop by hand on one process
+over the big batch.
 
-Float64 and sums of fewer than 1,000 numbers of order 1: two orders of addition differ by less than 1e-12. What goes
-wrong elsewhere (an evaluation that shifts the data, a mean of means, statistics of one micro-batch, a schedule that
-moves once a rank) is off by 1e-3 and more.
+Float64 and sums of fewer than 1,000 numbers of order 1: two orders of addition differ by less than
+1e-12. What goes wrong elsewhere (an evaluation that shifts the data, a mean of means, statistics of
+one micro-batch, a schedule that moves once a rank) is off by 1e-3 and more.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ RANKS = 2
 
 def flat(model: nn.Module) -> list[float]:
     """All parameters and buffers as numbers."""
-    return torch.cat([value.detach().double().flatten() for value in model.state_dict().values()]).tolist()
+    return torch.cat(
+        [value.detach().double().flatten() for value in model.state_dict().values()]
+    ).tolist()
 
 
 def near(found: Any, expected: Any) -> None:
     torch.testing.assert_close(
-        torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64), **NEAR
+        torch.tensor(found, dtype=torch.float64),
+        torch.tensor(expected, dtype=torch.float64),
+        **NEAR,
     )
 
 
@@ -46,7 +51,9 @@ def falling(step: int) -> float:
     return 1 / (1 + step)
 
 
-def update(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float | None = None) -> None:
+def update(
+    model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float | None = None
+) -> None:
     """One update of the loop by hand."""
     optimizer.zero_grad()
     loss.backward()
@@ -77,7 +84,9 @@ def get_batch(split: str, generator: torch.Generator | None = None) -> tuple[Ten
 
 def make_language_model() -> nn.Module:
     torch.manual_seed(2)
-    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 11)).double()
+    return nn.Sequential(
+        nn.Embedding(11, 8), nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 11)
+    ).double()
 
 
 @torch.no_grad()
@@ -108,7 +117,9 @@ def nano_gpt(seed: int | None) -> tuple[list[float], list[float], list[float]]:
             yield get_batch("train")
 
     objective = da.CausalLM(shift=False)
-    accumulator = da.Accumulator(model, optimizer, objective, clip_norm=0.5, scheduler=scheduler, seed=seed)
+    accumulator = da.Accumulator(
+        model, optimizer, objective, clip_norm=0.5, scheduler=scheduler, seed=seed
+    )
     losses, estimates = [], []
     for window in da.windows(micro_batches(), ACCUMULATION):
         record = accumulator.step(window)
@@ -127,7 +138,9 @@ def nano_gpt_by_hand() -> tuple[list[float], list[float], list[float]]:
     scheduler = LambdaLR(optimizer, falling)
     losses, estimates = [], []
     for step in range(1, MAX_ITERS + 1):
-        batch = [get_batch("train", generator) for generator in generators for _ in range(ACCUMULATION)]
+        batch = [
+            get_batch("train", generator) for generator in generators for _ in range(ACCUMULATION)
+        ]
         x, y = (torch.cat(part) for part in zip(*batch, strict=True))
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         update(model, loss, optimizer, clip_norm=0.5)
@@ -148,7 +161,8 @@ def test_nano_gpt(two_ranks: World, seed: int | None) -> None:
             near(found[2], estimates)
 
 
-# --- Accelerate and Lightning Fabric: what their `prepare` and `setup` return is handed over as it is.
+# --- Accelerate and Lightning Fabric: what their `prepare` and `setup` return is handed over as it
+# is.
 
 SAMPLES, MICRO_BATCH_SIZE = 24, 2  # 6 micro-batches a rank: windows of 4 and of 2
 
@@ -163,7 +177,9 @@ def make_regression() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def one_batch_of(windows: list[slice], *, schedule: bool, clip_norm: float) -> tuple[list[float], list[float]]:
+def one_batch_of(
+    windows: list[slice], *, schedule: bool, clip_norm: float
+) -> tuple[list[float], list[float]]:
     """The same by hand: each window is one batch, and the schedule moves once an update."""
     model, (x, y) = make_regression(), samples()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -180,9 +196,18 @@ def one_batch_of(windows: list[slice], *, schedule: bool, clip_norm: float) -> t
 
 @contextmanager
 def launched_by_torchrun() -> Iterator[None]:
-    """The environment in which a launcher starts its ranks; warnings of other people's packages are theirs."""
-    found = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    found |= {"LOCAL_WORLD_SIZE": dist.get_world_size(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    """The environment in which a launcher starts its ranks; warnings of other people's packages are
+    theirs."""
+    found = {
+        "RANK": dist.get_rank(),
+        "LOCAL_RANK": dist.get_rank(),
+        "WORLD_SIZE": dist.get_world_size(),
+    }
+    found |= {
+        "LOCAL_WORLD_SIZE": dist.get_world_size(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+    }
     found |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": 0, "NODE_RANK": 0}
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in found.items()})
@@ -210,7 +235,9 @@ def accelerate(prepares_scheduler: bool) -> tuple[list[float], list[float]] | st
             model, optimizer, loader = accelerator.prepare(raw, optimizer, loader)
             if prepares_scheduler:
                 scheduler = accelerator.prepare(scheduler)
-            accumulator = da.Accumulator(model, optimizer, da.Regression(), clip_norm=0.5, scheduler=scheduler)
+            accumulator = da.Accumulator(
+                model, optimizer, da.Regression(), clip_norm=0.5, scheduler=scheduler
+            )
             losses = []
             for _ in range(2):
                 for window in da.windows(loader, accelerator.gradient_accumulation_steps):
@@ -223,7 +250,9 @@ def accelerate(prepares_scheduler: bool) -> tuple[list[float], list[float]] | st
 
 
 def test_accelerate(two_ranks: World) -> None:
-    parameters, losses = one_batch_of([slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5)
+    parameters, losses = one_batch_of(
+        [slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5
+    )
     for found in two_ranks.run(accelerate, False):
         assert not isinstance(found, str), found
         near(found[0], parameters)
@@ -232,7 +261,9 @@ def test_accelerate(two_ranks: World) -> None:
 
 def test_accelerate_with_its_scheduler_is_exact_or_refused(two_ranks: World) -> None:
     """A prepared scheduler moves once for each rank: refused, or moved once an update."""
-    parameters, losses = one_batch_of([slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5)
+    parameters, losses = one_batch_of(
+        [slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5
+    )
     for found in two_ranks.run(accelerate, True):
         if isinstance(found, str):
             assert "scheduler" in found
@@ -255,9 +286,13 @@ def fabric(prepares_optimizer: bool) -> tuple[list[float], list[float]] | str:
             model, optimizer = launcher.setup(raw, optimizer)
         else:
             model = launcher.setup_module(raw)
-        loader = launcher.setup_dataloaders(DataLoader(TensorDataset(*samples()), batch_size=MICRO_BATCH_SIZE))
+        loader = launcher.setup_dataloaders(
+            DataLoader(TensorDataset(*samples()), batch_size=MICRO_BATCH_SIZE)
+        )
         try:
-            accumulator = da.Accumulator(model, optimizer, da.Regression(), clip_norm=0.5, scheduler=scheduler)
+            accumulator = da.Accumulator(
+                model, optimizer, da.Regression(), clip_norm=0.5, scheduler=scheduler
+            )
         except da.ConfigError as error:
             return str(error)
         losses = []
@@ -270,7 +305,9 @@ def fabric(prepares_optimizer: bool) -> tuple[list[float], list[float]] | str:
 @pytest.mark.parametrize("prepares_optimizer", [True, False])
 def test_fabric(two_ranks: World, prepares_optimizer: bool) -> None:
     pytest.importorskip("lightning")
-    parameters, losses = one_batch_of([slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5)
+    parameters, losses = one_batch_of(
+        [slice(0, 16), slice(16, 24)] * 2, schedule=True, clip_norm=0.5
+    )
     for found in two_ranks.run(fabric, prepares_optimizer):
         assert not isinstance(found, str), found
         near(found[0], parameters)
@@ -295,7 +332,8 @@ def make_classifier() -> nn.Sequential:
 
 
 def timm(mode: Any) -> tuple[list[float], list[float], list[float]] | str:
-    """The model, its average and the losses, or why it was refused. Rank 1 has one micro-batch less than rank 0."""
+    """The model, its average and the losses, or why it was refused. Rank 1 has one micro-batch less
+    than rank 0."""
     rank = dist.get_rank()
     try:
         raw = da.convert_batchnorm(make_classifier(), mode)
@@ -303,7 +341,9 @@ def timm(mode: Any) -> tuple[list[float], list[float], list[float]] | str:
         return str(error)
     model = DistributedDataParallel(raw)
     ema = AveragedModel(raw, multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3
+    )
     images, labels = pictures()
     mine = slice(0, 12) if rank == 0 else slice(12, IMAGES)
     loader = DataLoader(TensorDataset(images[mine], labels[mine]), batch_size=2)
@@ -321,20 +361,29 @@ def timm(mode: Any) -> tuple[list[float], list[float], list[float]] | str:
 
 
 def timm_by_hand() -> tuple[list[float], list[float], list[float]]:
-    """Each micro-batch is normalised by itself; running statistics and the update are those of the whole window."""
+    """Each micro-batch is normalised by itself; running statistics and the update are those of the
+    whole window."""
     model = make_classifier()
     conv, norm, _, _, head = model
     ema = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3
+    )
     images, labels = pictures()
     losses, updates = [], 0
     for _ in range(EPOCHS):
         for parts in ([slice(0, 6), slice(12, 18)], [slice(6, 12), slice(18, IMAGES)]):
-            window = [range(IMAGES)[part][i : i + 2] for part in parts for i in range(0, part.stop - part.start, 2)]
+            window = [
+                range(IMAGES)[part][i : i + 2]
+                for part in parts
+                for i in range(0, part.stop - part.start, 2)
+            ]
             features = [conv(images[list(micro_batch)]) for micro_batch in window]
             total = torch.zeros((), dtype=torch.float64)
             for micro_batch, x in zip(window, features, strict=True):
-                y = F.relu(F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)).flatten(1)
+                y = F.relu(
+                    F.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+                ).flatten(1)
                 total = total + F.cross_entropy(head(y), labels[list(micro_batch)], reduction="sum")
             loss = total / sum(map(len, window))
             update(model, loss, optimizer, clip_norm=1.0)
@@ -344,10 +393,13 @@ def timm_by_hand() -> tuple[list[float], list[float], list[float]]:
                 norm.running_mean.lerp_(everything.mean(1), norm.momentum)
                 norm.running_var.lerp_(everything.var(1), norm.momentum)
                 norm.num_batches_tracked += 1
-                for average, value in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+                for average, value in zip(
+                    ema.state_dict().values(), model.state_dict().values(), strict=True
+                ):
                     if updates == 0:
                         average.copy_(value)
-                    elif value.is_floating_point():  # torch's average leaves counters as they were copied
+                    # torch's average leaves counters as they were copied
+                    elif value.is_floating_point():
                         average.lerp_(value, 1 - DECAY)
             updates += 1
     return flat(model), flat(ema), losses
@@ -363,11 +415,13 @@ def test_timm(two_ranks: World, mode: Any) -> None:
         near(found[2], losses)
 
 
-# --- detection: images of different sizes in a batch class of one's own, several terms with denominators of their own.
+# --- detection: images of different sizes in a batch class of one's own, several terms with
+# denominators of their own.
 
 
 class ImageList:
-    """Images [3, H, W] of different sizes, and for each the class of every place [H, W] (0 is background) and boxes."""
+    """Images [3, H, W] of different sizes, and for each the class of every place [H, W] (0 is
+    background) and boxes."""
 
     def __init__(self, images: list[Tensor], classes: list[Tensor], boxes: list[Tensor]) -> None:
         self.images = images
@@ -377,7 +431,9 @@ class ImageList:
     def to(self, device: Any, non_blocking: bool = False) -> ImageList:
         """A copy on a device."""
         parts = (self.images, self.classes, self.boxes)
-        return ImageList(*([value.to(device, non_blocking=non_blocking) for value in part] for part in parts))
+        return ImageList(
+            *([value.to(device, non_blocking=non_blocking) for value in part] for part in parts)
+        )
 
 
 def make_image_list(first: int, number: int) -> ImageList:
@@ -414,9 +470,15 @@ def make_detector() -> Detector:
 
 def detection_sums(model: nn.Module, batch: ImageList) -> dict[str, Tensor]:
     class_sum, box_sum = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for (logits, boxes), classes, right in zip(model(batch.images), batch.classes, batch.boxes, strict=True):
-        class_sum = class_sum + F.cross_entropy(logits.flatten(0, 1), classes.flatten(), reduction="sum")
-        box_sum = box_sum + 2.0 * F.smooth_l1_loss(boxes[:, classes > 0], right[:, classes > 0], reduction="sum")
+    for (logits, boxes), classes, right in zip(
+        model(batch.images), batch.classes, batch.boxes, strict=True
+    ):
+        class_sum = class_sum + F.cross_entropy(
+            logits.flatten(0, 1), classes.flatten(), reduction="sum"
+        )
+        box_sum = box_sum + 2.0 * F.smooth_l1_loss(
+            boxes[:, classes > 0], right[:, classes > 0], reduction="sum"
+        )
     return {"classes": class_sum, "boxes": box_sum}
 
 
@@ -426,7 +488,8 @@ def detection_counts(batch: ImageList) -> dict[str, int]:
     return {"classes": places, "boxes": sum(int((classes > 0).sum()) for classes in batch.classes)}
 
 
-# The first image and the number of images of each micro-batch; rank 1 has fewer, and none in the last window.
+# The first image and the number of images of each micro-batch; rank 1 has fewer, and none in the
+# last window.
 DETECTION = [[(0, 2), (2, 1), (3, 1), (4, 1), (5, 2)], [(7, 1), (8, 3), (11, 1)]]
 
 
@@ -434,8 +497,12 @@ def detection() -> tuple[list[float], list[dict[str, float]]]:
     raw = make_detector()
     model = DistributedDataParallel(raw)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    loader = DataLoader(DETECTION[dist.get_rank()], batch_size=None, collate_fn=lambda part: make_image_list(*part))
-    accumulator = da.Accumulator(model, optimizer, da.Objective(detection_sums, detection_counts), clip_norm=1.0)
+    loader = DataLoader(
+        DETECTION[dist.get_rank()], batch_size=None, collate_fn=lambda part: make_image_list(*part)
+    )
+    accumulator = da.Accumulator(
+        model, optimizer, da.Objective(detection_sums, detection_counts), clip_norm=1.0
+    )
     losses = [dict(accumulator.step(window).losses) for window in da.windows(loader, 2)]
     return flat(raw), losses
 
@@ -445,16 +512,26 @@ def detection_by_hand() -> tuple[list[float], list[dict[str, float]]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     losses = []
     for start in (0, 2, 4):
-        parts = [make_image_list(*part) for micro_batches in DETECTION for part in micro_batches[start : start + 2]]
+        parts = [
+            make_image_list(*part)
+            for micro_batches in DETECTION
+            for part in micro_batches[start : start + 2]
+        ]
         images = [image for part in parts for image in part.images]
         logits, boxes = zip(*model(images), strict=True)
         classes = torch.cat([value.flatten() for part in parts for value in part.classes])
         right = torch.cat([value.flatten(1) for part in parts for value in part.boxes], dim=1)
         found = torch.cat([value.flatten(1) for value in boxes], dim=1)
         terms = {
-            "classes": F.cross_entropy(torch.cat([value.flatten(0, 1) for value in logits]), classes),
-            "boxes": 2.0
-            * F.smooth_l1_loss(found[:, classes > 0], right[:, classes > 0], reduction="none").sum(0).mean(),
+            "classes": F.cross_entropy(
+                torch.cat([value.flatten(0, 1) for value in logits]), classes
+            ),
+            "boxes": (
+                2.0
+                * F.smooth_l1_loss(found[:, classes > 0], right[:, classes > 0], reduction="none")
+                .sum(0)
+                .mean()
+            ),
         }
         update(model, terms["classes"] + terms["boxes"], optimizer, clip_norm=1.0)
         losses.append({name: value.item() for name, value in terms.items()})
@@ -466,4 +543,7 @@ def test_detection(two_ranks: World) -> None:
     for found in two_ranks.run(detection):
         near(found[0], parameters)
         assert [list(window) for window in found[1]] == [list(window) for window in losses]
-        near([list(window.values()) for window in found[1]], [list(window.values()) for window in losses])
+        near(
+            [list(window.values()) for window in found[1]],
+            [list(window.values()) for window in losses],
+        )

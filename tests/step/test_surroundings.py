@@ -1,7 +1,7 @@
 """What surrounds a step in other people's loops: exact, or refused before anything is updated.
 
-Unless said otherwise: y = w x in float64, w0 = 0, SGD with lr 1 and the sum of outputs, so that the update is minus the
-mean of x over everything counted.
+Unless said otherwise: y = w x in float64, w0 = 0, SGD with lr 1 and the sum of outputs, so that the
+update is minus the mean of x over everything counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def outputs() -> da.Objective:
 
 def squares() -> da.Objective:
     """Not linear, so that old weights would show."""
-    return da.Objective(lambda model, x: (model(x).to(x.dtype) - 1).square().sum(), lambda x: len(x))
+    return da.Objective(
+        lambda model, x: (model(x).to(x.dtype) - 1).square().sum(), lambda x: len(x)
+    )
 
 
 def column(*values: float, dtype: torch.dtype = F64) -> Tensor:
@@ -62,7 +64,10 @@ def refusal(action: Callable[[], Any]) -> str:
 def test_autocast_around_the_whole_loop() -> None:
     model = linear(torch.float32)
     accumulator = da.Accumulator(model, sgd(model, 0.1), squares())
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(da.ConfigError, match=r"da\.autocast"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(da.ConfigError, match=r"da\.autocast"),
+    ):
         accumulator.step([column(1.0, dtype=torch.float32)])
     assert value(model) == 0.0
     losses = []
@@ -82,10 +87,14 @@ def test_gradients_switched_off_around_the_step(mode: Any) -> None:
     assert value(model) == -2.0
 
 
-@pytest.mark.parametrize("denominator", [None, torch.ones(2), torch.tensor(float("nan")), "three", -1], ids=str)
+@pytest.mark.parametrize(
+    "denominator", [None, torch.ones(2), torch.tensor(float("nan")), "three", -1], ids=str
+)
 def test_a_denominator_that_is_no_number(denominator: Any) -> None:
     model = linear()
-    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, lambda x: denominator))
+    accumulator = da.Accumulator(
+        model, sgd(model), da.Objective(outputs().loss_sum, lambda x: denominator)
+    )
     with pytest.raises(da.ConfigError, match="denominator for 'loss' is"):
         accumulator.step([column(1.0)])
 
@@ -116,9 +125,14 @@ def mean_and_count(kind: str) -> str:
     micro_batch = make_micro_batch(1, size=4)
     before = [whole(p) for p in model.parameters()]
     objective = da.Objective(
-        lambda called, m: masked_objective().loss_sum(called, m) / m["mask"].sum(), masked_objective().denominator
+        lambda called, m: masked_objective().loss_sum(called, m) / m["mask"].sum(),
+        masked_objective().denominator,
     )
-    text = refusal(lambda: da.Accumulator(model, sgd(model), objective).step([micro_batch] if dist.get_rank() else []))
+    text = refusal(
+        lambda: da.Accumulator(model, sgd(model), objective).step(
+            [micro_batch] if dist.get_rank() else []
+        )
+    )
     assert all(torch.equal(a, whole(b)) for a, b in zip(before, model.parameters(), strict=True))
     quiet = da.Accumulator(model, sgd(model), objective, check_cut=False)
     return f"{text} {quiet.step([micro_batch]).step}"
@@ -134,7 +148,8 @@ def test_a_mean_in_the_place_of_a_sum(two_ranks: World, kind: str) -> None:
 
 
 def test_losses_that_are_not_taken_for_means() -> None:
-    """A random one, one that evaluation mode does not have, and one term of two that is averaged over micro-batches."""
+    """A random one, one that evaluation mode does not have, and one term of two that is averaged
+    over micro-batches."""
 
     class Moody(nn.Module):
         def __init__(self) -> None:
@@ -149,7 +164,10 @@ def test_losses_that_are_not_taken_for_means() -> None:
         (Moody(), outputs()),
         (
             linear(),
-            da.Objective(lambda m, x: {"loss": m(x).sum(), "aux": m(x).mean()}, lambda x: {"loss": len(x), "aux": 1}),
+            da.Objective(
+                lambda m, x: {"loss": m(x).sum(), "aux": m(x).mean()},
+                lambda x: {"loss": len(x), "aux": 1},
+            ),
         ),
     ):
         accumulator = da.Accumulator(model, sgd(model), objective)
@@ -174,7 +192,10 @@ def plateau(size: int) -> list[float]:
     optimizer = sgd(model, 1.0)
     scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
     accumulator = da.Accumulator(
-        model, optimizer, da.Objective(lambda m, x: m(x).sum() * 0 + len(x), len), scheduler=scheduler
+        model,
+        optimizer,
+        da.Objective(lambda m, x: m(x).sum() * 0 + len(x), len),
+        scheduler=scheduler,
     )
     return [accumulator.step([column(1.0)] * (1 + size)).lr for _ in range(4)]
 
@@ -250,7 +271,13 @@ def accelerated() -> tuple[list[float], list[float]]:
     from accelerate.state import AcceleratorState
 
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
     accelerator = Accelerator(cpu=True)
     model = linear()
     optimizer = sgd(model)
@@ -315,7 +342,11 @@ def looked_through(kind: str) -> Any:
     for wrapping in (False, True):
         model = wrap(make_model(), "ddp", ())
         if wrapping:
-            model = torch.compile(model, backend="eager") if kind == "compiled" else _FabricModule(model)
+            model = (
+                torch.compile(model, backend="eager")
+                if kind == "compiled"
+                else _FabricModule(model)
+            )
         accumulator = da.Accumulator(model, sgd(model, 0.1), masked_objective(), audit="always")
         accumulator.step(window)
         accumulator.step(window)
@@ -384,7 +415,9 @@ def test_state_that_a_forward_moves_is_named_once() -> None:
 
 
 def test_one_sample_under_batchnorm() -> None:
-    model = da.convert_batchnorm(nn.Sequential(linear(), nn.BatchNorm1d(1, dtype=F64)), da.BatchNormMode.pooled)
+    model = da.convert_batchnorm(
+        nn.Sequential(linear(), nn.BatchNorm1d(1, dtype=F64)), da.BatchNormMode.pooled
+    )
     accumulator = da.Accumulator(model, sgd(model), outputs())
     with pytest.raises(da.ConfigError, match=r"Micro-batch 1 .*frozen") as caught:
         accumulator.step([column(1.0, 2.0), column(3.0)])
@@ -413,7 +446,9 @@ def test_a_loss_that_is_no_number_is_not_the_loss_scales_fault() -> None:
         accumulator.step([column(float("nan"), dtype=torch.float32)])
     assert accumulator.loss_scale is not None
     assert accumulator.loss_scale.value == 2.0**16
-    skipping = da.Accumulator(model, sgd(model), outputs(), loss_scale=da.LossScale(), nonfinite="skip")
+    skipping = da.Accumulator(
+        model, sgd(model), outputs(), loss_scale=da.LossScale(), nonfinite="skip"
+    )
     assert skipping.step([column(float("nan"), dtype=torch.float32)]).skipped is not None
     assert skipping.loss_scale is not None
     assert skipping.loss_scale.value == 2.0**16
@@ -422,7 +457,9 @@ def test_a_loss_that_is_no_number_is_not_the_loss_scales_fault() -> None:
 def evaluated_between(policy: str) -> list[bool]:
     """The user's own evaluation between windows, under a ledger."""
     model = wrap(make_model(), "fsdp", (2,))
-    accumulator = da.Accumulator(model, sgd(model, 0.1), masked_objective(), sync=policy, audit="always")
+    accumulator = da.Accumulator(
+        model, sgd(model, 0.1), masked_objective(), sync=policy, audit="always"
+    )
     agrees = []
     for i in range(3):
         record = accumulator.step([make_micro_batch(i), make_micro_batch(10 + i)])
@@ -435,7 +472,9 @@ def evaluated_between(policy: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("policy", ["boundary", "gather_once", "every"])
-def test_an_evaluation_between_windows_adds_nothing_to_the_next_one(two_ranks: World, policy: str) -> None:
+def test_an_evaluation_between_windows_adds_nothing_to_the_next_one(
+    two_ranks: World, policy: str
+) -> None:
     assert two_ranks.run(evaluated_between, policy) == [[True] * 3] * 2
 
 
@@ -453,7 +492,8 @@ def test_a_first_error_is_not_hidden_by_the_clean_up(monkeypatch: pytest.MonkeyP
 
 
 def one_rank_cannot_count(when: str) -> str:
-    """A denominator that is no number on rank 1 only, in the first window or a later one, read ahead or not."""
+    """A denominator that is no number on rank 1 only, in the first window or a later one, read
+    ahead or not."""
     model = DistributedDataParallel(linear())
     calls = [0]
 
@@ -462,9 +502,13 @@ def one_rank_cannot_count(when: str) -> str:
         late = when == "first" or calls[0] > 2
         return float("nan") if dist.get_rank() == 1 and late else len(x)
 
-    accumulator = da.Accumulator(model, sgd(model), da.Objective(outputs().loss_sum, denominator), check_cut=False)
+    accumulator = da.Accumulator(
+        model, sgd(model), da.Objective(outputs().loss_sum, denominator), check_cut=False
+    )
     micro_batches = [column(2.0)] * 4
-    loader: Any = (micro_batch for micro_batch in micro_batches) if when == "streamed" else micro_batches
+    loader: Any = (
+        (micro_batch for micro_batch in micro_batches) if when == "streamed" else micro_batches
+    )
 
     def train() -> None:
         for window in da.windows(loader, gradient_accumulation_steps=1):
@@ -474,7 +518,9 @@ def one_rank_cannot_count(when: str) -> str:
 
 
 @pytest.mark.parametrize(("when", "steps"), [("first", 0), ("later", 1), ("streamed", 1)])
-def test_a_denominator_that_is_no_number_on_one_rank(two_ranks: World, when: str, steps: int) -> None:
+def test_a_denominator_that_is_no_number_on_one_rank(
+    two_ranks: World, when: str, steps: int
+) -> None:
     first, second = two_ranks.run(one_rank_cannot_count, when)
     assert "The micro-batches of rank 1 cannot be counted" in first
     assert "denominator for 'loss' is nan" in second
@@ -494,7 +540,8 @@ def test_samples_that_interact_in_the_loss_are_named() -> None:
 
 
 def test_modules_beside_the_model_are_left_alone() -> None:
-    """A generator whose BatchNorm trains: the look at the loss neither moves it nor takes the loss for a mean."""
+    """A generator whose BatchNorm trains: the look at the loss neither moves it nor takes the loss
+    for a mean."""
     model, other = linear(), nn.Sequential(nn.Linear(1, 1, dtype=F64), nn.BatchNorm1d(1, dtype=F64))
     objective = da.Objective(lambda m, x: m(other(x).detach()).sum(), len)
     da.Accumulator(model, sgd(model), objective).step([column(1.0, 2.0, 5.0, 9.0)])
@@ -512,7 +559,8 @@ def test_buffers_loaded_after_the_accumulator_was_made_have_not_moved() -> None:
 
 
 def bad_sample(when: str) -> str:
-    """A micro-batch that the objective cannot count, on rank 1 only: its own error there, a refusal elsewhere."""
+    """A micro-batch that the objective cannot count, on rank 1 only: its own error there, a refusal
+    elsewhere."""
     model = DistributedDataParallel(linear())
     objective = da.Objective(lambda m, batch: m(batch["x"]).sum(), lambda batch: len(batch["x"]))
     accumulator = da.Accumulator(model, sgd(model), objective)
@@ -562,14 +610,20 @@ def calls_backward(retain: bool) -> str:
 def test_a_scheduler_of_another_optimizer_is_refused() -> None:
     model = make_model()
     scheduler = torch.optim.lr_scheduler.StepLR(sgd(model), 1)
-    with pytest.raises(da.ConfigError, match="StepLR changes the learning rate of another optimizer"):
+    with pytest.raises(
+        da.ConfigError, match="StepLR changes the learning rate of another optimizer"
+    ):
         da.Accumulator(model, sgd(model), masked_objective(), scheduler=scheduler)
 
 
-@pytest.mark.parametrize("objective", [torch.nn.MSELoss(), len, None], ids=["module", "function", "none"])
+@pytest.mark.parametrize(
+    "objective", [torch.nn.MSELoss(), len, None], ids=["module", "function", "none"]
+)
 def test_a_loss_function_is_no_objective(objective: Any) -> None:
     model = make_model()
-    with pytest.raises(da.ConfigError, match=r"without the methods loss_sum and denominator. Write da.Objective"):
+    with pytest.raises(
+        da.ConfigError, match=r"without the methods loss_sum and denominator. Write da.Objective"
+    ):
         da.Accumulator(model, sgd(model), objective)
 
 
@@ -577,11 +631,19 @@ def test_the_length_of_a_pair_is_no_number_of_samples() -> None:
     model = torch.nn.Linear(2, 1).double()
     objective = da.Objective(lambda called, pair: (called(pair[0]) - pair[1]).square().sum(), len)
     pair = (torch.ones(4, 2, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64))
-    with pytest.warns(da.StateWarning, match=r"the denominator of one micro-batch is 2, and those of its halves are 2"):
+    with pytest.warns(
+        da.StateWarning,
+        match=r"the denominator of one micro-batch is 2, and those of its halves are 2",
+    ):
         da.Accumulator(model, sgd(model), objective).step([pair])
 
 
-@pytest.mark.parametrize("objective", [da.CausalLM(), da.Classification()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "objective", [da.CausalLM(), da.Classification()], ids=lambda o: type(o).__name__
+)
 def test_labels_that_are_no_class_numbers_are_refused(objective: Any) -> None:
-    with pytest.raises(da.ConfigError, match=r"Labels have dtype torch.float32, but this objective needs the numbers"):
+    with pytest.raises(
+        da.ConfigError,
+        match=r"Labels have dtype torch.float32, but this objective needs the numbers",
+    ):
         objective.denominator((torch.ones(2, 3), torch.ones(2, 3)))

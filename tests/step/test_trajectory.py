@@ -1,8 +1,9 @@
 """200 steps with dropout, AdamW, clipping and a cosine schedule are the same on 1, 2 and 4 ranks.
 
-Float64. Each step rounds to 1e-16 relatively, in another order on another world size; AdamW divides by the root of
-second moments, which magnifies differences of small gradients. 1e-9 is asked of all parameters at every step; ranks
-with other dropout masks or another learning rate differ in the first digits.
+Float64. Each step rounds to 1e-16 relatively, in another order on another world size; AdamW divides
+by the root of second moments, which magnifies differences of small gradients. 1e-9 is asked of all
+parameters at every step; ranks with other dropout masks or another learning rate differ in the
+first digits.
 """
 
 from __future__ import annotations
@@ -54,9 +55,20 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
     """All parameters, losses and norms after each step, on rank 0; empty elsewhere."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
-    gpt = GPTConfig("gpt", vocab_size=16, max_seq_len=8, num_layers=1, num_heads=2, width=8, dropout=0.2, bias=True)
+    gpt = GPTConfig(
+        "gpt",
+        vocab_size=16,
+        max_seq_len=8,
+        num_layers=1,
+        num_heads=2,
+        width=8,
+        dropout=0.2,
+        bias=True,
+    )
     model: nn.Module = wrap(GPT(gpt).double(), strategy, mesh)
-    schedule = ScheduleConfig(ScheduleName.cosine, ScheduleUnit.steps, warmup=10, total=STEPS, decay=1, final_ratio=0.0)
+    schedule = ScheduleConfig(
+        ScheduleName.cosine, ScheduleUnit.steps, warmup=10, total=STEPS, decay=1, final_ratio=0.0
+    )
     optimizer = make_optimizer(
         model,
         OptimConfig(
@@ -77,9 +89,8 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
     accumulator = da.Accumulator(
         model, optimizer, da.CausalLM(shift=False), sync=sync, clip_norm=0.5, seed=7, audit="first"
     )
-    plan = da.Plan(
-        num_samples=150, effective_batch_size=16, micro_batch_size=2, seed=3
-    )  # the last window of an epoch holds 6
+    # the last window of an epoch holds 6
+    plan = da.Plan(num_samples=150, effective_batch_size=16, micro_batch_size=2, seed=3)
     loader = Loader(Tokens(), plan, rank, size)
     parameters = list(model.parameters())
     rows: list[list[Tensor]] = [[] for _ in parameters]
@@ -91,10 +102,16 @@ def train(strategy: str, mesh: tuple[int, ...], sync: str, steps: int = STEPS) -
             row.append(own_part(parameter))
         losses.append(record.loss)
         norms.append(record.grad_norm)
-    gathered = [gather_steps(row, parameter) for row, parameter in zip(rows, parameters, strict=True)]
+    gathered = [
+        gather_steps(row, parameter) for row, parameter in zip(rows, parameters, strict=True)
+    ]
     if rank:
         return {}
-    return {"parameters": torch.cat(gathered, dim=1), "losses": torch.tensor(losses), "norms": torch.tensor(norms)}
+    return {
+        "parameters": torch.cat(gathered, dim=1),
+        "losses": torch.tensor(losses),
+        "norms": torch.tensor(norms),
+    }
 
 
 def own_part(parameter: Tensor) -> Tensor:
@@ -102,13 +119,19 @@ def own_part(parameter: Tensor) -> Tensor:
 
 
 def gather_steps(parts: list[Tensor], parameter: Tensor) -> Tensor:
-    """What ranks kept of a parameter after each step, as [steps, numbers]: gathered once, not at each step."""
+    """What ranks kept of a parameter after each step, as [steps, numbers]: gathered once, not at
+    each step."""
     stacked = torch.stack(parts, dim=1)  # shards are cut along dimension 0, which stays the first
     if isinstance(parameter, DTensor):
         shape = torch.Size([parameter.shape[0], len(parts), *parameter.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
         stacked = DTensor.from_local(
-            stacked, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+            stacked,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=shape,
+            stride=stride,
         ).full_tensor()
     return stacked.transpose(0, 1).flatten(1)
 
@@ -121,7 +144,9 @@ def one_rank() -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize(
-    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("fsdp", (2,), "gather_once")], ids=["ddp", "fsdp"]
+    ("strategy", "mesh", "sync"),
+    [("ddp", (), "boundary"), ("fsdp", (2,), "gather_once")],
+    ids=["ddp", "fsdp"],
 )
 def test_two_ranks_follow_one(
     one_rank: dict[str, Tensor], two_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
@@ -130,7 +155,9 @@ def test_two_ranks_follow_one(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "mesh", "sync"), [("ddp", (), "boundary"), ("hsdp", (2, 2), "reduce_scatter")], ids=["ddp", "hsdp"]
+    ("strategy", "mesh", "sync"),
+    [("ddp", (), "boundary"), ("hsdp", (2, 2), "reduce_scatter")],
+    ids=["ddp", "hsdp"],
 )
 def test_four_ranks_follow_one(
     one_rank: dict[str, Tensor], four_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
@@ -140,16 +167,20 @@ def test_four_ranks_follow_one(
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found["parameters"].shape[0] == STEPS
-    difference = (found["parameters"] - expected["parameters"]).norm(dim=1) / expected["parameters"].norm(dim=1)
+    difference = (found["parameters"] - expected["parameters"]).norm(dim=1) / expected[
+        "parameters"
+    ].norm(dim=1)
     assert float(difference.max()) <= 1e-9
     assert float((found["losses"] / expected["losses"] - 1).abs().max()) <= 1e-9
     assert float((found["norms"] / expected["norms"] - 1).abs().max()) <= 1e-9
     assert float(expected["norms"].max()) > 0.5  # clipping was at work
-    assert float(expected["losses"][-20:].mean()) < 0.8 * float(expected["losses"][:20].mean())  # and it learned
+    # and it learned
+    assert float(expected["losses"][-20:].mean()) < 0.8 * float(expected["losses"][:20].mean())
 
 
 def test_other_randomness_is_seen(one_rank: dict[str, Tensor]) -> None:
-    """The comparison can fail: without dropout keyed by the micro-batch the trajectory is another one."""
+    """The comparison can fail: without dropout keyed by the micro-batch the trajectory is another
+    one."""
     with world(1) as alone:
         other = alone.run(train_unkeyed)[0]
     difference = (other - one_rank["parameters"][9]).norm() / other.norm()

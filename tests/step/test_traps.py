@@ -1,7 +1,7 @@
 """The cases of well-known frameworks that go wrong, one test a row, by arithmetic.
 
-Unless said otherwise: y = w * x in float64, w0 = 0, SGD with lr 1 and a loss that is the sum of outputs, so that the
-update is minus the mean of x over everything counted.
+Unless said otherwise: y = w * x in float64, w0 = 0, SGD with lr 1 and a loss that is the sum of
+outputs, so that the update is minus the mean of x over everything counted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def mean_of_outputs() -> da.Objective:
 
 def token_objective() -> da.Objective:
     """Micro-batches are pairs of x [B, 1] and a mask [B] of tokens that count."""
-    return da.Objective(lambda model, xm: (model(xm[0])[:, 0] * xm[1]).sum(), lambda xm: int(xm[1].sum()))
+    return da.Objective(
+        lambda model, xm: (model(xm[0])[:, 0] * xm[1]).sum(), lambda xm: int(xm[1].sum())
+    )
 
 
 def column(*values: float) -> Tensor:
@@ -53,7 +55,9 @@ def updates(
     if dist.is_initialized() and dist.get_world_size() > 1:
         model = DistributedDataParallel(model)
     weight = next(model.parameters())
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective or mean_of_outputs())
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective or mean_of_outputs()
+    )
     found = []
     for _ in range(epochs):
         for window in da.windows(loader, gradient_accumulation_steps=gradient_accumulation_steps):
@@ -106,20 +110,29 @@ def test_trap_03_every_token_counts_once(two_ranks: World) -> None:
 
 
 def planned_shares(num_samples: int, micro_batch_size: int) -> list[float]:
-    """What each sample contributed to one update over all of them: x is one-hot in the sample's number."""
+    """What each sample contributed to one update over all of them: x is one-hot in the sample's
+    number."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    plan = da.Plan(num_samples, effective_batch_size=num_samples, micro_batch_size=micro_batch_size, seed=3)
+    plan = da.Plan(
+        num_samples, effective_batch_size=num_samples, micro_batch_size=micro_batch_size, seed=3
+    )
     model = nn.Linear(num_samples, 1, bias=False, dtype=torch.float64)
     nn.init.zeros_(model.weight)
     wrapped = DistributedDataParallel(model) if size > 1 else model
-    accumulator = da.Accumulator(wrapped, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
+    accumulator = da.Accumulator(
+        wrapped, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs()
+    )
     rows = torch.eye(num_samples, dtype=torch.float64)
-    accumulator.step([rows[plan.samples(micro_batch)] for micro_batch in plan.window().of_rank(rank, size)])
+    accumulator.step(
+        [rows[plan.samples(micro_batch)] for micro_batch in plan.window().of_rank(rank, size)]
+    )
     return (-model.weight.detach()[0]).tolist()
 
 
 @pytest.mark.parametrize(("num_samples", "micro_batch_size"), [(5, 1), (5, 2), (9, 4)])
-def test_trap_04_no_sample_counts_twice(two_ranks: World, num_samples: int, micro_batch_size: int) -> None:
+def test_trap_04_no_sample_counts_twice(
+    two_ranks: World, num_samples: int, micro_batch_size: int
+) -> None:
     for shares in two_ranks.run(planned_shares, num_samples, micro_batch_size):
         assert shares == pytest.approx([1 / num_samples] * num_samples, rel=1e-15)
 
@@ -128,12 +141,18 @@ def all_labels_ignored() -> tuple[list[Any], list[float], list[float]]:
     torch.manual_seed(0)
     model = nn.Linear(3, 4, dtype=torch.float64)
     wrapped = DistributedDataParallel(model)
-    accumulator = da.Accumulator(wrapped, torch.optim.AdamW(model.parameters()), da.Classification())
+    accumulator = da.Accumulator(
+        wrapped, torch.optim.AdamW(model.parameters()), da.Classification()
+    )
     inputs = torch.randn(2, 3, dtype=torch.float64)
     accumulator.step([(inputs, torch.tensor([1, 2]))])
     before = model.weight.detach().flatten().tolist()
     record = accumulator.step([(inputs, torch.tensor([-100, -100]))] * 2)
-    return [record.skipped, record.step, record.num_micro_batches], before, model.weight.detach().flatten().tolist()
+    return (
+        [record.skipped, record.step, record.num_micro_batches],
+        before,
+        model.weight.detach().flatten().tolist(),
+    )
 
 
 def test_trap_05_a_window_without_labels_is_skipped_by_agreement(two_ranks: World) -> None:
@@ -143,16 +162,21 @@ def test_trap_05_a_window_without_labels_is_skipped_by_agreement(two_ranks: Worl
 
 
 def uneven_ranks() -> list[float]:
-    """Rank 0 has five micro-batches of x = 1, 2, 3, 4, 5; rank 1 has one whose only token does not count."""
+    """Rank 0 has five micro-batches of x = 1, 2, 3, 4, 5; rank 1 has one whose only token does not
+    count."""
     if dist.get_rank() == 0:
-        micro_batches = [(column(x), torch.ones(1, dtype=torch.float64)) for x in (1.0, 2.0, 3.0, 4.0, 5.0)]
+        micro_batches = [
+            (column(x), torch.ones(1, dtype=torch.float64)) for x in (1.0, 2.0, 3.0, 4.0, 5.0)
+        ]
     else:
         micro_batches = [(column(100.0), torch.zeros(1, dtype=torch.float64))]
     return updates(micro_batches, gradient_accumulation_steps=2, objective=token_objective())
 
 
 def no_micro_batch_from_the_beginning() -> list[float]:
-    return updates([column(1.0), column(3.0)] if dist.get_rank() == 1 else [], gradient_accumulation_steps=1)
+    return updates(
+        [column(1.0), column(3.0)] if dist.get_rank() == 1 else [], gradient_accumulation_steps=1
+    )
 
 
 def test_trap_06_ranks_with_nothing_left_wait_for_the_others(two_ranks: World) -> None:
@@ -163,7 +187,10 @@ def test_trap_06_ranks_with_nothing_left_wait_for_the_others(two_ranks: World) -
 def generator_and_discriminator() -> tuple[int, int, list[float]]:
     """Eight iterations in windows of two; each loss runs through both models."""
     torch.manual_seed(0)
-    generator, discriminator = nn.Linear(2, 2, dtype=torch.float64), nn.Linear(2, 1, dtype=torch.float64)
+    generator, discriminator = (
+        nn.Linear(2, 2, dtype=torch.float64),
+        nn.Linear(2, 1, dtype=torch.float64),
+    )
     wrapped = [DistributedDataParallel(generator), DistributedDataParallel(discriminator)]
     for_generator = da.Accumulator(
         wrapped[0],
@@ -187,12 +214,20 @@ def generator_and_discriminator() -> tuple[int, int, list[float]]:
 def gan_on_one_process() -> list[float]:
     """The same by hand, on all data at once."""
     torch.manual_seed(0)
-    generator, discriminator = nn.Linear(2, 2, dtype=torch.float64), nn.Linear(2, 1, dtype=torch.float64)
+    generator, discriminator = (
+        nn.Linear(2, 2, dtype=torch.float64),
+        nn.Linear(2, 1, dtype=torch.float64),
+    )
     noises = [torch.Generator().manual_seed(rank) for rank in range(2)]
     for _ in range(4):
-        z = torch.cat([torch.randn(3, 2, generator=n, dtype=torch.float64) for n in noises for _ in range(2)])
+        z = torch.cat(
+            [torch.randn(3, 2, generator=n, dtype=torch.float64) for n in noises for _ in range(2)]
+        )
         for model, loss in (
-            (discriminator, lambda z=z: (discriminator(z) - discriminator(generator(z).detach())).mean()),
+            (
+                discriminator,
+                lambda z=z: (discriminator(z) - discriminator(generator(z).detach())).mean(),
+            ),
             (generator, lambda z=z: discriminator(generator(z)).mean()),
         ):
             gradients = torch.autograd.grad(loss(), list(model.parameters()))
@@ -205,19 +240,26 @@ def gan_on_one_process() -> list[float]:
 
 def test_trap_07_two_accumulators_do_not_know_of_each_other(two_ranks: World) -> None:
     expected = gan_on_one_process()
-    for generator_steps, discriminator_steps, parameters in two_ranks.run(generator_and_discriminator):
+    for generator_steps, discriminator_steps, parameters in two_ranks.run(
+        generator_and_discriminator
+    ):
         assert (generator_steps, discriminator_steps) == (4, 4)
         assert parameters == pytest.approx(expected, rel=1e-12)
 
 
 def break_and_evaluate() -> list[float]:
-    """Break after the first window of an epoch; between windows, evaluate and break out of that loader too."""
+    """Break after the first window of an epoch; between windows, evaluate and break out of that
+    loader too."""
     model = DistributedDataParallel(linear())
     weight = model.module.weight
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs()
+    )
     found = []
     for _ in range(3):
-        for window in da.windows([column(float(x)) for x in (1, 2, 3, 4, 5)], gradient_accumulation_steps=2):
+        for window in da.windows(
+            [column(float(x)) for x in (1, 2, 3, 4, 5)], gradient_accumulation_steps=2
+        ):
             before = float(weight.detach())
             accumulator.step(window)
             found.append(before - float(weight.detach()))
@@ -237,8 +279,13 @@ def test_trap_08_break_and_evaluation_misalign_nothing(two_ranks: World) -> None
 def window_size_changes() -> list[float]:
     model = DistributedDataParallel(linear())
     weight = model.module.weight
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs())
-    windows, found = da.windows([column(float(x)) for x in range(1, 11)], gradient_accumulation_steps=2), []
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs()
+    )
+    windows, found = (
+        da.windows([column(float(x)) for x in range(1, 11)], gradient_accumulation_steps=2),
+        [],
+    )
     for window in windows:
         before = float(weight.detach())
         accumulator.step(window)
@@ -260,21 +307,23 @@ class Rows:
         return 20
 
     def batch(self, indices: list[int], generator: torch.Generator) -> Tensor:
-        return torch.sin(torch.arange(5, dtype=torch.float64)[None] + torch.tensor(indices)[:, None])
+        return torch.sin(
+            torch.arange(5, dtype=torch.float64)[None] + torch.tensor(indices)[:, None]
+        )
 
     def num_targets(self, indices: list[int]) -> int:
         return len(indices)
 
 
 def stopped_and_continued(stop: int | None) -> list[float]:
-    """Six steps with dropout and AdamW in windows of 4 micro-batches per rank; fresh objects after `stop` steps.
+    """Six steps with dropout and AdamW in windows of 4 micro-batches per rank; fresh objects after
+    `stop` steps.
 
-    A window is computed by one call, so that a boundary is the only place at which anybody can save; what is carried
-    over are the state dicts and the plan's position.
+    A window is computed by one call, so that a boundary is the only place at which anybody can
+    save; what is carried over are the state dicts and the plan's position.
     """
-    plan = da.Plan(
-        num_samples=20, effective_batch_size=16, micro_batch_size=2, seed=1
-    )  # the second window of an epoch holds 4
+    # the second window of an epoch holds 4
+    plan = da.Plan(num_samples=20, effective_batch_size=16, micro_batch_size=2, seed=1)
     saved: dict[str, Any] = {"step": 0, "start": 0, "model": None, "optimizer": None}
     for last in [stop, 6] if stop is not None else [6]:
         model = DistributedDataParallel(nn.Sequential(make_model(), nn.Dropout(0.3)))
@@ -288,7 +337,9 @@ def stopped_and_continued(stop: int | None) -> list[float]:
         for window, micro_batches in loader.windows(saved["step"], saved["start"], last):
             accumulator.step(micro_batches)
             saved = {"step": window.step + 1, "start": window.next_start}
-        saved["model"], saved["optimizer"] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        saved["model"], saved["optimizer"] = copy.deepcopy(
+            (model.state_dict(), optimizer.state_dict())
+        )
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
@@ -300,7 +351,8 @@ def test_trap_10_a_run_continues_bit_for_bit_from_a_boundary(two_ranks: World) -
 
 
 def count_all_reduces() -> tuple[int, int]:
-    """Gradient bytes seen by a communication hook of torch, independent of the ledger, and parameter bytes."""
+    """Gradient bytes seen by a communication hook of torch, independent of the ledger, and
+    parameter bytes."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     model = DistributedDataParallel(make_model(torch.float32))
@@ -312,7 +364,9 @@ def count_all_reduces() -> tuple[int, int]:
 
     model.register_comm_hook(None, hook)
     objective = da.Objective(lambda m, x: m(x).sum(), len)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), objective, audit="always")
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), objective, audit="always"
+    )
     record = accumulator.step([torch.ones(2, 5)] * 4)
     assert record.verdict is not None
     assert record.verdict.agrees
@@ -325,7 +379,8 @@ def test_trap_11_gradients_travel_once_and_the_ledger_shows_it(two_ranks: World)
 
 
 def forward_without_no_sync() -> str:
-    """A user who runs a synchronised forward and backward of his own inside a window is found out."""
+    """A user who runs a synchronised forward and backward of his own inside a window is found
+    out."""
     model = DistributedDataParallel(linear())
 
     def loss_sum(module: nn.Module, x: Tensor) -> Tensor:
@@ -333,7 +388,10 @@ def forward_without_no_sync() -> str:
         return module(x).sum()
 
     accumulator = da.Accumulator(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(loss_sum, len), audit="always"
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        da.Objective(loss_sum, len),
+        audit="always",
     )
     try:
         accumulator.step([column(1.0)] * 3)
@@ -349,10 +407,15 @@ def test_trap_11_a_sync_that_is_not_planned_is_an_error(two_ranks: World) -> Non
 
 
 def clipped_update() -> list[float]:
-    """Rank 0 has gradients 3 and -3, rank 1 has 4 and 4: partial sums are large, the window's mean is 2."""
+    """Rank 0 has gradients 3 and -3, rank 1 has 4 and 4: partial sums are large, the window's mean
+    is 2."""
     model = DistributedDataParallel(linear())
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), clip_norm=1.0)
-    micro_batches = [column(3.0), column(-3.0)] if dist.get_rank() == 0 else [column(4.0), column(4.0)]
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), clip_norm=1.0
+    )
+    micro_batches = (
+        [column(3.0), column(-3.0)] if dist.get_rank() == 0 else [column(4.0), column(4.0)]
+    )
     record = accumulator.step(micro_batches)
     return [record.grad_norm, -float(model.module.weight.detach())]
 
@@ -369,14 +432,17 @@ def final_learning_rate(num_micro_batches: int) -> list[float]:
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4)
     accumulator = da.Accumulator(model, optimizer, mean_of_outputs(), scheduler=scheduler)
     rates = [
-        accumulator.step(window).lr for window in da.windows([column(1.0)] * 4 * num_micro_batches, num_micro_batches)
+        accumulator.step(window).lr
+        for window in da.windows([column(1.0)] * 4 * num_micro_batches, num_micro_batches)
     ]
     return [*rates, scheduler.get_last_lr()[0]]
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
 def test_trap_13_the_schedule_counts_steps(two_ranks: World, num_micro_batches: int) -> None:
-    assert two_ranks.run(final_learning_rate, num_micro_batches) == [[1.0, 0.75, 0.5, 0.25, 0.0]] * 2
+    assert (
+        two_ranks.run(final_learning_rate, num_micro_batches) == [[1.0, 0.75, 0.5, 0.25, 0.0]] * 2
+    )
 
 
 def narrow_update(strategy: str, policy: str, num_micro_batches: int) -> float:
@@ -385,14 +451,21 @@ def narrow_update(strategy: str, policy: str, num_micro_batches: int) -> float:
     mesh = (dist.get_world_size(),) if strategy == "fsdp" else (2, 1)
     model = wrap(model, strategy, mesh)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy
+    )
     accumulator.step([torch.ones(1, 1, dtype=torch.bfloat16)] * num_micro_batches)
     return -float(whole(next(model.parameters())).float().mean())
 
 
 @pytest.mark.parametrize(
     ("strategy", "policy"),
-    [("ddp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "boundary"), ("hsdp", "reduce_scatter")],
+    [
+        ("ddp", "boundary"),
+        ("fsdp", "gather_once"),
+        ("fsdp", "boundary"),
+        ("hsdp", "reduce_scatter"),
+    ],
 )
 def test_trap_14_bf16_sums_do_not_stall(two_ranks: World, strategy: str, policy: str) -> None:
     """512 micro-batches; each strategy and policy with 1,024 is in test_precisions.py."""
@@ -406,7 +479,9 @@ def narrow_gather(policy: str, num_micro_batches: int) -> float:
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=mixed)
     objective = da.Objective(lambda m, x: m(x).sum(dtype=torch.float32), len)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy)
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy
+    )
     accumulator.step([torch.ones(1, 1)] * num_micro_batches)
     return -float(whole(next(model.parameters())).mean())
 
@@ -427,7 +502,10 @@ def refuse_narrow_reduction() -> str:
 
 def test_trap_14_a_bf16_reduction_is_refused(two_ranks: World) -> None:
     for message in two_ranks.run(refuse_narrow_reduction):
-        assert "reduces gradients in torch.bfloat16, but torch.float32 is needed, because long sums" in message
+        assert (
+            "reduces gradients in torch.bfloat16, but torch.float32 is needed, because long sums"
+            in message
+        )
 
 
 def narrow_update_alone(num_micro_batches: int) -> float:
@@ -456,16 +534,19 @@ class Conditional(nn.Module):
 
 
 def conditional(strategy: str, policy: str) -> tuple[list[float], list[float], bool]:
-    """`a` is used in micro-batch 0 only, with gradient 2; `b` in micro-batch 1 only, with gradient 3 (times 1 / 2
-    micro-batches)."""
+    """`a` is used in micro-batch 0 only, with gradient 2; `b` in micro-batch 1 only, with gradient
+    3 (times 1 / 2 micro-batches)."""
     model: nn.Module = Conditional()
     if strategy == "ddp":
         model = DistributedDataParallel(model, find_unused_parameters=True)
     else:
         shape = (2, 2) if strategy == "hsdp" else (4,)
-        model = fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :]))
+        model = fully_shard(
+            model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("r", "s")[-len(shape) :])
+        )
     objective = da.Objective(
-        lambda m, micro_batch: m(torch.full((4,), micro_batch[1]).double(), micro_batch[0]).sum(), lambda micro_batch: 1
+        lambda m, micro_batch: m(torch.full((4,), micro_batch[1]).double(), micro_batch[0]).sum(),
+        lambda micro_batch: 1,
     )
     accumulator = da.Accumulator(
         model, torch.optim.SGD(model.parameters(), lr=1.0), objective, sync=policy, audit="always"
@@ -500,8 +581,8 @@ class Fails(torch.autograd.Function):
 
 
 def clean_after_failure(strategy: str, policy: str, where: str, at: int) -> tuple[float, str]:
-    """A window fails in its micro-batch `at`; the next one must be as if it had never been. Relative error of its
-    update."""
+    """A window fails in its micro-batch `at`; the next one must be as if it had never been.
+    Relative error of its update."""
 
     class Breaks(nn.Module):
         def __init__(self) -> None:
@@ -575,7 +656,9 @@ def test_trap_16_a_failed_window_leaves_nothing_behind(two_ranks: World, where: 
     ):
         for policy in policies:
             for at in (1, 2):
-                for worst, message in two_ranks.run(clean_after_failure, strategy, policy, where, at):
+                for worst, message in two_ranks.run(
+                    clean_after_failure, strategy, policy, where, at
+                ):
                     assert message == f"planned failure in the {where}"
                     assert worst <= 1e-12, (strategy, policy, at)
 
@@ -589,14 +672,20 @@ def skipped_window(strategy: str) -> list[float]:
     """A window with an infinite loss on rank 1 is skipped on all ranks; the next one is exact."""
     model = wrap(make_model(), strategy, (2,))
     accumulator = da.Accumulator(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective(), nonfinite="skip", audit="always"
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        masked_objective(),
+        nonfinite="skip",
+        audit="always",
     )
     before = [whole(p) for p in model.parameters()]
     micro_batches = [make_micro_batch(i) for i in range(2)]
     if dist.get_rank() == 1:
         micro_batches[1]["y"][0] = torch.inf
     record = accumulator.step(micro_batches)
-    assert record.skipped == "loss not finite on rank 1, its micro-batch 1 (global 3)", record.skipped
+    assert record.skipped == "loss not finite on rank 1, its micro-batch 1 (global 3)", (
+        record.skipped
+    )
     assert record.step == 0
     unchanged = max(relative(whole(p), b) for p, b in zip(model.parameters(), before, strict=True))
     expected = make_model()
@@ -605,7 +694,10 @@ def skipped_window(strategy: str) -> list[float]:
     gradient = torch.autograd.grad(loss, list(expected.parameters()))
     accumulator.step([good])
     after = [whole(p) for p in model.parameters()]
-    return [unchanged, max(relative(b - a, g) for b, a, g in zip(before, after, gradient, strict=True))]
+    return [
+        unchanged,
+        max(relative(b - a, g) for b, a, g in zip(before, after, gradient, strict=True)),
+    ]
 
 
 def test_trap_16_a_skipped_window_leaves_nothing_behind(two_ranks: World) -> None:
@@ -617,7 +709,9 @@ def test_trap_16_a_skipped_window_leaves_nothing_behind(two_ranks: World) -> Non
 
 def static_graph() -> list[float]:
     model = DistributedDataParallel(linear(), static_graph=True)
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), audit="always")
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs(), audit="always"
+    )
     found, rank = [], dist.get_rank()
     for start in (0, 10, 20):
         before = float(model.module.weight.detach())
@@ -643,17 +737,25 @@ def refused() -> list[str]:
     in_backward = nn.Sequential(linear())
     _apply_optimizer_in_backward(torch.optim.SGD, in_backward.parameters(), {"lr": 1.0})
     for model, options in (
-        (nn.Sequential(delayed, linear()), {"delay_all_reduce_named_params": [("0.weight", delayed.weight)],
-                                            "param_to_hook_all_reduce": delayed.weight}),
+        (
+            nn.Sequential(delayed, linear()),
+            {
+                "delay_all_reduce_named_params": [("0.weight", delayed.weight)],
+                "param_to_hook_all_reduce": delayed.weight,
+            },
+        ),
         (in_backward, {}),
-    ):  # fmt: skip
+    ):
         wrapped = DistributedDataParallel(model, **options)
         try:
-            da.Accumulator(wrapped, torch.optim.SGD(wrapped.parameters(), lr=1.0), mean_of_outputs())
+            da.Accumulator(
+                wrapped, torch.optim.SGD(wrapped.parameters(), lr=1.0), mean_of_outputs()
+            )
         except da.ConfigError as error:
             messages.append(str(error))
     mixed = DistributedDataParallel(linear())
-    mixed.mixed_precision = MixedPrecisionPolicy()  # its own argument wants a GPU; the attribute is what is looked at
+    # its own argument wants a GPU; the attribute is what is looked at
+    mixed.mixed_precision = MixedPrecisionPolicy()
     try:
         da.Accumulator(mixed, torch.optim.SGD(mixed.parameters(), lr=1.0), mean_of_outputs())
     except da.ConfigError as error:
@@ -669,8 +771,8 @@ def test_trap_18_what_cannot_accumulate_is_refused(two_ranks: World) -> None:
 
 
 def two_terms() -> list[float]:
-    """A token loss over 10 tokens and an auxiliary one over 4 micro-batches, weight 0.01: each has its own
-    denominator."""
+    """A token loss over 10 tokens and an auxiliary one over 4 micro-batches, weight 0.01: each has
+    its own denominator."""
     model = DistributedDataParallel(linear())
     weight = model.module.weight
     objective = da.Objective(
@@ -680,7 +782,11 @@ def two_terms() -> list[float]:
     accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), objective)
     sizes = [(1, 2), (3, 4)][dist.get_rank()]
     record = accumulator.step([column(*[float(size)] * size) for size in sizes])
-    return [-float(weight.detach()), record.denominators["tokens"], record.denominators["auxiliary"]]
+    return [
+        -float(weight.detach()),
+        record.denominators["tokens"],
+        record.denominators["auxiliary"],
+    ]
 
 
 def test_trap_20_each_term_has_its_own_denominator(two_ranks: World) -> None:
@@ -692,7 +798,9 @@ def test_trap_20_each_term_has_its_own_denominator(two_ranks: World) -> None:
 def logged_loss() -> float:
     """Squared errors 0, 1, 4, 9 over 1, 2, 3, 4 numbers: the mean over all ten."""
     model = DistributedDataParallel(linear())
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), da.Regression())
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), da.Regression()
+    )
     micro_batches = [(column(*[1.0] * (i + 1)), column(*[float(i)] * (i + 1))) for i in range(4)]
     return accumulator.step(micro_batches[dist.get_rank() :: 2]).loss
 
@@ -710,7 +818,9 @@ def one_rank_raises() -> float:
             raise ValueError("bad sample 13")
         return module(x).sum()
 
-    accumulator = da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(loss_sum, len))
+    accumulator = da.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), da.Objective(loss_sum, len)
+    )
     accumulator.step([column(1.0), column(13.0 if dist.get_rank() == 1 else 2.0)])
     return 0.0
 
@@ -729,9 +839,15 @@ def test_trap_23_never_another_effective_batch_than_asked_for() -> None:
     from distaccum.core.batch_size import Ragged, solve
 
     arithmetic = solve(world_size=8, effective_batch_size=100, micro_batch_size=5)
-    assert (arithmetic.effective_batch_size, arithmetic.gradient_accumulation_steps, arithmetic.even) == (100, 3, False)
+    assert (
+        arithmetic.effective_batch_size,
+        arithmetic.gradient_accumulation_steps,
+        arithmetic.even,
+    ) == (100, 3, False)
     window = da.Plan(1000, effective_batch_size=100, micro_batch_size=5).window()
-    assert sum(micro_batch.size for rank in range(8) for micro_batch in window.of_rank(rank, 8)) == 100
+    assert (
+        sum(micro_batch.size for rank in range(8) for micro_batch in window.of_rank(rank, 8)) == 100
+    )
     with pytest.raises(da.ConfigError, match="80 or 120"):
         solve(world_size=8, effective_batch_size=100, micro_batch_size=5, ragged=Ragged.refuse)
 
@@ -739,7 +855,9 @@ def test_trap_23_never_another_effective_batch_than_asked_for() -> None:
 def fsdp_on_the_cpu() -> str:
     model = wrap(make_model(), "fsdp", (2,))
     return type(
-        da.Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective()).strategy
+        da.Accumulator(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), masked_objective()
+        ).strategy
     ).__name__
 
 

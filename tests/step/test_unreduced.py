@@ -1,7 +1,7 @@
 """Gradients that nobody would have reduced: refused before an update, or reduced like all others.
 
-y = (w + c) x in float64, w0 = c0 = 0, SGD with lr 1 and the sum of outputs: the update of each is minus the mean of x.
-Rank 0 has x = 1, 2, 5 and rank 1 has 2, 3, so that it is -2.6.
+y = (w + c) x in float64, w0 = c0 = 0, SGD with lr 1 and the sum of outputs: the update of each is
+minus the mean of x. Rank 0 has x = 1, 2, 5 and rank 1 has 2, 3, so that it is -2.6.
 """
 
 from __future__ import annotations
@@ -106,11 +106,17 @@ def test_a_criterion_inside_of_the_wrapped_model_is_exact(two_ranks: World) -> N
 def test_a_criterion_of_its_own_on_one_process_is_exact() -> None:
     for dtype, xs in ((F64, XS[0]), (torch.bfloat16, (1.0,) * 512)):
         model, c = Line(("w",), dtype), nn.Parameter(torch.zeros(1, dtype=dtype))
-        objective = da.Objective(lambda model, x, c=c: (model(x) + c * x).double().sum(), lambda x: len(x))
+        objective = da.Objective(
+            lambda model, x, c=c: (model(x) + c * x).double().sum(), lambda x: len(x)
+        )
         with pytest.warns(da.StateWarning, match="not in the optimizer"):
             accumulator = da.Accumulator(model, sgd([model.w, c]), objective)
         accumulator.step([torch.tensor([x], dtype=dtype) for x in xs])
-        assert value(model.w) == value(c) == pytest.approx(-sum(xs) / len(xs), rel=1e-2 if dtype != F64 else 1e-15)
+        assert (
+            value(model.w)
+            == value(c)
+            == pytest.approx(-sum(xs) / len(xs), rel=1e-2 if dtype != F64 else 1e-15)
+        )
 
 
 def thawed(when: str, dtype: torch.dtype = F64) -> str:
@@ -118,9 +124,8 @@ def thawed(when: str, dtype: torch.dtype = F64) -> str:
     if when != "ignored":
         model.c.requires_grad_(False)
     else:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, [".c"]
-        )  # as it names those of the root
+        # as it names those of the root
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [".c"])
     wrapped = DistributedDataParallel(model)
     optimizer = sgd(model.parameters())
     if when == "before the accumulator":
@@ -147,12 +152,17 @@ def test_a_parameter_thawed_or_added_after_ddp_was_made(two_ranks: World, when: 
     everywhere(two_ranks.run(thawed, when), "would get the gradients of this rank only")
 
 
-def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(two_ranks: World) -> None:
+def test_a_parameter_thawed_after_ddp_was_made_is_kept_where_sums_are_ours(
+    two_ranks: World,
+) -> None:
     texts = two_ranks.run(thawed, "before the accumulator", torch.bfloat16)
     assert len(set(texts)) == 1
     values = [float(value) for value in texts[0].removeprefix("accepted: ").strip("[]").split(", ")]
     assert values == pytest.approx([-MEAN, -MEAN], rel=2**-8)
-    everywhere(two_ranks.run(thawed, "between windows", torch.bfloat16), "would get the gradients of this rank only")
+    everywhere(
+        two_ranks.run(thawed, "between windows", torch.bfloat16),
+        "would get the gradients of this rank only",
+    )
 
 
 def frozen_later(find_unused: bool) -> str:
@@ -164,7 +174,8 @@ def frozen_later(find_unused: bool) -> str:
     before = value(model.w)
     text = refusal(lambda: accumulator.step(own_micro_batches()).loss)
     assert find_unused or value(model.w) == before
-    accumulator.step(own_micro_batches())  # nothing of the refused window is left, and c stays frozen
+    # nothing of the refused window is left, and c stays frozen
+    accumulator.step(own_micro_batches())
     return f"{text} {value(model.w):.6f} {value(model.c):.6f}"
 
 
@@ -197,7 +208,9 @@ def unused_in_the_last(policy: str, by_all: bool, **ddp: bool) -> tuple[float, f
 
 @pytest.mark.parametrize("by_all", [True, False], ids=["on all ranks", "on one rank"])
 @pytest.mark.parametrize("policy", ["boundary", "every"])
-def test_a_parameter_unused_in_the_last_micro_batch(two_ranks: World, policy: str, by_all: bool) -> None:
+def test_a_parameter_unused_in_the_last_micro_batch(
+    two_ranks: World, policy: str, by_all: bool
+) -> None:
     """x = 5 of rank 0 does not reach c; the third micro-batch of rank 1 is padding."""
     expected = [(pytest.approx(-MEAN, rel=1e-15), pytest.approx(-8 / 5, rel=1e-15))] * 2
     assert two_ranks.run(unused_in_the_last, policy, by_all) == expected
@@ -208,7 +221,9 @@ def unused_with_options(option: str) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("option", ["find_unused_parameters", "gradient_as_bucket_view"])
-def test_a_parameter_unused_in_the_last_micro_batch_with_options(two_ranks: World, option: str) -> None:
+def test_a_parameter_unused_in_the_last_micro_batch_with_options(
+    two_ranks: World, option: str
+) -> None:
     expected = [(pytest.approx(-MEAN, rel=1e-15), pytest.approx(-8 / 5, rel=1e-15))] * 2
     assert two_ranks.run(unused_with_options, option) == expected
 
@@ -217,7 +232,8 @@ def past_ddp(method: str) -> str:
     model = Line()
     wrapped = DistributedDataParallel(model)
     objective = da.Objective(
-        lambda called, x: called.module.loss(x) if method == "method" else called.module(x).sum(), lambda x: len(x)
+        lambda called, x: called.module.loss(x) if method == "method" else called.module(x).sum(),
+        lambda x: len(x),
     )
     accumulator = da.Accumulator(wrapped, sgd(model.parameters()), objective)
     text = refusal(lambda: accumulator.step(own_micro_batches()).loss)
@@ -280,7 +296,8 @@ STRATEGIES = ("single", "ddp", "ddp map", "ddp apart", "fsdp", "fsdp in groups")
 
 
 def decayed(kind: str) -> tuple[float, float]:
-    """What two windows of AdamW with decay 0.05 make of a parameter that starts at 1 and is not used."""
+    """What two windows of AdamW with decay 0.05 make of a parameter that starts at 1 and is not
+    used."""
     model = Line(("w",))
     wrapped: nn.Module = model
     dtype: dict[str, Any] = {}
@@ -322,7 +339,11 @@ def part_of_the_parameters(kind: str) -> list[float]:
     import warnings
 
     model = Line()
-    wrapped: nn.Module = {"single": lambda m: m, "ddp": DistributedDataParallel, "fsdp": fully_shard}[kind](model)
+    wrapped: nn.Module = {
+        "single": lambda m: m,
+        "ddp": DistributedDataParallel,
+        "fsdp": fully_shard,
+    }[kind](model)
     named = {name.removeprefix("module."): p for name, p in wrapped.named_parameters()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -340,7 +361,10 @@ def test_an_optimizer_over_a_part_of_the_trained_parameters(two_ranks: World) ->
     own = sum(XS[0]) / len(XS[0])
     assert part_of_the_parameters("single") == pytest.approx([own, 0.0] * 3, rel=1e-15)
     for kind in ("ddp", "fsdp"):
-        assert two_ranks.run(part_of_the_parameters, kind) == [pytest.approx([MEAN, 0.0] * 3, rel=1e-15)] * 2
+        assert (
+            two_ranks.run(part_of_the_parameters, kind)
+            == [pytest.approx([MEAN, 0.0] * 3, rel=1e-15)] * 2
+        )
 
 
 def meshes(kind: str) -> str:
@@ -356,7 +380,11 @@ def meshes(kind: str) -> str:
             parallelize_module(layer, mesh["model"], ColwiseParallel(use_local_output=True))
         fully_shard(model, mesh=mesh["data"])
     elif kind == "offload":
-        fully_shard(model, mesh=init_device_mesh("cpu", (4,)), offload_policy=CPUOffloadPolicy(pin_memory=False))
+        fully_shard(
+            model,
+            mesh=init_device_mesh("cpu", (4,)),
+            offload_policy=CPUOffloadPolicy(pin_memory=False),
+        )
     else:
         fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", kind)))
     return refusal(lambda: da.Accumulator(model, sgd(model.parameters()), outputs()))
@@ -377,7 +405,8 @@ def test_meshes_whose_ranks_share_samples(four_ranks: World, kind: str, words: s
 
 
 def thawed_and_frozen_under_fsdp() -> list[list[float]]:
-    """FSDP2 asks for gradients of what is trained when it gathers: what is thawed or frozen between windows is kept."""
+    """FSDP2 asks for gradients of what is trained when it gathers: what is thawed or frozen between
+    windows is kept."""
     model = Line()
     model.c.requires_grad_(False)
     wrapped = fully_shard(model)
@@ -397,7 +426,8 @@ def test_a_parameter_thawed_and_frozen_under_fsdp(two_ranks: World) -> None:
 
 
 def frozen_after_an_evaluation(reshard: bool) -> list[Any]:
-    """An evaluation leaves FSDP2's root gathered, and what is frozen then is a copy that the next shards replace."""
+    """An evaluation leaves FSDP2's root gathered, and what is frozen then is a copy that the next
+    shards replace."""
     model = fully_shard(Line())
     optimizer = sgd(model.parameters())
     with torch.no_grad():
@@ -419,10 +449,15 @@ def frozen_after_an_evaluation(reshard: bool) -> list[Any]:
 
 
 def test_a_parameter_frozen_after_an_evaluation_under_fsdp(two_ranks: World) -> None:
-    both = [pytest.approx([-MEAN, -MEAN], rel=1e-15), pytest.approx([-2 * MEAN, -2 * MEAN], rel=1e-15)]
+    both = [
+        pytest.approx([-MEAN, -MEAN], rel=1e-15),
+        pytest.approx([-2 * MEAN, -2 * MEAN], rel=1e-15),
+    ]
     for found in two_ranks.run(frozen_after_an_evaluation, False):
         assert found[:2] == both
-        assert found[2].startswith("1 parameter(s), such as c, were frozen or unfrozen while FSDP2 held the model")
+        assert found[2].startswith(
+            "1 parameter(s), such as c, were frozen or unfrozen while FSDP2 held the model"
+        )
         assert len(found) == 3
     for found in two_ranks.run(frozen_after_an_evaluation, True):
         assert found == [*both, pytest.approx([-3 * MEAN, -2 * MEAN], rel=1e-15)]
@@ -450,7 +485,9 @@ def test_the_ledger_names_why_less_travelled() -> None:
     from distaccum.core.traffic import Traffic
     from distaccum.parallel.ledger import Verdict
 
-    with pytest.raises(da.LedgerError, match="Less was sent than expected: perhaps the objective calls"):
+    with pytest.raises(
+        da.LedgerError, match="Less was sent than expected: perhaps the objective calls"
+    ):
         Verdict(Traffic.of([("all_reduce", 100)]), Traffic()).require(1)
     with pytest.raises(da.LedgerError, match="a module communicates on its own"):
         Verdict(Traffic(), Traffic.of([("all_reduce", 100)])).require(1)
@@ -458,8 +495,12 @@ def test_the_ledger_names_why_less_travelled() -> None:
 
 def after_an_exception() -> list[int]:
     """Windows under sync='every' whose ledger must agree, around one that fails."""
-    wrapped = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), bucket_cap_mb=0.0001)
-    accumulator = da.Accumulator(wrapped, sgd(wrapped.parameters()), outputs(), sync="every", audit="always")
+    wrapped = DistributedDataParallel(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), bucket_cap_mb=0.0001
+    )
+    accumulator = da.Accumulator(
+        wrapped, sgd(wrapped.parameters()), outputs(), sync="every", audit="always"
+    )
     good, bad = [torch.ones(1, 8)] * 2, [torch.full((1, 8), torch.inf)] * 2
     accumulator.step(good)
     with pytest.raises(da.DivergenceError):

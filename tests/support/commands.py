@@ -1,8 +1,9 @@
-"""Our command line in a process of its own: with its own exit code, output and folder, but without 3 s of imports.
+"""Our command line in a process of its own: with its own exit code, output and folder, but without
+3 s of imports.
 
-It is forked from the server of the worlds, which has imported everything, and so are the processes that it spawns.
-Starts from nothing are tests of their own: `python -m distaccum`, the script `distaccum`, torchrun, and the ranks that
-the command line starts itself.
+It is forked from the server of the worlds, which has imported everything, and so are the processes
+that it spawns. Starts from nothing are tests of their own: `python -m distaccum`, the script
+`distaccum`, torchrun, and the ranks that the command line starts itself.
 """
 
 from __future__ import annotations
@@ -26,20 +27,26 @@ MAIN = "from distaccum.cli import main\nmain()\n"
 def command_line(
     arguments: list[str], folder: Path, program: str = MAIN, timeout_s: float = 90
 ) -> subprocess.CompletedProcess[str]:
-    """`distaccum ARGUMENTS` in `folder`. `program`: what stands in `__main__`, in place of the package's own."""
+    """`distaccum ARGUMENTS` in `folder`. `program`: what stands in `__main__`, in place of the
+    package's own."""
     out, err = folder.parent / f"{folder.name}.out", folder.parent / f"{folder.name}.err"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    process = forked(_become, program, arguments, str(folder), str(out), str(err), environment, daemon=False)
+    process = forked(
+        _become, program, arguments, str(folder), str(out), str(err), environment, daemon=False
+    )
     process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
         process.join()
         raise subprocess.TimeoutExpired(arguments, timeout_s, out.read_text(), err.read_text())
-    return subprocess.CompletedProcess(arguments, process.exitcode, out.read_text(), err.read_text())
+    return subprocess.CompletedProcess(
+        arguments, process.exitcode, out.read_text(), err.read_text()
+    )
 
 
 class _Spawned(multiprocessing.popen_fork.Popen):
-    """A process of the start method "spawn" that has the imports of its parent, and else what a new one has."""
+    """A process of the start method "spawn" that has the imports of its parent, and else what a new
+    one has."""
 
     def _launch(self, process: Any) -> None:
         bootstrap = process._bootstrap
@@ -58,8 +65,11 @@ class _Spawned(multiprocessing.popen_fork.Popen):
             del process._bootstrap
 
 
-def _become(program: str, arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str]) -> None:
-    """What such a process does: it puts on the surroundings of a process that was started by a shell."""
+def _become(
+    program: str, arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str]
+) -> None:
+    """What such a process does: it puts on the surroundings of a process that was started by a
+    shell."""
     import torch
 
     for name, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):

@@ -14,7 +14,10 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path | None]:
     """A file system of this size where this machine lets us mount one; elsewhere None."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
-    mounted = os.geteuid() == 0 and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    mounted = (
+        os.geteuid() == 0
+        and subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    )
     try:
         yield folder if mounted else None
     finally:

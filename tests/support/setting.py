@@ -1,4 +1,5 @@
-"""Models, data and the reference for the numerical tests: one float64 process over all data, in plain torch."""
+"""Models, data and the reference for the numerical tests: one float64 process over all data, in
+plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distaccum as da
 
-KINDS = ("uniform", "ragged", "zero_weight_micro_batches", "ranks_without_micro_batches", "short_last")
+KINDS = (
+    "uniform",
+    "ragged",
+    "zero_weight_micro_batches",
+    "ranks_without_micro_batches",
+    "short_last",
+)
 
 
 def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -25,11 +32,14 @@ def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def masked_objective() -> da.Objective:
     """Squared error over the tokens that a mask counts."""
-    return da.Objective(loss_sum=masked_sum, denominator=lambda micro_batch: int(micro_batch["mask"].sum()))
+    return da.Objective(
+        loss_sum=masked_sum, denominator=lambda micro_batch: int(micro_batch["mask"].sum())
+    )
 
 
 def masked_sum(model: nn.Module, micro_batch: dict[str, Tensor]) -> Tensor:
-    """The sum of squared errors of the tokens that count; flat tokens, since FSDP2 warns of outputs that are views."""
+    """The sum of squared errors of the tokens that count; flat tokens, since FSDP2 warns of outputs
+    that are views."""
     x, y, mask = (micro_batch[name].flatten(0, 1) for name in ("x", "y", "mask"))
     return (mask[:, None] * (model(x) - y).square()).sum()
 
@@ -48,7 +58,9 @@ def make_micro_batch(seed: int, size: int = 2, counted: str = "all") -> dict[str
     return {"x": x, "y": y, "mask": mask}
 
 
-def make_window(kind: str, num_micro_batches: int, ranks: int, seed: int) -> list[list[dict[str, Tensor]]]:
+def make_window(
+    kind: str, num_micro_batches: int, ranks: int, seed: int
+) -> list[list[dict[str, Tensor]]]:
     """The micro-batches of each rank in one window."""
     counted = "all" if kind in ("uniform", "short_last") else "some"
     dealt = [
@@ -60,7 +72,9 @@ def make_window(kind: str, num_micro_batches: int, ranks: int, seed: int) -> lis
     if kind == "zero_weight_micro_batches":
         for rank, micro_batches in enumerate(dealt):
             for i in range(len(micro_batches)):
-                if (i + rank) % 2 == 1 or (rank == 0 and num_micro_batches > 1 and i == num_micro_batches - 1):
+                if (i + rank) % 2 == 1 or (
+                    rank == 0 and num_micro_batches > 1 and i == num_micro_batches - 1
+                ):
                     micro_batches[i] = make_micro_batch(77 * i + rank, counted="none")
     if kind == "ranks_without_micro_batches":
         dealt = [
@@ -81,7 +95,11 @@ def wrap(model: nn.Module, strategy: str, mesh_shape: tuple[int, ...], **ddp: An
         return DistributedDataParallel(model, **ddp)
     names = ("shard",) if len(mesh_shape) == 1 else ("replicate", "shard")
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if _is_narrow(model) else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        if _is_narrow(model)
+        else MixedPrecisionPolicy()
+    )
     for layer in model.children():
         if isinstance(layer, nn.Linear):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -99,7 +117,9 @@ class RecordingSGD(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> Any:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        self.gradients = [whole(p.grad) if p.grad is not None else torch.zeros(()) for p in parameters]
+        self.gradients = [
+            whole(p.grad) if p.grad is not None else torch.zeros(()) for p in parameters
+        ]
         return super().step(closure)
 
 
@@ -109,19 +129,26 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def reference(windows: list[list[list[dict[str, Tensor]]]], lr: float) -> list[dict[str, Any]]:
-    """Each window as one batch on one process: loss, gradients and parameters after an SGD update."""
+    """Each window as one batch on one process: loss, gradients and parameters after an SGD
+    update."""
     model = make_model()
     results = []
     for dealt in windows:
         batch = [micro_batch for micro_batches in dealt for micro_batch in micro_batches]
-        x, y, mask = (torch.cat([micro_batch[name] for micro_batch in batch]) for name in ("x", "y", "mask"))
+        x, y, mask = (
+            torch.cat([micro_batch[name] for micro_batch in batch]) for name in ("x", "y", "mask")
+        )
         loss = (mask[..., None] * (model(x) - y).square()).sum() / mask.sum()
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter -= lr * gradient
         results.append(
-            {"loss": float(loss.detach()), "gradients": gradients, "parameters": [whole(p) for p in model.parameters()]}
+            {
+                "loss": float(loss.detach()),
+                "gradients": gradients,
+                "parameters": [whole(p) for p in model.parameters()],
+            }
         )
     return results
 

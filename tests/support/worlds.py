@@ -1,4 +1,5 @@
-"""Worlds of ranks for tests: processes that are started once and run many functions, judged by what they send back."""
+"""Worlds of ranks for tests: processes that are started once and run many functions, judged by what
+they send back."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 60.0
-# What ranks and commands are forked with, imported once: torch and ourselves, and what torch imports when it is first
-# used. Nothing here has ever computed anything.
+# What ranks and commands are forked with, imported once: torch and ourselves, and what torch
+# imports when it is first used. Nothing here has ever computed anything.
 PRELOADED = [
-    "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.profiler",
-    "torch.testing", "numpy", "hydra", "distaccum", "distaccum.launch", "distaccum.app.commands.plan",
-    "distaccum.app.commands.profile", "distaccum.app.commands.train", "distaccum.app.commands.verify",
-    "distaccum.metrics.sweep",
+    "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp",
+    "torch.distributed.tensor", "torch.profiler", "torch.testing", "numpy", "hydra", "distaccum",
+    "distaccum.launch", "distaccum.app.commands.plan", "distaccum.app.commands.profile",
+    "distaccum.app.commands.train", "distaccum.app.commands.verify", "distaccum.metrics.sweep",
 ]  # fmt: skip
 
 
@@ -38,7 +39,8 @@ class RankFailed(AssertionError):
 
 
 class World:
-    """`size` processes that share a gloo process group. After a failure the next run starts new ones."""
+    """`size` processes that share a gloo process group. After a failure the next run starts new
+    ones."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -58,15 +60,20 @@ class World:
         self._collect(START_TIMEOUT_S)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-        """Call a module-level function on every rank and return what each one returned, in rank order."""
+        """Call a module-level function on every rank and return what each one returned, in rank
+        order."""
         self._send(function, args)
         return self._collect(timeout_s)
 
-    def try_to_run(self, function: Callable[..., Any], *args: Any, timeout_s: float, grace_s: float) -> list[Any]:
-        """Call a function that may leave ranks waiting for each other; the answer of a rank that does not end is None.
+    def try_to_run(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float, grace_s: float
+    ) -> list[Any]:
+        """Call a function that may leave ranks waiting for each other; the answer of a rank that
+        does not end is None.
 
         Args:
-            function: a module-level function that ends on all ranks at about the same time, or not at all.
+            function: a module-level function that ends on all ranks at about the same time, or not
+                at all.
             args: its arguments.
             timeout_s: how long all ranks have.
             grace_s: how much longer the others have when one has ended.
@@ -95,11 +102,16 @@ class World:
         answers = self._answers(timeout_s, lambda kind: kind != "ok", 2.0)
         if any(kind != "ok" for kind, _ in answers.values()):
             self.close()
-            raise RankFailed("\n".join(f"rank {r}: {kind} {text}" for r, (kind, text) in sorted(answers.items())))
+            raise RankFailed(
+                "\n".join(f"rank {r}: {kind} {text}" for r, (kind, text) in sorted(answers.items()))
+            )
         return [answers[rank][1] for rank in range(self.size)]
 
-    def _answers(self, timeout_s: float, hurries: Callable[[str], bool], grace_s: float) -> dict[int, tuple[str, Any]]:
-        """What each rank answered, by rank; an answer of a kind that hurries leaves the others `grace_s`."""
+    def _answers(
+        self, timeout_s: float, hurries: Callable[[str], bool], grace_s: float
+    ) -> dict[int, tuple[str, Any]]:
+        """What each rank answered, by rank; an answer of a kind that hurries leaves the others
+        `grace_s`."""
         deadline = time.monotonic() + timeout_s
         answers: dict[int, tuple[str, Any]] = {}
         while len(answers) < self.size:

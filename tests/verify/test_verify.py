@@ -24,7 +24,8 @@ POLICIES = [
     ("fsdp", "boundary"), ("fsdp", "gather_once"), ("fsdp", "every"),
     ("hsdp", "boundary"), ("hsdp", "gather_once"), ("hsdp", "reduce_scatter"), ("hsdp", "every"),
 ]  # fmt: skip
-# One of each architecture, in a test's size; benchmarks/verify_all.py takes all models of conf/ as they are.
+# One of each architecture, in a test's size; benchmarks/verify_all.py takes all models of conf/ as
+# they are.
 SIZES = {
     "gpt": ["model.num_layers=1", "model.num_heads=2", "model.width=16", "data.seq_len=16"],
     "resnet": ["data=digits", "model.widths=[4,8]", "model.blocks_per_stage=1"],
@@ -38,7 +39,9 @@ SIZES = {
 def composed(overrides: list[str]) -> dict[str, Any]:
     """The configuration as the command line composes it."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        made: Any = OmegaConf.to_container(compose("config", overrides), resolve=True, enum_to_str=True)
+        made: Any = OmegaConf.to_container(
+            compose("config", overrides), resolve=True, enum_to_str=True
+        )
     return made
 
 
@@ -49,12 +52,17 @@ def prove(config: Config) -> da.Proof:
 
 @pytest.fixture(scope="module")
 def parallel() -> dict[str, Any]:
-    """What each choice of conf/parallel makes of its node; it touches no other, see the next test."""
-    return {strategy: composed([f"parallel={strategy}"])["parallel"] for strategy in ("ddp", "fsdp", "hsdp")}
+    """What each choice of conf/parallel makes of its node; it touches no other, see the next
+    test."""
+    return {
+        strategy: composed([f"parallel={strategy}"])["parallel"]
+        for strategy in ("ddp", "fsdp", "hsdp")
+    }
 
 
 def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> None:
-    chosen = ["model=resnet", "data=digits", "run_dir=runs/here"]  # by itself it is named after the clock
+    # by itself it is named after the clock
+    chosen = ["model=resnet", "data=digits", "run_dir=runs/here"]
     whole = composed(chosen)
     for strategy, node in parallel.items():
         accum = {**whole["accum"], "sync": "every"}
@@ -65,7 +73,9 @@ def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", SIZES)
-def test_every_combination_is_proven(two_ranks: World, parallel: dict[str, Any], model: str, precision: str) -> None:
+def test_every_combination_is_proven(
+    two_ranks: World, parallel: dict[str, Any], model: str, precision: str
+) -> None:
     small = ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *SIZES[model]]
     whole = composed([f"model={model}", f"precision={precision}", *small])
     check(whole)
@@ -75,7 +85,12 @@ def test_every_combination_is_proven(two_ranks: World, parallel: dict[str, Any],
         assert proof.facts() == other.facts()
         assert proof.holds, (strategy, sync, proof)
         assert proof.network_agrees
-        assert {line.name for line in proof.lines} >= {"gradient", "loss", "gradient norm", "update"}
+        assert {line.name for line in proof.lines} >= {
+            "gradient",
+            "loss",
+            "gradient norm",
+            "update",
+        }
         if precision == "fp64":
             assert max(line.error for line in proof.lines if line.tolerance is not None) < 1e-12
 

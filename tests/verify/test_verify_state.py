@@ -1,4 +1,5 @@
-"""`verify` does not prove what forwards move K times a window, and leaves everything as it was, whatever happens."""
+"""`verify` does not prove what forwards move K times a window, and leaves everything as it was,
+whatever happens."""
 
 from __future__ import annotations
 
@@ -144,17 +145,22 @@ def everything(accumulator: da.Accumulator, *modules: nn.Module) -> Mapping[str,
     """What a training holds, as text and copies."""
     model, optimizer = accumulator.strategy.model, accumulator.optimizer
     attributes = [
-        (name, copy.deepcopy({k: v for k, v in vars(m).items() if k in ("training", "calls", "centre", "stats")}))
+        (
+            name,
+            copy.deepcopy(
+                {k: v for k, v in vars(m).items() if k in ("training", "calls", "centre", "stats")}
+            ),
+        )
         for top in (model, *modules)
         for name, m in top.named_modules()
     ]
     return copy.deepcopy({
-        "model": [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model, *modules)],
-        "hidden": [list(m.parameters()) for top in getattr(model, "teachers", []) for m in [top]],
-        "attributes": attributes,
+        "model": [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (model,
+        *modules)], "hidden": [list(m.parameters()) for top in getattr(model, "teachers",
+        []) for m in [top]], "attributes": attributes,
         "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "optimizer": optimizer.state_dict(),
-        "scheduler": accumulator.scheduler.state_dict() if accumulator.scheduler is not None else None,
+        "scheduler": accumulator.scheduler and accumulator.scheduler.state_dict(),
         "counters": accumulator.state_dict(),
         "rng": (torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()),
     })  # fmt: skip
@@ -183,7 +189,9 @@ def test_what_each_forward_moves_is_not_proven(kind: str) -> None:
     assert (line.name, line.tolerance) == ("state", 0.0)
     assert line.note == f"changed by each forward: {names}"
     assert "3 times in this window" in proof.failures
-    assert ('da.convert_batchnorm(model, "pooled")' in proof.failures.replace("'", '"')) == ("BatchNorm" in kind)
+    assert ('da.convert_batchnorm(model, "pooled")' in proof.failures.replace("'", '"')) == (
+        "BatchNorm" in kind
+    )
     assert ("once per window" in proof.failures) == ("BatchNorm" not in kind)
     assert names in shown(proof)
     assert names in str(proof)
@@ -265,7 +273,9 @@ def test_a_parameter_outside_the_model_is_refused_and_nothing_moves() -> None:
     objective = da.Objective(lambda m, x: (m(x) * temperature).square().sum(), len)
     accumulator = da.Accumulator(model, optimizer, objective)
     before = everything(accumulator)
-    with pytest.raises(da.ConfigError, match=r"1 parameter\(s\) that are not the model's.*register them"):
+    with pytest.raises(
+        da.ConfigError, match=r"1 parameter\(s\) that are not the model's.*register them"
+    ):
         da.verify(accumulator, micro_batches())
     assert same(everything(accumulator), before)
     assert float(temperature.detach()) == 1.0
@@ -282,7 +292,9 @@ class Fails(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.stats["seen"] += int(torch.randint(3, ())) + random.randrange(3) + int(numpy.random.randint(3))
+        self.stats["seen"] += (
+            int(torch.randint(3, ())) + random.randrange(3) + int(numpy.random.randint(3))
+        )
         if self.at in (self.calls, str(x.dtype), "training" if self.training else "evaluating"):
             raise ArithmeticError("in the middle")
         out: Tensor = self.norm(self.linear(x))
@@ -320,7 +332,9 @@ def test_the_model_itself_as_plain_stays_as_it_is() -> None:
 
 def test_torch_sync_batchnorm_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, CHANNELS), nn.SyncBatchNorm(CHANNELS))
-    with pytest.raises(da.ConfigError, match=r"1 is a torch.nn.SyncBatchNorm.*convert_batchnorm\(model, 'sync'\)"):
+    with pytest.raises(
+        da.ConfigError, match=r"1 is a torch.nn.SyncBatchNorm.*convert_batchnorm\(model, 'sync'\)"
+    ):
         da.verify(made(model), micro_batches())
 
 
@@ -382,7 +396,10 @@ def x_of(micro_batch: Any) -> Tensor:
 def test_micro_batches_of_any_class_are_proven(kind: str) -> None:
     accumulator = made(
         Layer(),
-        da.Objective(lambda m, micro_batch: loss_sum(m, x_of(micro_batch)), lambda micro_batch: len(x_of(micro_batch))),
+        da.Objective(
+            lambda m, micro_batch: loss_sum(m, x_of(micro_batch)),
+            lambda micro_batch: len(x_of(micro_batch)),
+        ),
     )
     window = [CLASSES[kind](x) for x in micro_batches()]
     if kind == "own class":
@@ -397,7 +414,8 @@ def test_micro_batches_of_any_class_are_proven(kind: str) -> None:
 def test_lists_of_samples_are_not_joined_channel_by_channel() -> None:
     samples = [([x, x], [1, 2]) for x in micro_batches()]
     accumulator = made(
-        Layer(), da.Objective(lambda m, micro_batch: loss_sum(m, torch.cat(micro_batch[0])), lambda _: 8)
+        Layer(),
+        da.Objective(lambda m, micro_batch: loss_sum(m, torch.cat(micro_batch[0])), lambda _: 8),
     )
     with pytest.raises(da.ConfigError, match="combine=function"):
         da.verify(accumulator, samples)

@@ -53,7 +53,11 @@ class Candidate:
         return (self.flops, float(f"{self.sent_bytes:.1e}"), self.gradient_accumulation_steps)
 
     def __str__(self) -> str:
-        tail = f", overlap_micro_batches {self.overlap_micro_batches}" if self.overlap_micro_batches > 1 else ""
+        tail = (
+            f", overlap_micro_batches {self.overlap_micro_batches}"
+            if self.overlap_micro_batches > 1
+            else ""
+        )
         again = ", checkpointed" if self.checkpoint else ""
         return (
             f"{self.setup}, micro-batch size {self.micro_batch_size}, "
@@ -65,7 +69,12 @@ class Candidates:
     """Makes and compares the plans for one configuration."""
 
     def __init__(
-        self, config: Config, task: Task, world_size: int, machine: HardwareProfile | None, footprint: Footprint
+        self,
+        config: Config,
+        task: Task,
+        world_size: int,
+        machine: HardwareProfile | None,
+        footprint: Footprint,
     ) -> None:
         """Prepare the plans; none is made yet.
 
@@ -81,12 +90,18 @@ class Candidates:
         self._world_size = world_size
         self._machine = machine
         self._footprint = footprint
-        batches = (batches_for_auto if config.accum.micro_batch_size == AUTO else effective_batch_sizes)(config, task)
+        batches = (
+            batches_for_auto if config.accum.micro_batch_size == AUTO else effective_batch_sizes
+        )(config, task)
         self._batch = max(batches, default=None)
         self._blocks = len({p.group for p in footprint.model.parameters}) - 1
 
     def weigh(
-        self, setup: Setup, micro_batch_size: int, overlap_micro_batches: int = 1, checkpoint: bool | None = None
+        self,
+        setup: Setup,
+        micro_batch_size: int,
+        overlap_micro_batches: int = 1,
+        checkpoint: bool | None = None,
     ) -> Candidate:
         """Predict what one plan needs.
 
@@ -128,7 +143,9 @@ class Candidates:
                 returned.
         """
         if usable is None:
-            why = "as configured; auto compares plans only if a memory limit is known (limits.memory)"
+            why = (
+                "as configured; auto compares plans only if a memory limit is known (limits.memory)"
+            )
             return self.configured(), why
         return choose(self.open(), usable)
 
@@ -157,7 +174,9 @@ class Candidates:
         if config.accum.sync is not Sync.auto:
             setups = [setup for setup in setups if setup.sync is own.setup.sync] or [own.setup]
         sizes = self.sizes() if config.accum.micro_batch_size == AUTO else [own.micro_batch_size]
-        return [self.weigh(setup, size, own.overlap_micro_batches) for setup in setups for size in sizes]
+        return [
+            self.weigh(setup, size, own.overlap_micro_batches) for setup in setups for size in sizes
+        ]
 
     def all(self) -> list[Candidate]:
         """Return the plans for every strategy, policy, micro-batch size, overlap and checkpointing.
@@ -185,7 +204,9 @@ class Candidates:
         most = -(-min(self._batch, len(self._task.train)) // self._world_size)
         sizes = [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
         if self._config.accum.ragged is Ragged.refuse:
-            sizes = [size for size in sizes if self._batch % (size * self._world_size) == 0] or sizes[:1]
+            sizes = [
+                size for size in sizes if self._batch % (size * self._world_size) == 0
+            ] or sizes[:1]
         return sizes
 
     def _configured_size(self) -> int:
@@ -196,7 +217,9 @@ class Candidates:
         if ranks == 1:
             return [StrategyName.single]
         replicas = parallel.replicas or 2
-        hsdp = parallel.name is StrategyName.hsdp or (ranks % replicas == 0 and 1 < replicas < ranks)
+        hsdp = parallel.name is StrategyName.hsdp or (
+            ranks % replicas == 0 and 1 < replicas < ranks
+        )
         return [StrategyName.ddp, StrategyName.fsdp, *[StrategyName.hsdp] * hsdp]
 
     def _setups(self, strategies: Iterable[StrategyName]) -> list[Setup]:
@@ -208,7 +231,9 @@ class Candidates:
 
         The conditions are those of `Strategy.tail_obstacle`.
         """
-        sends_at_once = setup.strategy is StrategyName.ddp and not setup.own_sums(self._footprint.model)
+        sends_at_once = setup.strategy is StrategyName.ddp and not setup.own_sums(
+            self._footprint.model
+        )
         return self._blocks > 1 and (sends_at_once or setup.sync is Sync.gather_once)
 
 
@@ -242,16 +267,26 @@ def choose(candidates: Sequence[Candidate], usable: int) -> tuple[Candidate, str
         the reason says that it does not fit.
     """
     cheapest = min(candidates, key=lambda one: one.cost)
-    by = "the fastest" if cheapest.time is not None else "the fewest FLOPs, then the fewest bytes sent,"
+    by = (
+        "the fastest"
+        if cheapest.time is not None
+        else "the fewest FLOPs, then the fewest bytes sent,"
+    )
     fitting = [one for one in candidates if one.peak.total <= usable]
     if not fitting:
         least = min(candidates, key=lambda one: one.peak.total)
-        return least, (
-            f"no plan is predicted to fit {human(usable)}: this one takes the least, {human(least.peak.total)} "
-            f"during {least.peak.moment}"
+        return (
+            least,
+            (
+                f"no plan is predicted to fit {human(usable)}: this one takes the least, "
+                f"{human(least.peak.total)} during {least.peak.moment}"
+            ),
         )
     best = min(fitting, key=lambda one: one.cost)
     room = f"{human(best.peak.total)} of {human(usable)}"
     if best is cheapest:
         return best, f"{by} of all plans, and it fits ({room})"
-    return best, f"{by} of all plans that fit ({room}); {cheapest} would take {human(cheapest.peak.total)}"
+    return (
+        best,
+        f"{by} of all plans that fit ({room}); {cheapest} would take {human(cheapest.peak.total)}",
+    )

@@ -37,8 +37,13 @@ class DryRun:
 
 
 def dry_run(
-    config: Config, task: Task, world: World, micro_batch_size: int, num_micro_batches: int, limit: int | None
-) -> DryRun:  # fmt: skip
+    config: Config,
+    task: Task,
+    world: World,
+    micro_batch_size: int,
+    num_micro_batches: int,
+    limit: int | None,
+) -> DryRun:
     """Compute two windows on this rank, in real memory, with the longest training samples.
 
     Model, strategy, optimizer and objective are as configured, and are discarded afterwards.
@@ -64,7 +69,9 @@ def dry_run(
     with torch.random.fork_rng(gpus), no_communication():
         try:
             with meter:
-                _train(_with_zero_lr(config), task, world.device, micro_batch_size, num_micro_batches)
+                _train(
+                    _with_zero_lr(config), task, world.device, micro_batch_size, num_micro_batches
+                )
         except Exception as error:
             if not _ran_out_of_memory(error):
                 raise
@@ -94,7 +101,9 @@ def _with_zero_lr(config: Config) -> Config:
     and the loss scale is 1.
     """
     accum = config.accum
-    overlap_micro_batches = 1 if accum.overlap_micro_batches == AUTO else accum.overlap_micro_batches
+    overlap_micro_batches = (
+        1 if accum.overlap_micro_batches == AUTO else accum.overlap_micro_batches
+    )
     return replace(
         config,
         accum=replace(accum, audit=Audit.never, overlap_micro_batches=overlap_micro_batches),
@@ -103,7 +112,9 @@ def _with_zero_lr(config: Config) -> Config:
     )
 
 
-def _train(config: Config, task: Task, device: torch.device, micro_batch_size: int, num_micro_batches: int) -> None:
+def _train(
+    config: Config, task: Task, device: torch.device, micro_batch_size: int, num_micro_batches: int
+) -> None:
     accumulator = make_accumulator(config, task, World.of(device))
     _answer_locally(accumulator.strategy.model)
     rounds = min(num_micro_batches, max(ROUNDS, config.accum.overlap_micro_batches + 1))
@@ -153,5 +164,7 @@ class _OwnShard:
     def allocate(self, size: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *unused: object, **named: object) -> None:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, *unused: object, **named: object
+    ) -> None:
         output_tensor.copy_(input_tensor[: len(output_tensor)])

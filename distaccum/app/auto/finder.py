@@ -58,9 +58,12 @@ def find_max_micro_batch(config: Config, task: Task, world: World) -> Found:
         """Return whether the size at this position, counted from 1, fits on every rank."""
         size = sizes[place - 1]
         gradient_accumulation_steps = max(
-            solve(world.size, batch, size).gradient_accumulation_steps for batch in effective_batch_sizes(config, task)
+            solve(world.size, batch, size).gradient_accumulation_steps
+            for batch in effective_batch_sizes(config, task)
         )
-        rows = dry_runs[size] = _on_all_ranks(config, task, world, size, gradient_accumulation_steps, usable)
+        rows = dry_runs[size] = _on_all_ranks(
+            config, task, world, size, gradient_accumulation_steps, usable
+        )
         return all(dry_run.fits for dry_run, _ in rows)
 
     place = largest(fits, len(sizes))
@@ -69,11 +72,16 @@ def find_max_micro_batch(config: Config, task: Task, world: World) -> Found:
     micro_batch_size = sizes[place - 1]
     # On the rank that has the least memory left.
     seen, usable = max(dry_runs[micro_batch_size], key=lambda row: row[0].peak_bytes / row[1])
-    beyond = f"{sizes[place]} did not" if place < len(sizes) else "a larger size would leave a rank without work"
+    beyond = (
+        f"{sizes[place]} did not"
+        if place < len(sizes)
+        else "a larger size would leave a rank without work"
+    )
     plural = "s" if micro_batch_size > 1 else ""
     text = (
-        f"accum.micro_batch_size=auto: {micro_batch_size} sample{plural} fit (peak {human(seen.peak_bytes)} of "
-        f"{human(usable)}; {beyond}), found by {len(dry_runs)} dry run{'s' if len(dry_runs) > 1 else ''}"
+        f"accum.micro_batch_size=auto: {micro_batch_size} sample{plural} fit (peak "
+        f"{human(seen.peak_bytes)} of {human(usable)}; {beyond}), found by {len(dry_runs)} dry "
+        f"run{'s' if len(dry_runs) > 1 else ''}"
     )
     return Found(micro_batch_size, tuple(dry_runs), text)
 
@@ -102,8 +110,13 @@ def largest(fits: Callable[[int], bool], most: int) -> int | None:
 
 
 def _on_all_ranks(
-    config: Config, task: Task, world: World, size: int, gradient_accumulation_steps: int, usable: int
-) -> list[tuple[DryRun, int]]:  # fmt: skip
+    config: Config,
+    task: Task,
+    world: World,
+    size: int,
+    gradient_accumulation_steps: int,
+    usable: int,
+) -> list[tuple[DryRun, int]]:
     """Do a dry run on every rank, and return each rank's result and the bytes that it may take.
 
     Results are in rank order. An error on one rank raises an error on all of them.
@@ -115,12 +128,17 @@ def _on_all_ranks(
         error = caught
     rows, _ = world.gather_rows([error is not None, own.fits, own.peak_bytes, usable]).read()
     if any(row[0] for row in rows):
-        messages = world.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        messages = world.gather_objects(
+            None if error is None else f"{type(error).__name__}: {error}"
+        )
         if error is not None:
             raise error
-        failed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None)
+        failed = "; ".join(
+            f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None
+        )
         raise RuntimeError(
-            f"accum.micro_batch_size=auto: the dry run with micro-batches of {size} sample(s) failed on {failed}"
+            f"accum.micro_batch_size=auto: the dry run with micro-batches of {size} sample(s) "
+            f"failed on {failed}"
         )
     return [(DryRun(bool(row[1]), int(row[2])), int(row[3])) for row in rows]
 
@@ -133,7 +151,11 @@ def _sizes(config: Config, task: Task, ranks: int) -> list[int]:
     windows = [min(batch, len(task.train)) for batch in batches]
     most = -(-min(windows) // ranks)
     if accum.ragged is Ragged.refuse:
-        return [size for size in range(1, most + 1) if all(batch % (size * ranks) == 0 for batch in batches)]
+        return [
+            size
+            for size in range(1, most + 1)
+            if all(batch % (size * ranks) == 0 for batch in batches)
+        ]
     # A window's micro-batches are as even as possible: 24 samples in micro-batches of at most 13
     # samples are two of 12.
     sizes = {-(-samples // number) for samples in windows for number in range(1, samples + 1)}
@@ -146,13 +168,16 @@ def _too_little(config: Config, world: World, rows: list[tuple[DryRun, int]]) ->
     seen, usable = min(out_of_memory.values(), key=lambda row: row[1])
     margin = f"minus limits.margin={config.limits.margin:g}"
     whose = (
-        f"limits.memory={config.limits.memory} {margin}" if config.limits.memory else f"the device's memory {margin}"
+        f"limits.memory={config.limits.memory} {margin}"
+        if config.limits.memory
+        else f"the device's memory {margin}"
     )
     ranks = f"rank{'s' if len(out_of_memory) > 1 else ''} {', '.join(map(str, out_of_memory))}"
     return (
-        f"accum.micro_batch_size=auto: not even 1 sample fits. A window with micro-batches of 1 sample needs more than "
-        f"{human(usable)} ({whose}) on {ranks}: {human(seen.peak_bytes)} were in use when more was requested. "
-        f"To save memory, use {' or '.join(_savings(config, world.size))}, or give the run more memory."
+        "accum.micro_batch_size=auto: not even 1 sample fits. A window with micro-batches of 1 "
+        f"sample needs more than {human(usable)} ({whose}) on {ranks}: {human(seen.peak_bytes)} "
+        "were in use when more was requested. To save memory, use "
+        f"{' or '.join(_savings(config, world.size))}, or give the run more memory."
     )
 
 
@@ -163,8 +188,9 @@ def _savings(config: Config, ranks: int) -> list[str]:
         "nn.checkpoint=true": not config.nn.checkpoint,
         "parallel=fsdp": ranks > 1 and strategy is StrategyName.ddp,
         "accum.sync=boundary": accum.sync is Sync.gather_once,
-        "accum.overlap_micro_batches=1": isinstance(accum.overlap_micro_batches, int)
-        and accum.overlap_micro_batches > 1,
+        "accum.overlap_micro_batches=1": (
+            isinstance(accum.overlap_micro_batches, int) and accum.overlap_micro_batches > 1
+        ),
         "precision=bf16": config.precision.name is Precision.fp32,
         "precision=fp32": config.precision.name is Precision.fp64,
         "optim=sgd": config.optim.name is OptimName.adamw,

@@ -14,9 +14,10 @@ from distaccum.core.strategies import StrategyName
 from distaccum.nn.blocks import checkpoint_blocks
 from distaccum.optim import make_optimizer
 from distaccum.planner.peak import peak
+from distaccum.planner.segments import MicroBatchTrace, Update
 from distaccum.planner.shapes import ModelShape, Setup, describe
 from distaccum.planner.timeline import Peak
-from distaccum.planner.trace import MicroBatchTrace, Update, trace, update
+from distaccum.planner.trace import trace, update
 from distaccum.step.overlap.schedule import AUTO
 
 # Samples of the two traced micro-batches. The line through these two predicts other sizes. The
@@ -36,9 +37,13 @@ class Footprint:
         """Prepare the predictions; nothing is traced yet."""
         self._config = config
         self._task = task
-        self._device = torch.device("cuda" if torch.cuda.is_available() and config.device.value != "cpu" else "cpu")
+        self._device = torch.device(
+            "cuda" if torch.cuda.is_available() and config.device.value != "cpu" else "cpu"
+        )
         # Whether FSDP2 casts gathered parameters; other strategies use autocast.
-        self._casts = config.precision.name.compute_dtype is not config.precision.name.parameter_dtype
+        self._casts = (
+            config.precision.name.compute_dtype is not config.precision.name.parameter_dtype
+        )
         self._traces: dict[tuple[bool, bool], tuple[MicroBatchTrace, MicroBatchTrace]] = {}
         self._updates: dict[int, Update] = {}
 
@@ -80,7 +85,9 @@ class Footprint:
         """
         return self.micro_batch(samples, self.configured_sharded, checkpoint).flops
 
-    def micro_batch(self, samples: int, sharded: bool, checkpoint: bool | None = None) -> MicroBatchTrace:
+    def micro_batch(
+        self, samples: int, sharded: bool, checkpoint: bool | None = None
+    ) -> MicroBatchTrace:
         """Return the trace of one micro-batch of the longest samples.
 
         Args:
@@ -108,16 +115,23 @@ class Footprint:
 
     def _traced(self, samples: int, checkpoint: bool, cast: bool) -> MicroBatchTrace:
         config, task = self._config, self._task
-        model, compute = meta_model(config, task), config.precision.name.compute_dtype if cast else None
+        model, compute = (
+            meta_model(config, task),
+            (config.precision.name.compute_dtype if cast else None),
+        )
         if checkpoint:
             checkpoint_blocks(task.blocks_of(model))
         name = StrategyName.fsdp if cast else StrategyName.single
-        objective = in_precision(replace(config, parallel=replace(config.parallel, name=name)), task.objective)
+        objective = in_precision(
+            replace(config, parallel=replace(config.parallel, name=name)), task.objective
+        )
         if compute is not None:
             objective = cast_inputs(objective, compute)
         longest = task.train.longest_samples(1)
         micro_batch = task.train.batch(longest * samples, torch.Generator().manual_seed(0))
-        return trace(model, task.blocks_of, objective.loss_sum, micro_batch, samples, self._device, compute)
+        return trace(
+            model, task.blocks_of, objective.loss_sum, micro_batch, samples, self._device, compute
+        )
 
     def _update(self, shards: int) -> Update:
         if shards not in self._updates:
@@ -146,4 +160,9 @@ def overlap_limit(config: Config, task: Task, micro_batch_size: int) -> int | No
     if not task.blocks_of(meta_model(config, task)):
         return None
     footprint = Footprint(config, task)
-    return 1 + memory_mb * 2**20 // footprint.micro_batch(micro_batch_size, footprint.configured_sharded).to_head
+    return (
+        1
+        + memory_mb
+        * 2**20
+        // footprint.micro_batch(micro_batch_size, footprint.configured_sharded).to_head
+    )

@@ -55,22 +55,28 @@ def resolve_auto(
         # GPUs may differ, but all ranks must make the same choice.
         rows, _ = world.gather_rows([float(usable)]).read()
         try:
-            config, messages = resolved(config, task, world.size, int(min(row[0] for row in rows)), machine)
+            config, messages = resolved(
+                config, task, world.size, int(min(row[0] for row in rows)), machine
+            )
         except ConfigError:
             raise
         except Exception as error:  # the model does what fake tensors cannot; the same on all ranks
             messages = [
-                "auto ignores the memory limit, because the memory of this model cannot be predicted "
-                f"({in_one_line(error)})"
+                "auto ignores the memory limit, because the memory of this model cannot be "
+                f"predicted ({in_one_line(error)})"
             ]
     if config.accum.micro_batch_size != AUTO:
         return config, messages
     if kept is not None:
-        messages.append(f"accum.micro_batch_size=auto: {kept} samples, as found before; no dry run was needed")
+        messages.append(
+            f"accum.micro_batch_size=auto: {kept} samples, as found before; no dry run was needed"
+        )
     else:
         found = find_max_micro_batch(config, task, world)
         kept = found.micro_batch_size
-        messages.append(found.text + ("; found again, because the ranks or settings changed" if resumed else ""))
+        messages.append(
+            found.text + ("; found again, because the ranks or settings changed" if resumed else "")
+        )
     return replace(config, accum=replace(config.accum, micro_batch_size=kept)), messages
 
 
@@ -78,7 +84,10 @@ def has_auto(config: Config, world_size: int) -> bool:
     """Return whether `auto` leaves a strategy or a policy to choose on this number of ranks."""
     if config.parallel.name is StrategyName.auto:
         return world_size > 1
-    return config.accum.sync is Sync.auto and config.parallel.name in (StrategyName.fsdp, StrategyName.hsdp)
+    return config.accum.sync is Sync.auto and config.parallel.name in (
+        StrategyName.fsdp,
+        StrategyName.hsdp,
+    )
 
 
 def resolved(
@@ -110,12 +119,16 @@ def resolved(
     return replace(config, parallel=parallel, accum=accum), [f"{', '.join(keys)}: {why}"]
 
 
-def predicted(config: Config, task: Task, world_size: int, machine: HardwareProfile | None) -> Predicted:
+def predicted(
+    config: Config, task: Task, world_size: int, machine: HardwareProfile | None
+) -> Predicted:
     """Predict the memory and time of a step on rank 0 for a configuration without `auto`."""
     name = chosen(config.parallel.name, world_size)
     config = replace(config, parallel=replace(config.parallel, name=name))
     one = Candidates(config, task, world_size, machine, Footprint(config, task)).configured()
-    return Predicted(one.peak.total, one.peak.moment, None if one.time is None else one.time.total_s)
+    return Predicted(
+        one.peak.total, one.peak.moment, None if one.time is None else one.time.total_s
+    )
 
 
 def machine_of(config: Config) -> HardwareProfile | None:

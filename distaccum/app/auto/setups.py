@@ -59,7 +59,11 @@ def spread(config: Config, world_size: int, strategy: StrategyName, sync: Sync) 
         sync=sync,
         world_size=world_size,
         replicas=replicas,
-        compute=precision.compute_dtype if precision.compute_dtype is not precision.parameter_dtype else None,
+        compute=(
+            precision.compute_dtype
+            if precision.compute_dtype is not precision.parameter_dtype
+            else None
+        ),
         accumulate=None if accum.dtype is None else accum.dtype.torch,
         reduce=None if parallel.reduce_dtype is None else parallel.reduce_dtype.torch,
         reshard_after_forward=parallel.reshard_after_forward,
@@ -98,9 +102,9 @@ def require_limit(usable: int | None) -> int:
     """
     if usable is None:
         raise ConfigError(
-            "accum.micro_batch_size=auto on the CPU needs a memory limit, because nothing else says how much memory a "
-            "rank may take. Set limits.memory, such as limits.memory=2GiB for each rank, or set "
-            "accum.micro_batch_size to a number."
+            "accum.micro_batch_size=auto on the CPU needs a memory limit, because nothing else "
+            "says how much memory a rank may take. Set limits.memory, such as limits.memory=2GiB "
+            "for each rank, or set accum.micro_batch_size to a number."
         )
     return usable
 
@@ -124,16 +128,17 @@ def batches_for_auto(config: Config, task: Task) -> list[int]:
             else ""
         )
         raise ConfigError(
-            f"accum.micro_batch_size=auto is used with {others}{'an' if batches else 'no'} effective batch. It needs a "
-            "fixed effective batch, from which the number of micro-batches follows once the size is found. Set "
-            "accum.effective_batch_size (or effective_batch_tokens, or schedule), and leave "
-            "accum.gradient_accumulation_steps null; or set two of accum.effective_batch_size, "
-            "accum.micro_batch_size and accum.gradient_accumulation_steps to numbers."
+            f"accum.micro_batch_size=auto is used with {others}{'an' if batches else 'no'} "
+            "effective batch. It needs a fixed effective batch, from which the number of "
+            "micro-batches follows once the size is found. Set accum.effective_batch_size (or "
+            "effective_batch_tokens, or schedule), and leave accum.gradient_accumulation_steps "
+            "null; or set two of accum.effective_batch_size, accum.micro_batch_size and "
+            "accum.gradient_accumulation_steps to numbers."
         )
     if accum.schedule is not None and accum.ramp is Ramp.linear:
         raise ConfigError(
-            "accum.micro_batch_size=auto cannot be used with accum.ramp=linear: the ramp rises in multiples of the "
-            "micro-batch size, so the effective batches would depend on the available memory. Set "
-            "accum.micro_batch_size to a number, or use accum.ramp=jump."
+            "accum.micro_batch_size=auto cannot be used with accum.ramp=linear: the ramp rises in "
+            "multiples of the micro-batch size, so the effective batches would depend on the "
+            "available memory. Set accum.micro_batch_size to a number, or use accum.ramp=jump."
         )
     return batches

@@ -37,8 +37,9 @@ def export(source: Path, target: Path) -> None:
         config = typed(checkpoint.facts["config"])
         require(
             isinstance(config.model, HFConfig),
-            f"{target} does not end in .safetensors, so it is taken for a folder. Only Hugging Face models can be "
-            f"exported to a folder, and this model is model={config.model.name}. Give a file: {target}.safetensors",
+            f"{target} does not end in .safetensors, so it is taken for a folder. Only Hugging "
+            "Face models can be exported to a folder, and this model is "
+            f"model={config.model.name}. Give a file: {target}.safetensors",
         )
         export_pretrained(checkpoint, target, build_task(config).make_model)
     print(f"Exported {checkpoint.path} (saved after step {checkpoint.step}) to {target}")

@@ -76,17 +76,27 @@ def plan(job: Job) -> None:
     arithmetic = batch_arithmetic(config, task, world_size)
     windows = make_plan(config, task, arithmetic)
     steps = num_steps(config, windows)
-    schedule = schedule_of(config, task, windows, make_optimizer(torch.nn.Linear(1, 1), config.optim), steps)
+    schedule = schedule_of(
+        config, task, windows, make_optimizer(torch.nn.Linear(1, 1), config.optim), steps
+    )
     console = Console()
     console.start_block(
         {
-            "effective batch": {**batch_section(arithmetic, windows, task), "nearest": _nearest(arithmetic)},
+            "effective batch": {
+                **batch_section(arithmetic, windows, task),
+                "nearest": _nearest(arithmetic),
+            },
             "training": {
                 "steps": f"{steps:,}, {windows.start_of(steps) / windows.num_samples:.2f} epochs",
                 "warm-up": warmup(config.optim.schedule, schedule),
-                "model": f"{config.model.name}, {sum(p.numel for p in footprint.model.parameters):,} parameters",
+                "model": (
+                    f"{config.model.name}, {sum(p.numel for p in footprint.model.parameters):,} "
+                    "parameters"
+                ),
                 "ranks": f"{world_size}, {chosen.setup.strategy}, sync {chosen.setup.sync}",
-                **({} if machine is None else {"speeds": _speeds(config, footprint.model, machine)}),
+                **(
+                    {} if machine is None else {"speeds": _speeds(config, footprint.model, machine)}
+                ),
             },
         }
     )
@@ -107,23 +117,36 @@ def as_chosen(config: Config, chosen: Candidate) -> Config:
     accum = config.accum
     if accum.micro_batch_size == AUTO:
         accum = replace(accum, micro_batch_size=chosen.micro_batch_size)
-    return replace(config, accum=accum, parallel=replace(config.parallel, name=chosen.setup.strategy))
+    return replace(
+        config, accum=accum, parallel=replace(config.parallel, name=chosen.setup.strategy)
+    )
 
 
 def _speeds(config: Config, model: ModelShape, machine: HardwareProfile) -> str:
     """Describe where the predicted times come from, and warn if they are rough."""
     here = f"{config.model.name}, {sum(p.numel for p in model.parameters):,} parameters"
-    text = f"{machine.model} in {machine.precision}, {machine.ranks} rank(s) on {machine.device}, {machine.date}"
+    text = (
+        f"{machine.model} in {machine.precision}, {machine.ranks} rank(s) on {machine.device}, "
+        f"{machine.date}"
+    )
     if (machine.model, machine.precision) == (here, config.precision.name.value):
         return f"measured with {text}"
-    return f"measured with {text}; this training has another model or precision, so the times are rough"
+    return (
+        f"measured with {text}; this training has another model or precision, so the times are "
+        "rough"
+    )
 
 
 def _nearest(arithmetic: BatchArithmetic) -> str:
     if arithmetic.even:
-        return "divides evenly: every rank computes the same number of micro-batches of the same size"
+        return (
+            "divides evenly: every rank computes the same number of micro-batches of the same size"
+        )
     below, above = nearest_batches(arithmetic)
-    return f"does not divide evenly; the nearest batch sizes that do: {f'{below} or ' if below else ''}{above}"
+    return (
+        "does not divide evenly; the nearest batch sizes that do: "
+        f"{f'{below} or ' if below else ''}{above}"
+    )
 
 
 def _memory(footprint: Footprint, chosen: Candidate) -> str:
@@ -138,7 +161,11 @@ def _memory(footprint: Footprint, chosen: Candidate) -> str:
     rows.append(["peak (parts are not all alive at once)", *(size(peak.total) for peak in peaks)])
     rows.append(["  reached in", *(peak.moment for peak in peaks)])
     accumulation = f"{num_micro_batches} micro-batch(es) x {samples} samples"
-    columns = ["memory per rank", accumulation, f"1 micro-batch x {samples * num_micro_batches} samples"]
+    columns = [
+        "memory per rank",
+        accumulation,
+        f"1 micro-batch x {samples * num_micro_batches} samples",
+    ]
     return table(columns, rows) + "\n"
 
 
@@ -153,7 +180,12 @@ def _network(setup: Setup, model: ModelShape, num_micro_batches: int) -> str:
     ]
     sends += [("any policy", entry) for entry in control_sends(setup)]
     rows: list[list[Cell]] = [
-        [f"{name}: {entry.what}", entry.count, size(entry.num_bytes), size(entry.bytes_sent_per_rank)]
+        [
+            f"{name}: {entry.what}",
+            entry.count,
+            size(entry.num_bytes),
+            size(entry.bytes_sent_per_rank),
+        ]
         for name, entry in sends
     ]
     columns = ["network per step and rank", "collectives", "bytes", "bytes sent (ring)"]
@@ -169,7 +201,8 @@ def _plans(others: Sequence[Candidate], chosen: Candidate, why: str, usable: int
             one.overlap_micro_batches,
             _micro_batches(one),
             "yes" if one.checkpoint else "no",
-            size(one.peak.total) + ("" if usable is None or one.peak.total <= usable else " (too much)"),
+            size(one.peak.total)
+            + ("" if usable is None or one.peak.total <= usable else " (too much)"),
             count(one.flops),
             size(one.sent_bytes),
             *_time(one),
@@ -192,10 +225,21 @@ def _plans(others: Sequence[Candidate], chosen: Candidate, why: str, usable: int
 
 
 def _worlds(
-    config: Config, task: Task, machine: HardwareProfile | None, footprint: Footprint, usable: int | None
+    config: Config,
+    task: Task,
+    machine: HardwareProfile | None,
+    footprint: Footprint,
+    usable: int | None,
 ) -> str:
     """Format the plans for the same effective batch on different numbers of ranks."""
-    columns = ["ranks", "plan", "micro-batches x samples", "idle ranks", "peak memory", "bytes sent (ring)"]
+    columns = [
+        "ranks",
+        "plan",
+        "micro-batches x samples",
+        "idle ranks",
+        "peak memory",
+        "bytes sent (ring)",
+    ]
     columns += TIMES if machine is not None else []
     rows: list[list[Cell]] = []
     for ranks in WORLDS:
@@ -244,5 +288,12 @@ def _schedules(config: Config, task: Task, windows: Plan, schedule: LRSchedule, 
         if position is not None:
             rates.append((float(step), schedule.set(position, window.effective_batch_size)))
     panels = {"effective batch (samples)": batches, **({"learning rate": rates} if rates else {})}
-    unknown = "" if rates else "\nlearning rate: not plotted, because it depends on tokens and samples differ in length"
+    unknown = (
+        ""
+        if rates
+        else (
+            "\nlearning rate: not plotted, because it depends on tokens and samples differ in"
+            " length"
+        )
+    )
     return plot(panels, "steps", float(steps)) + unknown

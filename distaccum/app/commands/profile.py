@@ -67,13 +67,17 @@ def profile(job: Job) -> None:
     if job.rank == 0 and path.exists():
         HardwareProfile.load(path)  # so that only a hardware profile is ever replaced
     elif job.rank == 0 and not path.absolute().parent.is_dir():
-        raise ConfigError(f"machine={path}: there is no folder {path.parent}. Create it, or name a file elsewhere.")
+        raise ConfigError(
+            f"machine={path}: there is no folder {path.parent}. Create it, or name a file "
+            "elsewhere."
+        )
     with ranks(config, job) as world:
         machine = measure(config, world)
     if job.rank == 0:
         machine.save(path)
         Console().line(
-            f"{shown(machine)}\nwritten to {path}; `distaccum plan machine={path}` predicts step times with it"
+            f"{shown(machine)}\nwritten to {path}; `distaccum plan machine={path}` predicts step"
+            " times with it"
         )
 
 
@@ -99,19 +103,23 @@ def measure(config: Config, world: World) -> HardwareProfile:
     micro_batches = [_micro_batch(task, samples, world) for samples in _sizes(config, task, world)]
     # Counted in the same way as by `distaccum plan`.
     counted = (
-        trace(model, task.blocks_of, objective.loss_sum, micro_batch, samples=1, device=world.device)
+        trace(
+            model, task.blocks_of, objective.loss_sum, micro_batch, samples=1, device=world.device
+        )
         for micro_batch in micro_batches
     )
     flops = [one.flops for one in counted]
     if flops[0] == flops[1]:
         raise ConfigError(
-            f"{config.model.name}: torch counts {flops[0]} FLOPs in micro-batches of both measured sizes, so no speed "
-            "can be derived. Use a model with matrix products or convolutions."
+            f"{config.model.name}: torch counts {flops[0]} FLOPs in micro-batches of both measured "
+            "sizes, so no speed can be derived. Use a model with matrix products or convolutions."
         )
     if config.nn.compile:
         compile_blocks(blocks)
     works = [_forward_backward(model, objective, micro_batch) for micro_batch in micro_batches]
-    *micro_batch_s, update_s = _seconds(world, [*works, _update(config, model, world)], COMPUTE_BUDGET_S)
+    *micro_batch_s, update_s = _seconds(
+        world, [*works, _update(config, model, world)], COMPUTE_BUDGET_S
+    )
     small, large = sorted(zip(flops, micro_batch_s, strict=True))
     micro_batch_overhead_s, s_per_flop = fit(small, large)
     return HardwareProfile(
@@ -121,11 +129,16 @@ def measure(config: Config, world: World) -> HardwareProfile:
         precision=config.precision.name.value,
         micro_batch_overhead_s=micro_batch_overhead_s,
         flops_per_s=1 / s_per_flop,
-        update_s_per_number=update_s / sum(p.numel() for p in model.parameters() if p.requires_grad),
+        update_s_per_number=update_s
+        / sum(p.numel() for p in model.parameters() if p.requires_grad),
         ranks=world.size,
         links={kind: _link(world, kind) for kind in KINDS} if world.size > 1 else {},
         overlaps=world.device.type == "cuda",
-        versions={"torch": str(torch.__version__), "distaccum": __version__, "python": platform.python_version()},
+        versions={
+            "torch": str(torch.__version__),
+            "distaccum": __version__,
+            "python": platform.python_version(),
+        },
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
@@ -206,7 +219,11 @@ def _message(world: World, kind: str, num_bytes: int) -> tuple[int, Work]:
     def reduce_scatter() -> None:  # copies gradients into one message
         scatter(torch.empty_like(part), whole.clone(), group=world.group)
 
-    works: dict[str, Work] = {"all_reduce": all_reduce, "all_gather": all_gather, "reduce_scatter": reduce_scatter}
+    works: dict[str, Work] = {
+        "all_reduce": all_reduce,
+        "all_gather": all_gather,
+        "reduce_scatter": reduce_scatter,
+    }
     return whole.nbytes, works[kind]
 
 
@@ -252,7 +269,11 @@ def shown(machine: HardwareProfile) -> str:
             f"{machine.micro_batch_overhead_s * 1e3:.3g} ms",
             f"{count(machine.flops_per_s)}FLOP/s",
         ],
-        ["optimizer update", "-", f"{count(1 / max(machine.update_s_per_number, 1e-15))} parameters/s"],
+        [
+            "optimizer update",
+            "-",
+            f"{count(1 / max(machine.update_s_per_number, 1e-15))} parameters/s",
+        ],
     ]
     for kind, link in machine.links.items():
         largest = f"{link.sizes[-1] / link.seconds[-1] / 1e6:.4g} MB/s"

@@ -32,7 +32,10 @@ def train(job: Job) -> None:
     config = typed(job.config)
     if config.logger.group is None:
         config.logger.group = job.sweep
-    with Preemption(config.train.max_minutes, announce=job.rank == 0) as preemption, ranks(config, job) as world:
+    with (
+        Preemption(config.train.max_minutes, announce=job.rank == 0) as preemption,
+        ranks(config, job) as world,
+    ):
         training = build(config, job, world, preemption)
         trainer, report = training.trainer, training.report
         if report is not None:
@@ -66,8 +69,8 @@ def _end(run_dir: Path, training: Training, report: Report, goes_on: bool) -> No
     report.end(f"all {trainer.progress} done", validation, code, baseline, unit, not_written)
     if code:
         raise RecordError(
-            f"The training finished ({trainer.progress}), but {run_dir}/{not_written[-1]} could not be written. Its "
-            "numbers are printed above."
+            f"The training finished ({trainer.progress}), but {run_dir}/{not_written[-1]} could "
+            "not be written. Its numbers are printed above."
         )
 
 
@@ -77,10 +80,17 @@ def _end_stopped(run_dir: Path, training: Training, report: Report, reason: str)
         text = f"Stopped by {reason} after step {step}; no checkpoint saved (checkpoint.keep=0)."
     else:
         again = to_paste("run_dir", str(run_dir))
-        text = f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with {again}"
+        text = (
+            f"Stopped by {reason} after step {step}; checkpoint saved. To resume, run again with "
+            f"{again}"
+        )
         try:
             write_whole(run_dir / PREEMPTED, json.dumps({"step": step, "reason": reason}) + "\n")
         except OSError as error:
-            report.end(text, {"step": step}, 1, baseline, not_written=[f"{PREEMPTED} ({error.strerror})"])
-            raise RecordError(f"{run_dir / PREEMPTED} could not be written ({error.strerror}). {text}") from None
+            report.end(
+                text, {"step": step}, 1, baseline, not_written=[f"{PREEMPTED} ({error.strerror})"]
+            )
+            raise RecordError(
+                f"{run_dir / PREEMPTED} could not be written ({error.strerror}). {text}"
+            ) from None
     report.end(text, {"step": step}, 0, baseline)

@@ -51,7 +51,9 @@ class FirstLook:
         """
         strategy = self._strategy
         if not self._looked and strategy.world.rank == 0:
-            self._before = {name: buffer.detach().clone() for name, buffer in strategy.model.named_buffers()}
+            self._before = {
+                name: buffer.detach().clone() for name, buffer in strategy.model.named_buffers()
+            }
         if not self._check_cut or micro_batch is None:
             return
         found = strategy.world.gather_objects(_dependence(strategy, objective, micro_batch))
@@ -60,16 +62,17 @@ class FirstLook:
         if means:
             rank, text = means[0]
             raise ConfigError(
-                f"The objective must return a sum over samples, but on rank {rank} {text}, as for a mean. A mean "
-                "would be divided twice, by its own count and by the window's. Return the sum, for example with "
-                "reduction='sum'. If this is intended, pass check_cut=False."
+                f"The objective must return a sum over samples, but on rank {rank} {text}, as for "
+                "a mean. A mean would be divided twice, by its own count and by the window's. "
+                "Return the sum, for example with reduction='sum'. If this is intended, pass "
+                "check_cut=False."
             )
         if others and strategy.world.rank == 0:
             rank, text = others[0]
             warnings.warn(
-                f"On rank {rank} {text}. So the result depends on how samples are cut into micro-batches, and each "
-                "micro-batch is treated as a batch of its own. If this is intended (contrastive losses, a constant "
-                "denominator), pass check_cut=False.",
+                f"On rank {rank} {text}. So the result depends on how samples are cut into "
+                "micro-batches, and each micro-batch is treated as a batch of its own. If this is "
+                "intended (contrastive losses, a constant denominator), pass check_cut=False.",
                 StateWarning,
                 stacklevel=3,
             )
@@ -85,20 +88,27 @@ class FirstLook:
             return
         before, self._before, self._looked = self._before, {}, True
         model = self._strategy.model
-        moved = [name for name, buffer in model.named_buffers() if not _is_still(before.get(name), buffer)]
+        moved = [
+            name
+            for name, buffer in model.named_buffers()
+            if not _is_still(before.get(name), buffer)
+        ]
         moved = [name for name in moved if not _left_alone(model, name)]
         if moved:
             warnings.warn(
-                f"Each forward changes {len(moved)} buffer(s) of the model ({', '.join(moved[:3])}"
-                f"{', ...' if len(moved) > 3 else ''}), so a window of K micro-batches changes them K times, where one "
-                "big batch would do so once. For BatchNorm call da.convert_batchnorm(model, 'pooled') before wrapping. "
-                "Update others once per step, after Accumulator.step.",
+                f"Each forward changes {len(moved)} buffer(s) of the model "
+                f"({', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}), so a window of K "
+                "micro-batches changes them K times, where one big batch would do so once. For "
+                "BatchNorm call da.convert_batchnorm(model, 'pooled') before wrapping. Update "
+                "others once per step, after Accumulator.step.",
                 StateWarning,
                 stacklevel=3,
             )
 
 
-def _dependence(strategy: Strategy, objective: SupportsObjective, micro_batch: Any) -> tuple[str, bool]:
+def _dependence(
+    strategy: Strategy, objective: SupportsObjective, micro_batch: Any
+) -> tuple[str, bool]:
     """Compare the loss of one micro-batch with the sum of its halves' losses.
 
     Returns:
@@ -108,7 +118,8 @@ def _dependence(strategy: Strategy, objective: SupportsObjective, micro_batch: A
     try:
         moved = to_device(micro_batch, strategy.world.device)
         parts = halves(moved)
-        first, second = parts or (moved, moved)  # all ranks run four forwards, which may communicate
+        # All ranks run four forwards, which may communicate.
+        first, second = parts or (moved, moved)
         with kept(strategy.world.device), strategy.evaluating() as model, _only(model):
             denominators = [denominators_of(objective, batch) for batch in (moved, first, second)]
             terms = list(denominators[0])
@@ -125,9 +136,13 @@ def _dependence(strategy: Strategy, objective: SupportsObjective, micro_batch: A
     counted = [next(iter(denominator.values())) for denominator in denominators]
     if len(terms) == 1 and counted[0] != counted[1] + counted[2]:
         return (
-            f"the denominator of one micro-batch is {counted[0]:g}, and those of its halves are {counted[1]:g} and "
-            f"{counted[2]:g} (len() of a pair is 2, not the number of samples)"
-        ), False
+            (
+                f"the denominator of one micro-batch is {counted[0]:g}, and those of its halves "
+                f"are {counted[1]:g} and {counted[2]:g} (len() of a pair is 2, not the number of "
+                "samples)"
+            ),
+            False,
+        )
     for i, name in enumerate(terms):
         counts = [denominator[name] for denominator in denominators]
         allowed = CUT_TOLERANCE * (abs(a[i]) + abs(b[i]))
@@ -149,7 +164,11 @@ def _only(model: nn.Module) -> Iterator[None]:
     own = set(model.modules())
 
     def refuse(module: nn.Module, args: Any) -> None:
-        if module.training and module not in own and any(True for _ in module.buffers(recurse=False)):
+        if (
+            module.training
+            and module not in own
+            and any(True for _ in module.buffers(recurse=False))
+        ):
             raise RuntimeError("a module outside the model would change its buffers")
 
     handle = register_module_forward_pre_hook(refuse)

@@ -28,9 +28,9 @@ class Parameters:
         unread = sum(parameter.requires_grad for parameter in self._others)
         if unread and strategy.world.rank == 0:
             warnings.warn(
-                f"{unread} trainable parameter(s) of the model are not in the optimizer. Their gradients are computed, "
-                "reduced and discarded in each window. If nothing else trains them, call requires_grad_(False) before "
-                "wrapping the model.",
+                f"{unread} trainable parameter(s) of the model are not in the optimizer. Their "
+                "gradients are computed, reduced and discarded in each window. If nothing else "
+                "trains them, call requires_grad_(False) before wrapping the model.",
                 StateWarning,
                 stacklevel=3,
             )
@@ -71,14 +71,20 @@ def outside(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
     parameters = parameters_of(optimizer)
     if not any(id(parameter) in own for parameter in parameters):
         raise ConfigError(
-            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so the model would not be "
-            "trained. Make the optimizer after wrapping the model (fully_shard makes new parameters), and over the "
-            "model.parameters() of this model, not of a copy."
+            f"None of the optimizer's {len(parameters)} parameter(s) belongs to the model, so the "
+            "model would not be trained. Make the optimizer after wrapping the model (fully_shard "
+            "makes new parameters), and over the model.parameters() of this model, not of a copy."
         )
-    return [parameter for parameter in parameters if id(parameter) not in own and parameter.requires_grad]
+    return [
+        parameter
+        for parameter in parameters
+        if id(parameter) not in own and parameter.requires_grad
+    ]
 
 
-def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned: frozenset[int]) -> None:
+def _refuse_unowned(
+    model: nn.Module, parameters: Sequence[nn.Parameter], owned: frozenset[int]
+) -> None:
     """Raise ConfigError for trained parameters whose gradients are not reduced over ranks."""
     strange = [p for p in parameters if id(p) not in owned and p.requires_grad]
     if not strange:
@@ -87,15 +93,16 @@ def _refuse_unowned(model: nn.Module, parameters: Sequence[nn.Parameter], owned:
     known = [names[id(p)] for p in strange if id(p) in names]
     if known:
         raise ConfigError(
-            f"{len(known)} trainable parameter(s), e.g. {known[0]}, would get the gradients of this rank only: they "
-            "were frozen or missing when the model was wrapped, or DistributedDataParallel ignores them. Unfreeze or "
-            "add parameters first, then wrap the model, then make the accumulator."
+            f"{len(known)} trainable parameter(s), e.g. {known[0]}, would get the gradients of "
+            "this rank only: they were frozen or missing when the model was wrapped, or "
+            "DistributedDataParallel ignores them. Unfreeze or add parameters first, then wrap the "
+            "model, then make the accumulator."
         )
     raise ConfigError(
-        f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the first of shape "
-        f"{list(strange[0].shape)}, so their gradients would not be reduced over ranks. Put what they belong to (a "
-        "criterion, a temperature) into the module that is wrapped, and compute the loss in its forward, or leave them "
-        "out of the optimizer."
+        f"{len(strange)} trained parameter(s) of the optimizer are not in the wrapped model, the "
+        f"first of shape {list(strange[0].shape)}, so their gradients would not be reduced over "
+        "ranks. Put what they belong to (a criterion, a temperature) into the module that is "
+        "wrapped, and compute the loss in its forward, or leave them out of the optimizer."
     )
 
 

@@ -20,7 +20,8 @@ from distaccum.step.timing import Mark, seconds_between
 
 AUTO = "auto"
 WARM_WINDOWS = 2  # not timed: DDP rebuilds its buckets, and compilers compile
-TIMED_WINDOWS = 3  # with T = 1, and the same number with the suggested T, after one that is not timed
+# with T = 1, and the same number with the suggested T, after one that is not timed
+TIMED_WINDOWS = 3
 BACKWARD = 2 / 3  # of a micro-batch's time: two matrix products for each one of the forward
 WORTH = 0.02  # of a window's time: saving less waiting than that is not worth any memory
 
@@ -31,7 +32,9 @@ class Overlap:
     T changes time and memory, but not results.
     """
 
-    def __init__(self, strategy: Strategy, asked: int | str, blocks: Sequence[nn.Module], limit: int | None) -> None:
+    def __init__(
+        self, strategy: Strategy, asked: int | str, blocks: Sequence[nn.Module], limit: int | None
+    ) -> None:
         """Check the options; with "auto", T is 1 until enough windows have been timed to choose it.
 
         Args:
@@ -47,7 +50,10 @@ class Overlap:
         for name, value in (("overlap_micro_batches", asked), ("overlap_limit", limit)):
             right = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not right and value != (AUTO if name == "overlap_micro_batches" else None):
-                raise ConfigError(f"{name} is {value!r}. Give a number of micro-batches, at least 1, or leave it out.")
+                raise ConfigError(
+                    f"{name} is {value!r}. Give a number of micro-batches, at least 1, or leave it "
+                    "out."
+                )
         obstacle = strategy.tail_obstacle(blocks)
         if isinstance(asked, int) and asked > 1 and strategy.world.group is not None:
             self._refuse(obstacle)
@@ -60,7 +66,10 @@ class Overlap:
     def __str__(self) -> str:
         if self._timing is not None and self.reason is None:
             return f"to be chosen by measured times after {WARM_WINDOWS + TIMED_WINDOWS} windows"
-        return f"the last {self.micro_batches} micro-batch(es) together{f' ({self.reason})' if self.reason else ''}"
+        return (
+            f"the last {self.micro_batches} micro-batch(es) "
+            f"together{f' ({self.reason})' if self.reason else ''}"
+        )
 
     def run(self, runner: MicroBatchRunner) -> Callable[[], None]:
         """Compute a window except for its last backwards, and return a function that runs those."""
@@ -69,14 +78,16 @@ class Overlap:
         self._refuse(self._strategy.tail_obstacle(self._blocks))
         # Also with T = 1 while windows are timed: a model that cannot be cut is then refused in the
         # first window.
-        return tail.run(self._strategy, runner, self._blocks, min(self.micro_batches, runner.rounds))
+        return tail.run(
+            self._strategy, runner, self._blocks, min(self.micro_batches, runner.rounds)
+        )
 
     def _refuse(self, obstacle: str | None) -> None:
         """Raise ConfigError if there is an obstacle to a T above 1."""
         if obstacle is not None:
             raise ConfigError(
-                f"overlap_micro_batches above 1 is not possible here: {obstacle}. Use overlap_micro_batches=1 "
-                "(accum.overlap_micro_batches on the command line)."
+                f"overlap_micro_batches above 1 is not possible here: {obstacle}. Use "
+                "overlap_micro_batches=1 (accum.overlap_micro_batches on the command line)."
             )
 
     def observe(self, runner: MicroBatchRunner, end: Mark) -> float | None:
@@ -183,6 +194,7 @@ class _Timing:
         self._plain_s, self._windows, self._left_out = whole, [], 1
         least = "" if self._suggested == wanted else f" (T={wanted} would hide all of it)"
         why = (
-            f"{waits}, and the backward of a micro-batch takes about {backward:.2g} s{least}; tried in the next windows"
+            f"{waits}, and the backward of a micro-batch takes about {backward:.2g} s{least}; "
+            "tried in the next windows"
         )
         return self._suggested, why, False

@@ -60,7 +60,9 @@ class Cuts:
         """Cut the forwards that run inside; the hooks are removed on leaving."""
         # Before FSDP2's own hooks on a block, so that they see the backward of the whole block.
         hooks = [
-            block.register_forward_pre_hook(partial(self._before, index), prepend=True, with_kwargs=True)
+            block.register_forward_pre_hook(
+                partial(self._before, index), prepend=True, with_kwargs=True
+            )
             for index, block in enumerate(self._blocks)
             if index > 0
         ]
@@ -82,7 +84,9 @@ class Cuts:
             ConfigError: for a model whose blocks are not a chain.
         """
         made, self._made = self._made, []
-        owners: dict[Any, int] = {}  # node of the graph -> number of the segment that reached it first
+        owners: dict[
+            Any, int
+        ] = {}  # node of the graph -> number of the segment that reached it first
         parts = []
         for number, ends in enumerate([*(ends for _, ends, _ in made), loss]):
             block, _, begins = made[number - 1] if number else (0, None, None)
@@ -90,11 +94,19 @@ class Cuts:
             if any(leaf is other for leaf in leaves for _, _, other in made if other is not begins):
                 raise refused("what an earlier block returned is also used after the next block")
             if shared and number < len(made):
-                raise refused(f"a block shares a parameter with what comes before it (segment {number})")
-            parts.append(Segment(block, ends, begins, [leaf for leaf in leaves if leaf is not begins], shared))
+                raise refused(
+                    f"a block shares a parameter with what comes before it (segment {number})"
+                )
+            parts.append(
+                Segment(
+                    block, ends, begins, [leaf for leaf in leaves if leaf is not begins], shared
+                )
+            )
         return parts
 
-    def _before(self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(
+        self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Cut before block `index`, as a forward pre-hook."""
         places = dict(enumerate(args)) | kwargs
         changed = self._cut(index, places)
@@ -124,12 +136,20 @@ class Cuts:
         """
         if not torch.is_grad_enabled():
             return None
-        found = [place for place, value in places.items() if isinstance(value, Tensor) and value.requires_grad]
+        found = [
+            place
+            for place, value in places.items()
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
         if len(found) > 1:
-            raise refused(f"{len(found)} tensors with gradients go into or out of block {index}, but only one may")
+            raise refused(
+                f"{len(found)} tensors with gradients go into or out of block {index}, but only "
+                "one may"
+            )
         if self._made and self._made[-1][0] >= index:
             raise refused(
-                f"block {index} is called after block {self._made[-1][0]}, or more than once in a micro-batch"
+                f"block {index} is called after block {self._made[-1][0]}, or more than once in a "
+                "micro-batch"
             )
         if not found:  # everything before it is frozen
             return None
@@ -151,7 +171,9 @@ class _Handed(torch.autograd.Function):
         return gradient
 
 
-def _explore(root: Tensor, number: int, owners: dict[Any, int]) -> tuple[list[Tensor], list[Tensor]]:
+def _explore(
+    root: Tensor, number: int, owners: dict[Any, int]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Find the leaves that a segment's graph accumulates gradients into.
 
     Args:
@@ -184,6 +206,6 @@ def _explore(root: Tensor, number: int, owners: dict[Any, int]) -> tuple[list[Te
 def refused(reason: str) -> ConfigError:
     """Return the error for a model that cannot be computed block by block."""
     return ConfigError(
-        f"overlap_micro_batches above 1 needs a model whose blocks are a chain, but here {reason}. Use "
-        "overlap_micro_batches=1 (accum.overlap_micro_batches on the command line)."
+        f"overlap_micro_batches above 1 needs a model whose blocks are a chain, but here {reason}. "
+        "Use overlap_micro_batches=1 (accum.overlap_micro_batches on the command line)."
     )

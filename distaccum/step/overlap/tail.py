@@ -22,7 +22,10 @@ from distaccum.step.overlap.segments import Cuts, Segment, refused
 
 
 def run(
-    strategy: Strategy, runner: MicroBatchRunner, blocks: Sequence[nn.Module], overlap_micro_batches: int
+    strategy: Strategy,
+    runner: MicroBatchRunner,
+    blocks: Sequence[nn.Module],
+    overlap_micro_batches: int,
 ) -> Callable[[], None]:
     """Compute a window except for the last T micro-batches' backwards through the blocks.
 
@@ -47,9 +50,11 @@ def run(
             last = index == rounds - 1
             with strategy.tail_micro_batch(first=index == 0, last=last):
                 root, gradient = runner.forward_next()
-                backward = _Backward(cuts.segments(root), gradient, manually=strategy.sends_at_once and not last)
+                backward = _Backward(
+                    cuts.segments(root), gradient, manually=strategy.sends_at_once and not last
+                )
                 if backward.block == len(blocks):
-                    backward.step()  # the head first, so that its logits, which are large, are freed
+                    backward.step()  # the head first, which frees its large logits
             micro_batches.append(backward)
             if backward.blocks != micro_batches[0].blocks:
                 raise refused("one micro-batch leaves out blocks that another one computes")
@@ -101,16 +106,24 @@ class _Backward:
         # Autograd would add a shared parameter's gradients in this order: the held one first.
         held = [parameter for parameter in segment.parameters if parameter in self._held]
         ends = [segment.ends, *(parameter.view_as(parameter) for parameter in held)]
-        gradients = [self._gradient, *(self._held.pop(parameter).to(parameter.dtype) for parameter in held)]
+        gradients = [
+            self._gradient,
+            *(self._held.pop(parameter).to(parameter.dtype) for parameter in held),
+        ]
         if self._manually or segment.shared:
             self._gradient = self._apart(segment, ends, gradients)
         else:
             torch.autograd.backward(ends, gradients)
             self._gradient = None if segment.begins is None else segment.begins.grad
         if self._segments and self._gradient is None:
-            raise refused(f"the loss of a micro-batch does not depend on what comes before block {segment.block}")
+            raise refused(
+                "the loss of a micro-batch does not depend on what comes before block "
+                f"{segment.block}"
+            )
 
-    def _apart(self, segment: Segment, ends: list[Tensor], gradients: list[Tensor | None]) -> Tensor | None:
+    def _apart(
+        self, segment: Segment, ends: list[Tensor], gradients: list[Tensor | None]
+    ) -> Tensor | None:
         """Run the backward of a segment without autograd's accumulation.
 
         Gradients of shared parameters are held, and the others are added to `.grad`.
@@ -119,7 +132,9 @@ class _Backward:
             The gradient with respect to the segment's `begins`, or None if there is none.
         """
         starts = [] if segment.begins is None else [segment.begins]
-        found = torch.autograd.grad(ends, [*starts, *segment.parameters], gradients, allow_unused=True)
+        found = torch.autograd.grad(
+            ends, [*starts, *segment.parameters], gradients, allow_unused=True
+        )
         pairs = zip(segment.parameters, found[len(starts) :], strict=True)
         fresh = {parameter: gradient for parameter, gradient in pairs if gradient is not None}
         for parameter in segment.shared:
@@ -136,15 +151,22 @@ class _Backward:
 @torch.no_grad()
 def _add(fresh: Mapping[Tensor, Tensor]) -> None:
     """Add gradients to `.grad` as autograd's accumulation does, but without its hooks."""
-    known = [(total, gradient) for parameter, gradient in fresh.items() if (total := parameter.grad) is not None]
+    known = [
+        (total, gradient)
+        for parameter, gradient in fresh.items()
+        if (total := parameter.grad) is not None
+    ]
     if known:
         torch._foreach_add_([total for total, _ in known], [gradient for _, gradient in known])
     for parameter, gradient in fresh.items():
         if parameter.grad is None:
-            parameter.grad = gradient.clone()  # autograd may have given one tensor to two parameters
+            # autograd may have given one tensor to two parameters
+            parameter.grad = gradient.clone()
 
 
-def _modules(model: nn.Module, blocks: Sequence[nn.Module], block: int, behind: int) -> list[nn.Module]:
+def _modules(
+    model: nn.Module, blocks: Sequence[nn.Module], block: int, behind: int
+) -> list[nn.Module]:
     """Return the modules whose gradients the backward of a segment completes.
 
     They are the modules in the blocks from `block` to the one before `behind`. With block 0 they

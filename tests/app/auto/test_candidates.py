@@ -1,4 +1,5 @@
-"""Which of many plans: by arithmetic on plans made by hand, and on a small GPT whose memory is predicted."""
+"""Which of many plans: by arithmetic on plans made by hand, and on a small GPT whose memory is
+predicted."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ from distaccum.planner.step_time import StepTime
 from distaccum.planner.timeline import Peak
 
 SMALL = (
-    "data=path", "data.seq_len=32", "data.validation_fraction=0.2", "model.num_layers=4", "model.width=128",
-    "model.num_heads=2", "accum.effective_batch_size=32", "accum.micro_batch_size=2", "optim.schedule.warmup=2",
-    "train.steps=4",
+    "data=path", "data.seq_len=32", "data.validation_fraction=0.2", "model.num_layers=4",
+    "model.width=128", "model.num_heads=2", "accum.effective_batch_size=32",
+    "accum.micro_batch_size=2", "optim.schedule.warmup=2", "train.steps=4",
     "device=cpu", "limits.margin=0",
 )  # fmt: skip
 
@@ -39,7 +40,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def configured(*overrides: str) -> Config:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        plain: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True, enum_to_str=True)
+        plain: Any = OmegaConf.to_container(
+            compose("config", list(overrides)), resolve=True, enum_to_str=True
+        )
     check(plain)
     return typed(plain)
 
@@ -55,17 +58,31 @@ def by_hand(text: list[str]) -> Any:
     setup = setup_of(configured(*SMALL, *text), 2)
 
     def made(
-        peak: int, flops: int = 0, sent: int = 0, seconds: float | None = None, micro_batches: int = 1
+        peak: int,
+        flops: int = 0,
+        sent: int = 0,
+        seconds: float | None = None,
+        micro_batches: int = 1,
     ) -> Candidate:
-        time = None if seconds is None else StepTime(compute_s=seconds, exposed_s=0.0, hidden_s=0.0, update_s=0.0)
-        return Candidate(setup, 1, micro_batches, 1, False, Peak(peak, "the update"), flops, sent, time)
+        time = (
+            None
+            if seconds is None
+            else StepTime(compute_s=seconds, exposed_s=0.0, hidden_s=0.0, update_s=0.0)
+        )
+        return Candidate(
+            setup, 1, micro_batches, 1, False, Peak(peak, "the update"), flops, sent, time
+        )
 
     return made
 
 
 def test_a_plan_that_costs_more_must_take_less_memory(by_hand: Any) -> None:
-    """100 bytes in 1 s; 80 in 2 s; 75 in 3 s saves less than a tenth of 80; 40 in 4 s; 50 in 5 s is beaten."""
-    plans = [by_hand(memory, seconds=seconds) for memory, seconds in ((50, 5), (40, 4), (75, 3), (80, 2), (100, 1))]
+    """100 bytes in 1 s; 80 in 2 s; 75 in 3 s saves less than a tenth of 80; 40 in 4 s; 50 in 5 s is
+    beaten."""
+    plans = [
+        by_hand(memory, seconds=seconds)
+        for memory, seconds in ((50, 5), (40, 4), (75, 3), (80, 2), (100, 1))
+    ]
     assert [one.peak.total for one in pareto_front(plans)] == [100, 80, 40]
 
 
@@ -76,9 +93,9 @@ def test_without_speeds_work_counts_before_messages_before_micro_batches(by_hand
     assert choose([less_work, less_sent, fewer_micro_batches], 100)[0] == fewer_micro_batches
     # 1 % more sent is padding, and does not outweigh the micro-batches.
     assert (
-        choose([by_hand(100, 10, 1000, micro_batches=9), by_hand(100, 10, 1010, micro_batches=2)], 100)[
-            0
-        ].gradient_accumulation_steps
+        choose(
+            [by_hand(100, 10, 1000, micro_batches=9), by_hand(100, 10, 1010, micro_batches=2)], 100
+        )[0].gradient_accumulation_steps
         == 2
     )
 
@@ -93,7 +110,9 @@ def test_the_fastest_that_fits(by_hand: Any) -> None:
     assert why.endswith(" would take 100 B")
     least, why = choose(plans, 49)
     assert least == slower
-    assert why == "no plan is predicted to fit 49 B: this one takes the least, 50 B during the update"
+    assert (
+        why == "no plan is predicted to fit 49 B: this one takes the least, 50 B during the update"
+    )
 
 
 def test_what_is_given_is_kept(task: Task, text: list[str]) -> None:
@@ -102,7 +121,9 @@ def test_what_is_given_is_kept(task: Task, text: list[str]) -> None:
         found = Candidates(config, task, ranks, None, Footprint(config, task)).open()
         return {(one.setup.strategy, one.setup.sync, one.micro_batch_size) for one in found}
 
-    hsdp = {("hsdp", policy, 2) for policy in ("boundary", "gather_once", "reduce_scatter", "every")}
+    hsdp = {
+        ("hsdp", policy, 2) for policy in ("boundary", "gather_once", "reduce_scatter", "every")
+    }
     fsdp = {("fsdp", policy, 2) for policy in ("boundary", "gather_once", "every")}
     assert ways() == {("ddp", "boundary", 2)} | fsdp | hsdp
     assert ways(ranks=1) == ways("parallel=single", ranks=1) == {("single", "boundary", 2)}
@@ -111,7 +132,9 @@ def test_what_is_given_is_kept(task: Task, text: list[str]) -> None:
     assert ways("parallel=ddp") == {("ddp", "boundary", 2)}
     assert ways("parallel=fsdp", "accum.sync=gather_once") == {("fsdp", "gather_once", 2)}
     assert ways("parallel=ddp", "accum.sync=every") == {("ddp", "every", 2)}
-    assert ways("parallel=ddp", "accum.micro_batch_size=auto") == {("ddp", "boundary", size) for size in (1, 2, 4, 8)}
+    assert ways("parallel=ddp", "accum.micro_batch_size=auto") == {
+        ("ddp", "boundary", size) for size in (1, 2, 4, 8)
+    }
     assert ways("parallel=ddp", "accum.micro_batch_size=auto", "accum.effective_batch_size=24") == {
         ("ddp", "boundary", size) for size in (1, 2, 4, 6)
     }
@@ -123,7 +146,9 @@ def test_auto_is_what_the_memory_allows(task: Task, text: list[str]) -> None:
 
     def predicted(strategy: StrategyName, sync: Sync) -> int:
         parallel, accum = replace(config.parallel, name=strategy), replace(config.accum, sync=sync)
-        return footprint.peak(setup_of(replace(config, parallel=parallel, accum=accum), 2), 2, 8).total
+        return footprint.peak(
+            setup_of(replace(config, parallel=parallel, accum=accum), 2), 2, 8
+        ).total
 
     def chosen(usable: int | None) -> tuple[StrategyName, Sync, str]:
         found, told = resolved(config, task, 2, usable, None)
@@ -145,7 +170,8 @@ def test_auto_is_what_the_memory_allows(task: Task, text: list[str]) -> None:
     assert chosen(boundary - 1)[:2] == (StrategyName.fsdp, Sync.every)
     told = chosen(keep)[2]
     assert told.startswith(
-        "parallel=auto: fsdp, accum.sync=auto: gather_once: the fewest FLOPs, then the fewest bytes sent, of all plans"
+        "parallel=auto: fsdp, accum.sync=auto: gather_once: the fewest FLOPs, then the fewest "
+        "bytes sent, of all plans"
     )
     assert "ddp boundary" in told
     assert "no plan is predicted to fit" in chosen(every // 2)[2]

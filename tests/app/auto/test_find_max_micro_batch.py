@@ -1,5 +1,5 @@
-"""`accum.micro_batch_size=auto`: agreed on by all ranks, as large as the memory really allows, and nothing else
-changes."""
+"""`accum.micro_batch_size=auto`: agreed on by all ranks, as large as the memory really allows, and
+nothing else changes."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ from distaccum.parallel.world import World as Ranks
 from distaccum.planner.meter import Meter
 
 CPU = torch.device("cpu")
-# 24 samples a window: 24, 12 or 6 for each rank of 1, 2 and 4. Samples differ in length, so that the longest matter.
+# 24 samples a window: 24, 12 or 6 for each rank of 1, 2 and 4. Samples differ in length, so that
+# the longest matter.
 TINY = [
-    "data=path", "data.seq_len=32", "data.layout=ragged", "data.validation_fraction=0.2", "model.num_layers=1",
-    "model.width=32", "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=24",
-    "accum.micro_batch_size=auto",
-    "limits.memory=1GiB", "limits.margin=0", "optim.schedule.warmup=2", "train.steps=4", "loader.workers=0",
-    "device=cpu", "train.validation_samples=4", "precision=fp64",
+    "data=path", "data.seq_len=32", "data.layout=ragged", "data.validation_fraction=0.2",
+    "model.num_layers=1", "model.width=32", "model.num_heads=2", "model.dropout=0.1",
+    "accum.effective_batch_size=24", "accum.micro_batch_size=auto",
+    "limits.memory=1GiB", "limits.margin=0", "optim.schedule.warmup=2", "train.steps=4",
+    "loader.workers=0", "device=cpu", "train.validation_samples=4", "precision=fp64",
 ]  # fmt: skip
 SPREAD = [
     (1, ["parallel=single"]), (2, ["parallel=ddp"]), (2, ["parallel=fsdp"]),
     (2, ["parallel=fsdp", "accum.sync=gather_once"]),
     (4, ["parallel=ddp"]), (4, ["parallel=hsdp"]),
 ]  # fmt: skip
-NEIGHBOURS = {1: (8, 12), 2: (6, 8), 4: (3, 4)}  # by ranks, two sizes that micro-batches of 24 samples can have
+# by ranks, two sizes that micro-batches of 24 samples can have
+NEIGHBOURS = {1: (8, 12), 2: (6, 8), 4: (3, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +55,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Documents of 10 to 60 bytes."""
     folder = tmp_path_factory.mktemp("text")
     for number in range(80):
-        (folder / f"{number:02}.txt").write_text("".join(chr(97 + (i * i + number) % 26) for i in range(10 + number)))
+        (folder / f"{number:02}.txt").write_text(
+            "".join(chr(97 + (i * i + number) % 26) for i in range(10 + number))
+        )
     return [f"data.path={folder}", f"data.cache_dir={tmp_path_factory.mktemp('cache')}"]
 
 
 def configured(*overrides: str) -> Config:
     """What the command line makes of them."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        plain: Any = OmegaConf.to_container(compose("config", [*TINY, *overrides]), resolve=True, enum_to_str=True)
+        plain: Any = OmegaConf.to_container(
+            compose("config", [*TINY, *overrides]), resolve=True, enum_to_str=True
+        )
     check(plain)
     return typed(plain)
 
@@ -99,9 +105,11 @@ def found(config: Config, memory: list[int]) -> Found:
 
 
 def trained(config: Config) -> tuple[int, Tensor, Tensor]:
-    """On each rank, two windows on the real group: the peak, and the parameters [n] before and afterwards.
+    """On each rank, two windows on the real group: the peak, and the parameters [n] before and
+    afterwards.
 
-    The peak is the least of three trainings: FSDP2's messages are copied by gloo, and freed on another thread, at times
+    The peak is the least of three trainings: FSDP2's messages are copied by gloo, and freed on
+        another thread, at times
     late.
     """
     world, task = quiet(), build_task(config)
@@ -113,7 +121,9 @@ def trained(config: Config) -> tuple[int, Tensor, Tensor]:
         with Meter(world.device) as meter:
             accumulator = make_accumulator(config, task, world)
             model = accumulator.strategy.evaluation_model
-            for _, micro_batches in Loader(task.train, plan, world.rank, world.size).windows(0, 0, 2):
+            for _, micro_batches in Loader(task.train, plan, world.rank, world.size).windows(
+                0, 0, 2
+            ):
                 accumulator.step(micro_batches)
             peaks.append(meter.peak_bytes)
         after = flat(model)
@@ -156,7 +166,8 @@ def one_rank_fails(config: Config) -> str:
 
 
 def left_behind(config: Config) -> list[tuple[str, Any, Any]]:
-    """On each rank: what a rehearsal must leave alone, before and after one that fits and one that does not."""
+    """On each rank: what a rehearsal must leave alone, before and after one that fits and one that
+    does not."""
 
     def state() -> dict[str, Any]:
         group = dist.distributed_c10d
@@ -187,7 +198,9 @@ def test_the_search_finds_every_threshold_with_few_trials(most: int) -> None:
             tried.append(number)
             return number <= threshold
 
-        expected = max((number for number in range(1, most + 1) if number <= threshold), default=None)
+        expected = max(
+            (number for number in range(1, most + 1) if number <= threshold), default=None
+        )
         assert largest(fits, most) == expected
         assert len(set(tried)) == len(tried)  # none twice
         assert set(tried) <= set(range(1, most + 1))
@@ -214,9 +227,11 @@ def two_ranks(worlds: dict[int, World]) -> World:
 def test_one_rank_short_of_memory_decides_for_all(
     worlds: dict[int, World], ranks: int, spread: list[str], text: list[str]
 ) -> None:
-    """The last rank has room for a window of micro-batches of one size and not of the next one; the others have plenty.
+    """The last rank has room for a window of micro-batches of one size and not of the next one; the
+    others have plenty.
 
-    Updates in float64, with SGD and without dropout: other micro-batches round otherwise, 1e-16 for each of some
+    Updates in float64, with SGD and without dropout: other micro-batches round otherwise, 1e-16 for
+        each of some
     thousand additions whose errors do not add up.
     """
     fitting, beyond = NEIGHBOURS[ranks]
@@ -230,9 +245,11 @@ def test_one_rank_short_of_memory_decides_for_all(
     assert len({each.text for each in told}) == 1  # the same words on all ranks
     assert f"{fitting} samples fit" in told[0].text
     assert f"{beyond} did not" in told[0].text
-    # It is true of the training itself, on the real group, and the update is that of the micro-batches of 2 as planned.
+    # It is true of the training itself, on the real group, and the update is that of the
+    # micro-batches of 2 as planned.
     on_found, on_next, planned = (
-        world.run(trained, with_micro_batch(config, size)) for size in (told[0].micro_batch_size, beyond, 2)
+        world.run(trained, with_micro_batch(config, size))
+        for size in (told[0].micro_batch_size, beyond, 2)
     )
     assert on_found[-1][0] <= memory
     assert on_next[-1][0] > memory * 0.95
@@ -253,13 +270,16 @@ def test_all_have_enough(two_ranks: World, text: list[str]) -> None:
     ["parallel=ddp", "accum.overlap_micro_batches=2", "model.num_layers=2"],
     ["parallel=ddp", "accum.on_oom=shrink"],
     ["parallel=fsdp", "accum.sync=every", "precision=bf16"],
-    ["parallel=fsdp", "accum.sync=gather_once", "accum.overlap_micro_batches=4", "model.num_layers=2"],
-    ["parallel=fsdp", "nn.checkpoint=true"],
+    ["parallel=fsdp", "accum.sync=gather_once", "accum.overlap_micro_batches=4",
+    "model.num_layers=2"], ["parallel=fsdp", "nn.checkpoint=true"],
     ["parallel=ddp", "data.layout=packed", "precision=fp16"],
     ["parallel=hsdp", "accum.sync=reduce_scatter"],
 ])  # fmt: skip
-def test_what_is_rehearsed_is_what_is_trained(two_ranks: World, text: list[str], overrides: list[str]) -> None:
-    """To a percent: the longest samples are rehearsed, and windows of a training are of others too."""
+def test_what_is_rehearsed_is_what_is_trained(
+    two_ranks: World, text: list[str], overrides: list[str]
+) -> None:
+    """To a percent: the longest samples are rehearsed, and windows of a training are of others
+    too."""
     config = configured(*text, *overrides)
     dry_runs = two_ranks.run(peaks, config, [4])
     real = two_ranks.run(trained, with_micro_batch(config, 4))
@@ -281,11 +301,21 @@ def test_images_with_batchnorm(two_ranks: World, batchnorm: str) -> None:
 
 
 def test_not_even_one_sample_fits(two_ranks: World, text: list[str]) -> None:
-    told = two_ranks.run(said, configured(*text, "parallel=ddp", "limits.margin=0.1"), [2**30, 1_000_000])
+    told = two_ranks.run(
+        said, configured(*text, "parallel=ddp", "limits.margin=0.1"), [2**30, 1_000_000]
+    )
     assert told[0] == told[1].replace("limits.memory=1000000", "limits.memory=1073741824")
-    for words in ("not even 1 sample fits", "on rank 1:", "878.9 KiB", "nn.checkpoint=true", "parallel=fsdp"):
+    for words in (
+        "not even 1 sample fits",
+        "on rank 1:",
+        "878.9 KiB",
+        "nn.checkpoint=true",
+        "parallel=fsdp",
+    ):
         assert words in told[0]
-    advised = two_ranks.run(said, configured(*text, "parallel=fsdp", "optim=sgd", "nn.checkpoint=true"), [100_000] * 2)
+    advised = two_ranks.run(
+        said, configured(*text, "parallel=fsdp", "optim=sgd", "nn.checkpoint=true"), [100_000] * 2
+    )
     assert not any(words in advised[0] for words in ("parallel=fsdp", "optim=sgd", "nn.checkpoint"))
     assert "precision=fp32" in advised[0]
 
@@ -298,15 +328,20 @@ def test_an_error_of_one_rank_ends_all(two_ranks: World, text: list[str]) -> Non
 
 def test_only_sizes_that_divide_where_ragged_is_refused(two_ranks: World, text: list[str]) -> None:
     config = configured(*text, "parallel=ddp", "accum.ragged=refuse")
-    *_, (enough,) = two_ranks.run(peaks, config, [5])  # of 1, 2, 3, 4, 6 and 12, which divide 12, there is room for 4
+    # of 1, 2, 3, 4, 6 and 12, which divide 12, there is room for 4
+    *_, (enough,) = two_ranks.run(peaks, config, [5])
     told = two_ranks.run(found, config, [2**30, enough])
     assert told[0].micro_batch_size == told[1].micro_batch_size == 4
     assert set(told[0].trials) <= {1, 2, 3, 4, 6, 12}
     assert "6 did not" in told[0].text
 
 
-def test_a_schedule_keeps_all_ranks_busy_in_its_smallest_batch(two_ranks: World, text: list[str]) -> None:
-    schedule = "accum.schedule=[{from: 0, effective_batch_size: 6}, {from: 2, effective_batch_size: 24}]"
+def test_a_schedule_keeps_all_ranks_busy_in_its_smallest_batch(
+    two_ranks: World, text: list[str]
+) -> None:
+    schedule = (
+        "accum.schedule=[{from: 0, effective_batch_size: 6}, {from: 2, effective_batch_size: 24}]"
+    )
     config = configured(*text, "parallel=ddp", "accum.effective_batch_size=null", schedule)
     assert {each.micro_batch_size for each in two_ranks.run(found, config, [2**30] * 2)} == {3}
     ramp = replace(config, accum=replace(config.accum, ramp=type(config.accum.ramp)("linear")))
@@ -345,21 +380,35 @@ def test_a_number_is_left_alone(text: list[str]) -> None:
 def test_the_longest_samples(text: list[str]) -> None:
     train = build_task(configured(*text)).train
     lengths = [train.num_targets([sample]) for sample in range(len(train))]
-    assert [train.num_targets([sample]) for sample in train.longest_samples(7)] == sorted(lengths, reverse=True)[:7]
+    assert [train.num_targets([sample]) for sample in train.longest_samples(7)] == sorted(
+        lengths, reverse=True
+    )[:7]
     assert sorted(train.longest_samples(len(train))) == list(range(len(train)))
 
 
 def short_at_every_limit(config: Config) -> list[bool]:
-    """On each rank: wherever memory runs out, also while samples are read and before FSDP2 has begun."""
+    """On each rank: wherever memory runs out, also while samples are read and before FSDP2 has
+    begun."""
     world, task = quiet(), build_task(config)
     enough = dry_run(config, task, world, 4, 3, None).peak_bytes
-    fits = [dry_run(config, task, world, 4, 3, enough * tenths // 10).fits for tenths in (0, 2, 4, 8, 9, 11)]
-    with mock.patch.object(type(task.train), "batch", side_effect=torch.OutOfMemoryError("while samples are read")):
+    fits = [
+        dry_run(config, task, world, 4, 3, enough * tenths // 10).fits
+        for tenths in (0, 2, 4, 8, 9, 11)
+    ]
+    with mock.patch.object(
+        type(task.train), "batch", side_effect=torch.OutOfMemoryError("while samples are read")
+    ):
         return [*fits, dry_run(config, task, world, 4, 3, None).fits]
 
 
 def test_memory_may_run_out_anywhere(two_ranks: World) -> None:
-    images = ["model=resnet", "data=digits", "model.widths=[4,8]", "model.blocks_per_stage=1", "parallel=fsdp"]
+    images = [
+        "model=resnet",
+        "data=digits",
+        "model.widths=[4,8]",
+        "model.blocks_per_stage=1",
+        "parallel=fsdp",
+    ]
     whole = [name for name in TINY if not name.startswith(("data", "model"))]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         made = compose("config", [*whole, *images])

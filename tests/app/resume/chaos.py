@@ -1,4 +1,5 @@
-"""Runs killed at random and started again: `python tests/app/resume/chaos.py N [SEED]`, or scripts/chaos.sh."""
+"""Runs killed at random and started again: `python tests/app/resume/chaos.py N [SEED]`, or
+scripts/chaos.sh."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).parents[2] / "support"))  # where worlds.py is; pytest has it there already
+# where worlds.py is; pytest has it there already
+sys.path.insert(1, str(Path(__file__).parents[2] / "support"))
 
 from faults import Fault
 from runs import STEPS, TINY, Run, Undisturbed, assert_each_sample_once
@@ -44,9 +46,14 @@ class Point:
     def __str__(self) -> str:
         how = "asynchronous" if self.asynchronous else "synchronous"
         kills = "; ".join(
-            f"{kill.kind} {kill.at} of step {kill.step} on rank {kill.rank}"
-            if isinstance(kill, Fault)
-            else f"kill {'all' if kill.rank is None else f'rank {kill.rank}'} after {kill.share:.0%} of its time"
+            (
+                f"{kill.kind} {kill.at} of step {kill.step} on rank {kill.rank}"
+                if isinstance(kill, Fault)
+                else (
+                    f"kill {'all' if kill.rank is None else f'rank {kill.rank}'} after "
+                    f"{kill.share:.0%} of its time"
+                )
+            )
             for kill in self.kills
         )
         return f"{self.parallel} x{self.ranks}, every {self.every_steps} {how}: {kills}"
@@ -69,7 +76,8 @@ def draw(seed: int, number: int) -> Point:
     every = dice.choice([1, 2, 3])
     steps = sorted(dice.sample(range(1, STEPS + 1), dice.choice([1, 1, 2, 3])))
     kills = [_draw_kill(dice, ranks, every, step) for step in steps]
-    kills.sort(key=lambda kill: isinstance(kill, ByClock))  # last: nobody knows which step they let a run come to
+    # last: nobody knows which step they let a run come to
+    kills.sort(key=lambda kill: isinstance(kill, ByClock))
     return Point(
         ranks,
         "single" if ranks == 1 else dice.choice(["ddp", "fsdp"]),
@@ -106,9 +114,13 @@ def befall(point: Point, folder: Path, undisturbed: Undisturbed) -> StepStats:
         if isinstance(kill, Fault):
             attempt = run.start(point.ranks, faults=[kill])
             if not run.acted(kill):
-                return StepStats(f"the fault did not happen: {kill}\n{attempt}", [], hit, while_saving)
+                return StepStats(
+                    f"the fault did not happen: {kill}\n{attempt}", [], hit, while_saving
+                )
         else:
-            attempt = run.start(point.ranks, meanwhile=_killer(kill, kill.share * expected.attempts[0].seconds))
+            attempt = run.start(
+                point.ranks, meanwhile=_killer(kill, kill.share * expected.attempts[0].seconds)
+            )
         killed = -signal.SIGKILL in attempt.codes
         hit += killed
         while_saving += killed and any(run.run_dir.glob("checkpoints/*.part"))
@@ -145,7 +157,8 @@ def _killer(kill: ByClock, delay_s: float) -> Callable[[list[int]], None]:
 
 
 def _lost(run: Run) -> list[int]:
-    """By start that followed another: the steps that rank 0 had recorded, and that were done again."""
+    """By start that followed another: the steps that rank 0 had recorded, and that were done
+    again."""
     lost, step = [], 0
     for record in read_metrics(run.run_dir / "metrics.jsonl"):
         if record["kind"] == "step":
@@ -170,14 +183,21 @@ def main(count: int, seed: int) -> int:
                 outcome = befall(point, Path(place) / f"point-{number}", undisturbed)
             except AssertionError as error:
                 outcome = StepStats(str(error), [], 0, 0)
-            print(f"{number:4} {point}: {outcome.trouble or 'equal'}; steps lost {outcome.lost}", flush=True)
+            print(
+                f"{number:4} {point}: {outcome.trouble or 'equal'}; steps lost {outcome.lost}",
+                flush=True,
+            )
             hit, while_saving = hit + outcome.hit, while_saving + outcome.while_saving
             lost += outcome.lost
             bad += [number] if outcome.trouble else []
     print(
-        f"{count} runs (seed {seed}), killed {hit} times, {while_saving} of these while something was half-saved; "
-        f"{sum(lost)} steps done again, {max(lost, default=0)} at most; "
-        + (f"different: {bad}" if bad else "all equal to the undisturbed runs, bit for bit and sample by sample")
+        f"{count} runs (seed {seed}), killed {hit} times, {while_saving} of these while something "
+        f"was half-saved; {sum(lost)} steps done again, {max(lost, default=0)} at most; "
+        + (
+            f"different: {bad}"
+            if bad
+            else "all equal to the undisturbed runs, bit for bit and sample by sample"
+        )
         + f"; {time.monotonic() - began:.0f} s"
     )
     return int(bool(bad))

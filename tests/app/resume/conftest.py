@@ -18,4 +18,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 @pytest.fixture
 def run(tmp_path: Path, undisturbed: Undisturbed) -> Callable[..., Run]:
     """Make a run of the same data in a new folder: `run("parallel=ddp", ...)`."""
-    return lambda *more: Run(tmp_path / str(len(list(tmp_path.iterdir()))), *undisturbed.overrides, *more)
+    return lambda *more: Run(
+        tmp_path / str(len(list(tmp_path.iterdir()))), *undisturbed.overrides, *more
+    )

@@ -1,7 +1,9 @@
-"""Faults as data: what goes wrong, on which rank, at which step, where in it. Installed from outside.
+"""Faults as data: what goes wrong, on which rank, at which step, where in it. Installed from
+outside.
 
-Named functions of the package are wrapped for the duration; the package itself knows nothing of it. Before a fault
-acts, it is on disk as RUN/faults/rank-N-step-M.json, so that a test can tell a fault that came from one that did not.
+Named functions of the package are wrapped for the duration; the package itself knows nothing of it.
+Before a fault acts, it is on disk as RUN/faults/rank-N-step-M.json, so that a test can tell a fault
+that came from one that did not.
 """
 
 from __future__ import annotations
@@ -42,14 +44,26 @@ PLACES = (
     "pointer",  # rank 0: it has its name, and `latest` does not point to it
 )
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-KINDS = ("kill", "kill_all", "raise", "hang", "slow", "nan", "oom", "corrupt", "fill_disk", *SIGNALS)
+KINDS = (
+    "kill",
+    "kill_all",
+    "raise",
+    "hang",
+    "slow",
+    "nan",
+    "oom",
+    "corrupt",
+    "fill_disk",
+    *SIGNALS,
+)
 HANG_S = 600.0
 SLOW_S = 0.5
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. `step` is the one being made, from 1; for evaluate to pointer the one just made; 0 at the start."""
+    """One fault. `step` is the one being made, from 1; for evaluate to pointer the one just made; 0
+    at the start."""
 
     rank: int
     step: int
@@ -81,7 +95,9 @@ class Fault:
 @contextlib.contextmanager
 def installed(faults: Sequence[Fault], run_dir: Path, rank: int, world_size: int) -> Iterator[None]:
     """Let the faults of this rank happen inside. Enter it on every rank, before the ranks meet."""
-    assert len({fault.record(run_dir) for fault in faults}) == len(faults), "one fault a rank and step"
+    assert len({fault.record(run_dir) for fault in faults}) == len(faults), (
+        "one fault a rank and step"
+    )
     folder = run_dir / "faults"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
@@ -171,7 +187,9 @@ class _Faults:
         def call(*args: Any, **kwargs: Any) -> Any:
             loss = inner(*args, **kwargs)
             if loss.requires_grad:
-                loss.register_hook(lambda grad: grad * float("nan") if self.reach("backward", self.step) else None)
+                loss.register_hook(
+                    lambda grad: grad * float("nan") if self.reach("backward", self.step) else None
+                )
             return loss
 
         return call

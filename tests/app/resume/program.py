@@ -1,4 +1,5 @@
-"""The command line with one more key: `train ... '+faults=[{rank: 1, step: 3, at: backward, kind: kill}]'`."""
+"""The command line with one more key: `train ... '+faults=[{rank: 1, step: 3, at: backward, kind:
+kill}]'`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Runs that are started again and again, in processes that cost a second: what they did is read from what they wrote.
+"""Runs that are started again and again, in processes that cost a second: what they did is read
+from what they wrote.
 
-Each rank is forked from a server that has imported everything (see worlds.py) and calls `train(job)`; only the
-launcher is left out, whose tests are elsewhere.
+Each rank is forked from a server that has imported everything (see worlds.py) and calls
+`train(job)`; only the launcher is left out, whose tests are elsewhere.
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ from distaccum.step.accumulator import Accumulator
 LIMIT_S = 60.0  # of one attempt
 GRACE_S = 4.0  # after the first rank has failed, until a launcher would end the others
 ALONE = World(0, 1, torch.device("cpu"), None)
-# 21 samples an epoch and 8 a window: two full windows and one of 5 samples, which is 3 micro-batches, so that with 4
-# ranks one has none. 8 steps are two epochs and two windows.
+# 21 samples an epoch and 8 a window: two full windows and one of 5 samples, which is 3
+# micro-batches, so that with 4 ranks one has none. 8 steps are two epochs and two windows.
 NUM_SAMPLES, STEPS = 21, 8
 TINY = (
-    "data=path", "data.seq_len=16", "data.validation_fraction=0.2", "model.num_layers=1", "model.width=16",
-    "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=8", "accum.micro_batch_size=2",
-    "optim.lr=0.01",
-    "optim.clip_norm=0.5", "optim.schedule.warmup=2", f"train.steps={STEPS}", "train.validate_every_steps=4",
-    "train.validation_samples=4", "train.log_every_steps=4", "checkpoint.every.steps=2",
-    "checkpoint.every.minutes=null",
+    "data=path", "data.seq_len=16", "data.validation_fraction=0.2", "model.num_layers=1",
+    "model.width=16", "model.num_heads=2", "model.dropout=0.1", "accum.effective_batch_size=8",
+    "accum.micro_batch_size=2", "optim.lr=0.01",
+    "optim.clip_norm=0.5", "optim.schedule.warmup=2", f"train.steps={STEPS}",
+    "train.validate_every_steps=4", "train.validation_samples=4", "train.log_every_steps=4",
+    "checkpoint.every.steps=2", "checkpoint.every.minutes=null",
     "loader.workers=0", "device=cpu",
 )  # fmt: skip
 
@@ -66,7 +67,9 @@ def write_text(folder: Path) -> list[str]:
     letters = random.Random(0)
     file = folder / "text.txt"
     # A fifth of the bytes are held out; what is left is a few tokens more than the samples need.
-    file.write_text("".join(letters.choice(string.ascii_letters) for _ in range(16 * NUM_SAMPLES * 5 // 4 + 8)))
+    file.write_text(
+        "".join(letters.choice(string.ascii_letters) for _ in range(16 * NUM_SAMPLES * 5 // 4 + 8))
+    )
     return [f"data.path={file}", f"data.cache_dir={folder / 'cache'}"]
 
 
@@ -77,7 +80,9 @@ def compose(*overrides: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        plain = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True, enum_to_str=True)
+        plain = OmegaConf.to_container(
+            hydra.compose("config", list(overrides)), resolve=True, enum_to_str=True
+        )
     check(plain)  # type: ignore[arg-type]
     return json.loads(json.dumps(plain))
 
@@ -121,7 +126,8 @@ class Run:
             more: overrides of this start.
             faults: of this start.
             meanwhile: called with the ranks' process ids as soon as they are started.
-            around: a function of a module; what it gives for (the attempt's folder, rank) is entered on each rank.
+            around: a function of a module; what it gives for (the attempt's folder, rank) is
+                entered on each rank.
         """
         config = compose(*self.overrides, *more)
         place = self.folder / "attempts" / str(len(self.attempts) + 1)
@@ -129,7 +135,9 @@ class Run:
         daemon = config["loader"]["workers"] == 0  # others may have children
         began = time.monotonic()
         processes = [
-            forked(_rank, config, self.run_dir, place, rank, ranks, list(faults), around, daemon=daemon)
+            forked(
+                _rank, config, self.run_dir, place, rank, ranks, list(faults), around, daemon=daemon
+            )
             for rank in range(ranks)
         ]
         if meanwhile is not None:
@@ -138,16 +146,23 @@ class Run:
         while any(process.exitcode is None for process in processes):
             left = deadline - time.monotonic()
             if left <= 0:
-                # With one that has failed the others only had its grace; without, they had all the time there is.
+                # With one that has failed the others only had its grace; without, they had all the
+                # time there is.
                 killed, late = True, late or not any(process.exitcode for process in processes)
                 for process in processes:
                     process.kill()
                 deadline = time.monotonic() + 10
-            wait([process.sentinel for process in processes if process.exitcode is None], timeout=max(0.0, left))
+            wait(
+                [process.sentinel for process in processes if process.exitcode is None],
+                timeout=max(0.0, left),
+            )
             if not killed and any(process.exitcode for process in processes):
                 deadline = min(deadline, time.monotonic() + GRACE_S)
         seconds = time.monotonic() - began
-        texts = [path.read_text() if path.exists() else "" for path in (place / f"rank-{r}.txt" for r in range(ranks))]
+        texts = [
+            path.read_text() if path.exists() else ""
+            for path in (place / f"rank-{r}.txt" for r in range(ranks))
+        ]
         attempt = Attempt([process.exitcode for process in processes], texts, seconds)
         self.attempts.append(attempt)
         if late:
@@ -174,12 +189,16 @@ class Run:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of the newest checkpoint."""
         checkpoint = self.checkpoint()
-        into = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in checkpoint.tensors.items()}
+        into = {
+            name: torch.empty(info.shape, dtype=info.dtype)
+            for name, info in checkpoint.tensors.items()
+        }
         checkpoint.load(into)
         return into
 
     def sha256(self, prefix: str = "") -> str:
-        """Over all tensors of the newest checkpoint, name by name; those of the model with `model.`."""
+        """Over all tensors of the newest checkpoint, name by name; those of the model with
+        `model.`."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors().items()):
             if name.startswith(prefix):
@@ -189,19 +208,26 @@ class Run:
 
     def records(self, kind: str) -> list[dict[str, Any]]:
         """Of metrics.jsonl, what stands."""
-        return [record for record in standing(read_metrics(self.run_dir / "metrics.jsonl")) if record["kind"] == kind]
+        return [
+            record
+            for record in standing(read_metrics(self.run_dir / "metrics.jsonl"))
+            if record["kind"] == kind
+        ]
 
     def notes(self) -> str:
         """All that was said, also in starts that were killed."""
         told = read_metrics(self.run_dir / "metrics.jsonl")
-        return "\n".join(str(record["text"]) for record in told if record["kind"] in ("note", "resume"))
+        return "\n".join(
+            str(record["text"]) for record in told if record["kind"] in ("note", "resume")
+        )
 
     def trajectory(self) -> list[tuple[int, float, float, float]]:
         """(step, loss, gradient norm, learning rate) of each step."""
         return [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in self.records("step")]
 
     def computed(self) -> dict[int, list[tuple[int, ...]]]:
-        """By step the rows of input that the last start which made it has really computed, over all ranks, sorted."""
+        """By step the rows of input that the last start which made it has really computed, over all
+        ranks, sorted."""
         found: dict[int, list[tuple[int, ...]]] = {}
         for number in range(1, len(self.attempts) + 1):
             now: dict[int, list[tuple[int, ...]]] = {}
@@ -215,7 +241,9 @@ class Run:
     def samples(self) -> dict[int, list[int]]:
         """The same as the samples' numbers."""
         numbers = {row: number for number, row in enumerate(rows_of(*self.overrides))}
-        return {step: sorted(numbers[row] for row in rows) for step, rows in self.computed().items()}
+        return {
+            step: sorted(numbers[row] for row in rows) for step, rows in self.computed().items()
+        }
 
     def acted(self, *faults: Fault) -> bool:
         """Whether all of these faults have happened."""
@@ -226,7 +254,10 @@ class Run:
 def rows_of(*overrides: str) -> list[tuple[int, ...]]:
     """The input of each training sample; all differ."""
     train = build_task(typed(compose(*overrides))).train
-    rows = [tuple(row.tolist()) for row in train.batch(range(len(train)), torch.Generator())["input_ids"]]
+    rows = [
+        tuple(row.tolist())
+        for row in train.batch(range(len(train)), torch.Generator())["input_ids"]
+    ]
     assert len(set(rows)) == len(rows) == NUM_SAMPLES
     return rows
 
@@ -234,7 +265,9 @@ def rows_of(*overrides: str) -> list[tuple[int, ...]]:
 def plan_of(*overrides: str) -> Plan:
     """What the run should do."""
     config = typed(compose(*overrides))
-    arithmetic: BatchArithmetic = solve(1, config.accum.effective_batch_size, config.accum.micro_batch_size)
+    arithmetic: BatchArithmetic = solve(
+        1, config.accum.effective_batch_size, config.accum.micro_batch_size
+    )
     return make_plan(config, build_task(config), arithmetic)
 
 
@@ -246,7 +279,9 @@ def assert_each_sample_once(run: Run, steps: int = STEPS) -> None:
     while len(windows) < steps:
         windows.append(plan.window(windows[-1].step + 1, windows[-1].next_start))
     for window in windows:
-        planned = [number for micro_batch in window.micro_batches for number in plan.samples(micro_batch)]
+        planned = [
+            number for micro_batch in window.micro_batches for number in plan.samples(micro_batch)
+        ]
         assert used[window.step + 1] == sorted(planned), f"step {window.step + 1}"
     for epoch in range(windows[-1].epoch):  # all but the last, which does not end
         counts = Counter(n for w in windows if w.epoch == epoch for n in used[w.step + 1])
@@ -262,7 +297,13 @@ def wait_for(path: Path, limit_s: float = 30.0) -> None:
 
 
 def _rank(
-    config: dict[str, Any], run_dir: Path, place: Path, rank: int, ranks: int, faults: list[Fault], around: Any
+    config: dict[str, Any],
+    run_dir: Path,
+    place: Path,
+    rank: int,
+    ranks: int,
+    faults: list[Fault],
+    around: Any,
 ) -> None:
     """What each process does."""
     from distaccum.launch.failure import report
@@ -270,7 +311,8 @@ def _rank(
     descriptor = os.open(place / f"rank-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    faulthandler.dump_traceback_later(0.75 * LIMIT_S)  # where a rank stands that will not end in time
+    # where a rank stands that will not end in time
+    faulthandler.dump_traceback_later(0.75 * LIMIT_S)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(place / "store"), ranks) if ranks > 1 else None
@@ -303,9 +345,8 @@ def _used(place: Path, rank: int) -> Iterator[None]:
     check_micro_batch, step = micro_batches._check, Accumulator.step
 
     def checking(objective: Any, window: Any, index: int, micro_batch: Any) -> None:
-        check_micro_batch(
-            objective, window, index, micro_batch
-        )  # called for each micro-batch that counts, just before its forward
+        # called for each micro-batch that counts, just before its forward
+        check_micro_batch(objective, window, index, micro_batch)
         if "input_ids" in micro_batch:
             rows.extend(micro_batch["input_ids"].tolist())
 
@@ -316,7 +357,10 @@ def _used(place: Path, rank: int) -> Iterator[None]:
             file.write(json.dumps({"step": window.step + 1, "rows": rows}) + "\n")
         return record
 
-    with mock.patch.object(micro_batches, "_check", checking), mock.patch.object(Accumulator, "step", stepping):
+    with (
+        mock.patch.object(micro_batches, "_check", checking),
+        mock.patch.object(Accumulator, "step", stepping),
+    ):
         yield
 
 

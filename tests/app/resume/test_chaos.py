@@ -1,4 +1,5 @@
-"""Seeded kills at random places and moments: the run goes on and ends as if nothing had happened."""
+"""Seeded kills at random places and moments: the run goes on and ends as if nothing had
+happened."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_the_undisturbed_run_uses_each_sample_once(undisturbed: Undisturbed) -> 
     assert sum(sizes[:3]) == NUM_SAMPLES
     assert sizes[2] < sizes[0], "the last window of an epoch is a short one"
     for ranks in (1, 3):
-        assert_each_sample_once(undisturbed.of(ranks, f"parallel={'single' if ranks == 1 else 'ddp'}"))
+        assert_each_sample_once(
+            undisturbed.of(ranks, f"parallel={'single' if ranks == 1 else 'ddp'}")
+        )
 
 
 def test_a_sample_that_is_missed_is_seen(undisturbed: Undisturbed, run: Callable[..., Run]) -> None:

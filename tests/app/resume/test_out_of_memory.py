@@ -1,8 +1,9 @@
-"""Memory runs out on one rank in the middle of a run: with accum.on_oom=shrink nothing but the micro-batches' size
-changes.
+"""Memory runs out on one rank in the middle of a run: with accum.on_oom=shrink nothing but the
+micro-batches' size changes.
 
-float64 and no dropout (whose masks follow the micro-batches): sums are the same in another order. An update differs
-by a few roundoffs of 1.1e-16, and 8 steps of AdamW carry them on: 1e-12 is four orders above what one step shows.
+float64 and no dropout (whose masks follow the micro-batches): sums are the same in another order.
+An update differs by a few roundoffs of 1.1e-16, and 8 steps of AdamW carry them on: 1e-12 is four
+orders above what one step shows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def assert_undisturbed(found: Run, expected: Run) -> None:
         expected.records("validation")[-1]["loss"], rel=TOLERANCE, abs=0
     )
     for name, tensor in found.tensors().items():
-        assert tensor.sub(expected.tensors()[name]).abs().max() <= 1e-12 * expected.tensors()[name].abs().max(), name
+        assert (
+            tensor.sub(expected.tensors()[name]).abs().max()
+            <= 1e-12 * expected.tensors()[name].abs().max()
+        ), name
     assert_each_sample_once(found)
 
 
@@ -65,7 +69,8 @@ def test_the_trajectory_is_the_undisturbed_one(
 def test_where_micro_batches_communicate_the_next_start_halves_them(
     ranks: int, parallel: tuple[str, ...], run: Make, undisturbed: Undisturbed
 ) -> None:
-    """The run ends with the numbers; started again, it continues from its checkpoint, and the sums are the same."""
+    """The run ends with the numbers; started again, it continues from its checkpoint, and the sums
+    are the same."""
     found = run(*EXACT, *parallel, "accum.on_oom=shrink")
     fault = Fault(ranks - 1, 4, "backward", "oom")
     attempt = found.start(ranks, faults=[fault])
@@ -107,14 +112,15 @@ def test_without_shrinking_the_rank_says_what_would_fit(run: Make) -> None:
     text = " ".join(attempt.texts[1].split())
     assert "error: Step 3 ran out of memory with micro-batches of 4 sample(s) at a peak of " in text
     assert (
-        "Use accum.micro_batch_size=2 (2 micro-batches per rank, the same effective batch), accum.micro_batch_size=auto"
-        in text
+        "Use accum.micro_batch_size=2 (2 micro-batches per rank, the same effective batch),"
+        " accum.micro_batch_size=auto" in text
     )
     assert "Traceback" not in text
 
 
 def test_a_limit_on_the_cpu_is_kept(run: Make, undisturbed: Undisturbed) -> None:
-    """Tensors are counted: 8 samples at once need more than half a MiB beside what the model takes."""
+    """Tensors are counted: 8 samples at once need more than half a MiB beside what the model
+    takes."""
     whole = ("parallel=single", "accum.micro_batch_size=8")
     found = run(*EXACT, *whole, "accum.on_oom=shrink", "limits.memory=800KiB")
     found.finish(1)

@@ -1,4 +1,5 @@
-"""The same with real command lines, a few times: as torchrun's ranks, and as ranks that we start."""
+"""The same with real command lines, a few times: as torchrun's ranks, and as ranks that we
+start."""
 
 from __future__ import annotations
 
@@ -20,20 +21,24 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_torchrun_starts_again_and_goes_on(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
+def test_torchrun_starts_again_and_goes_on(
+    run: Callable[..., Run], undisturbed: Undisturbed
+) -> None:
     found = run()
     fault = Fault(1, 5, "backward", "kill")
     ended = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
-            "--monitor-interval", "0.1", PROGRAM, "train", *found.overrides, "parallel=ddp",
-            "+faults=[{rank: 1, step: 5, at: backward, kind: kill}]",
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--max-restarts", "1", "--monitor-interval", "0.1", PROGRAM, "train", *found.overrides,
+            "parallel=ddp", "+faults=[{rank: 1, step: 5, at: backward, kind: kill}]",
         ],
-        cwd=found.folder, env=environment(), capture_output=True, text=True, timeout=100, check=False,
+        cwd=found.folder, env=environment(), capture_output=True, text=True, timeout=100,
+        check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found.run_dir.rmdir()
-    (found.run_dir,) = found.folder.glob("runs/*/*")  # the second start has made no folder of its own
+    # The second start has made no folder of its own.
+    (found.run_dir,) = found.folder.glob("runs/*/*")
     assert found.acted(fault)
     assert [record["step"] for record in found.records("resume")] == [4]
     expected = undisturbed.of(2, "parallel=ddp")
@@ -41,15 +46,17 @@ def test_torchrun_starts_again_and_goes_on(run: Callable[..., Run], undisturbed:
     assert found.trajectory() == expected.trajectory()
 
 
-def test_ctrl_c_twice_in_a_terminal_with_our_own_ranks(run: Callable[..., Run], undisturbed: Undisturbed) -> None:
+def test_ctrl_c_twice_in_a_terminal_with_our_own_ranks(
+    run: Callable[..., Run], undisturbed: Undisturbed
+) -> None:
     found = run()
     slow = Fault(0, 3, "forward", "slow")
-    command = [sys.executable, PROGRAM, "train", *found.overrides, "parallel=ddp", "launch.nproc_per_node=2",
-               f"run_dir={found.run_dir}"]  # fmt: skip
+    overrides = [*found.overrides, "parallel=ddp", "launch.nproc_per_node=2"]
+    command = [sys.executable, PROGRAM, "train", *overrides, f"run_dir={found.run_dir}"]
     with subprocess.Popen(
         [*command, "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]"],
-        cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
     ) as process:  # fmt: skip
         wait_for(slow.record(found.run_dir), 60)
         os.killpg(process.pid, signal.SIGINT)

@@ -1,4 +1,5 @@
-"""Runs that are stopped, fail, or go on elsewhere: on other numbers of ranks, under other strategies."""
+"""Runs that are stopped, fail, or go on elsewhere: on other numbers of ranks, under other
+strategies."""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ from distaccum.step.accumulator import Accumulator
 
 Make = Callable[..., Run]
 
-# A step's gradient is a sum of a thousand or so float64 numbers of which each is rounded by 1.1e-16 of itself, in
-# another order; eight steps of AdamW carry it on, whose division by a root of small second moments may enlarge it by
-# some hundreds. 1e-9 leaves room for that and would show a sample too many (1e-2) or float32 anywhere (1e-7).
+# A step's gradient is a sum of a thousand or so float64 numbers of which each is rounded by 1.1e-16
+# of itself, in another order; eight steps of AdamW carry it on, whose division by a root of small
+# second moments may enlarge it by some hundreds. 1e-9 leaves room for that and would show a sample
+# too many (1e-2) or float32 anywhere (1e-7).
 TOLERANCE = 1e-9
 
 
@@ -64,7 +66,11 @@ def assert_same_bits(found: Run, expected: Run) -> None:
 def go_on(run: Run, stages: list[tuple[int, int, str]], *more: str) -> None:
     """Train by stages of (until which step, ranks, strategy)."""
     for until, ranks, parallel in stages:
-        extra = (f"parallel={parallel}", *more, *(["parallel.replicas=2"] if parallel == "hsdp" else []))
+        extra = (
+            f"parallel={parallel}",
+            *more,
+            *(["parallel.replicas=2"] if parallel == "hsdp" else []),
+        )
         if until == STEPS:
             run.finish(ranks, *extra)
         else:
@@ -83,12 +89,19 @@ def reason_of(ranks: int) -> str:
 
 CHAINS = {
     "4 ranks, 2, 3": [(3, 4, "ddp"), (5, 2, "ddp"), (STEPS, 3, "ddp")],
-    "ddp, fsdp, single, hsdp": [(2, 2, "ddp"), (4, 2, "fsdp"), (6, 1, "single"), (STEPS, 4, "hsdp")],
+    "ddp, fsdp, single, hsdp": [
+        (2, 2, "ddp"),
+        (4, 2, "fsdp"),
+        (6, 1, "single"),
+        (STEPS, 4, "hsdp"),
+    ],
 }
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_the_trajectory_is_that_of_one_process(chain: str, run: Make, undisturbed: Undisturbed) -> None:
+def test_the_trajectory_is_that_of_one_process(
+    chain: str, run: Make, undisturbed: Undisturbed
+) -> None:
     found = run("precision=fp64")
     go_on(found, CHAINS[chain])
     assert_same_numbers(found, undisturbed.of(1, "precision=fp64"))
@@ -96,15 +109,19 @@ def test_the_trajectory_is_that_of_one_process(chain: str, run: Make, undisturbe
 
 
 @pytest.mark.parametrize(
-    ("last_window", "ramp", "unit"), [("fill", "linear", "samples"), ("keep", "jump", "steps")], ids=["fill", "keep"]
+    ("last_window", "ramp", "unit"),
+    [("fill", "linear", "samples"), ("keep", "jump", "steps")],
+    ids=["fill", "keep"],
 )
 def test_an_effective_batch_that_changes(
     last_window: str, ramp: str, unit: str, run: Make, undisturbed: Undisturbed
 ) -> None:
     second = 12 if unit == "samples" else 3
     more = (
-        "precision=fp64", "accum.effective_batch_size=null", f"accum.last_window={last_window}", f"accum.ramp={ramp}",
-        f"accum.schedule=[{{from: 0, effective_batch_size: 4}}, {{from: {second}, effective_batch_size: 10}}]",
+        "precision=fp64", "accum.effective_batch_size=null", f"accum.last_window={last_window}",
+        f"accum.ramp={ramp}",
+        f"accum.schedule=[{{from: 0, effective_batch_size: 4}}, {{from: {second}, "
+        "effective_batch_size: 10}]",
         f"accum.schedule_unit={unit}",
     )  # fmt: skip
     found, expected = run(*more), undisturbed.of(1, *more)
@@ -116,10 +133,13 @@ def test_an_effective_batch_that_changes(
 
 def test_batchnorm(run: Make, undisturbed: Undisturbed) -> None:
     more = (
-        "precision=fp64", "data=digits", "model=resnet", "model.widths=[4,4]", "nn.batchnorm=pooled", "train.steps=5",
-        "accum.effective_batch_size=10",
+        "precision=fp64", "data=digits", "model=resnet", "model.widths=[4,4]",
+        "nn.batchnorm=pooled", "train.steps=5", "accum.effective_batch_size=10",
     )  # fmt: skip
-    more = (*(word for word in undisturbed.overrides if not word.startswith(("model.", "data"))), *more)
+    more = (
+        *(word for word in undisturbed.overrides if not word.startswith(("model.", "data"))),
+        *more,
+    )
     expected, found = run(), run()
     expected.overrides = found.overrides = more
     expected.finish(1)
@@ -127,7 +147,12 @@ def test_batchnorm(run: Make, undisturbed: Undisturbed) -> None:
         if until is None:
             found.finish(ranks, "parallel=ddp")
         else:
-            assert_stopped(found, found.start(ranks, "parallel=ddp", faults=stop_after(until)), until, "SIGTERM")
+            assert_stopped(
+                found,
+                found.start(ranks, "parallel=ddp", faults=stop_after(until)),
+                until,
+                "SIGTERM",
+            )
     assert_same_numbers(found, expected)
     statistics, other = found.tensors(), expected.tensors()
     running = [name for name in other if "running_" in name]
@@ -137,7 +162,12 @@ def test_batchnorm(run: Make, undisturbed: Undisturbed) -> None:
 
 
 def test_the_loss_scale_goes_on(run: Make, undisturbed: Undisturbed) -> None:
-    more = ("precision=fp16", "precision.loss_scale=1024", "precision.loss_scale_growth_windows=3", "parallel=ddp")
+    more = (
+        "precision=fp16",
+        "precision.loss_scale=1024",
+        "precision.loss_scale_growth_windows=3",
+        "parallel=ddp",
+    )
     found, expected = run(*more), undisturbed.of(2, *more)
     assert_stopped(found, found.start(2, faults=stop_after(5)), 5, "SIGTERM")
     assert found.checkpoint().facts["accumulator"]["loss_scale"] == {"value": 2048.0, "good": 2}
@@ -146,7 +176,9 @@ def test_the_loss_scale_goes_on(run: Make, undisturbed: Undisturbed) -> None:
     assert_same_bits(found, expected)
 
 
-def test_micro_batches_times_ranks_stay_the_same_effective_batch(run: Make, undisturbed: Undisturbed) -> None:
+def test_micro_batches_times_ranks_stay_the_same_effective_batch(
+    run: Make, undisturbed: Undisturbed
+) -> None:
     found = run(
         "precision=fp64",
         "accum.effective_batch_size=null",
@@ -160,7 +192,8 @@ def test_micro_batches_times_ranks_stay_the_same_effective_batch(run: Make, undi
 
 
 def test_a_checkpoint_of_version_0_1_continues(run: Make, undisturbed: Undisturbed) -> None:
-    """With the names that its configuration had then, bit for bit and without a note of other settings."""
+    """With the names that its configuration had then, bit for bit and without a note of other
+    settings."""
     then = {now: before for before, now in RENAMED.items()}
     found = run("parallel=single")
     assert_stopped(found, found.start(1, faults=stop_after(3)), 3, "SIGTERM")
@@ -169,7 +202,10 @@ def test_a_checkpoint_of_version_0_1_continues(run: Make, undisturbed: Undisturb
     facts = written["facts"]
     for section, part in facts["config"].items():
         if isinstance(part, dict):
-            names = {name: then.get(f"{section}.{name}", f"{section}.{name}").partition(".")[2] for name in part}
+            names = {
+                name: then.get(f"{section}.{name}", f"{section}.{name}").partition(".")[2]
+                for name in part
+            }
             facts["config"][section] = {names[name]: value for name, value in part.items()}
     assert {"micro", "num_micros", "effective_batch"} <= facts["config"]["accum"].keys()
     facts["identity"] = {then.get(name, name): value for name, value in facts["identity"].items()}
@@ -184,7 +220,9 @@ def test_a_checkpoint_of_version_0_1_continues(run: Make, undisturbed: Undisturb
 # Signals and clocks.
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_boundary(run: Make, undisturbed: Undisturbed) -> None:
+def test_a_signal_to_one_rank_stops_all_at_one_boundary(
+    run: Make, undisturbed: Undisturbed
+) -> None:
     found = run("parallel=ddp")
     plan = {1: ("SIGTERM", 1), 3: ("SIGUSR1", 0), 4: ("SIGUSR2", 1), 7: ("SIGINT", 0)}
     for step, (name, rank) in plan.items():
@@ -204,7 +242,8 @@ def test_processes_that_read_ahead(run: Make, undisturbed: Undisturbed) -> None:
     """What they have read and nobody has computed is read again; the signal is not theirs."""
     found = run("parallel=ddp", "loader.workers=1")
     assert_stopped(found, found.start(2, faults=stop_after(3)), 3, "SIGTERM")
-    killed = [Fault(1, 6, "update", "kill_all")]  # of one alone, its reader would keep the sockets open for 5 s
+    # of one alone, its reader would keep the sockets open for 5 s
+    killed = [Fault(1, 6, "update", "kill_all")]
     assert found.start(2, faults=killed).codes == [-signal.SIGKILL] * 2
     assert found.acted(*stop_after(3), *killed)
     found.finish(2)
@@ -212,7 +251,9 @@ def test_processes_that_read_ahead(run: Make, undisturbed: Undisturbed) -> None:
     assert_each_sample_once(found)
 
 
-def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, undisturbed: Undisturbed) -> None:
+def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(
+    run: Make, undisturbed: Undisturbed
+) -> None:
     found = run("parallel=single")
     (hang,) = faults = [Fault(0, 4, "update", "hang")]
 
@@ -229,7 +270,10 @@ def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, un
     attempt = found.start(1, faults=faults, meanwhile=signals)
     assert attempt.codes == [-signal.SIGINT], str(attempt)
     assert found.acted(*faults)
-    assert "saving and stopping after this step. Press Ctrl-C again to stop at once." in attempt.texts[0]
+    assert (
+        "saving and stopping after this step. Press Ctrl-C again to stop at once."
+        in attempt.texts[0]
+    )
     assert not (found.run_dir / "PREEMPTED").exists()
     assert found.step == 2
     found.finish(1)
@@ -239,7 +283,9 @@ def test_only_a_second_ctrl_c_ends_the_process_before_it_has_saved(run: Make, un
 def test_the_clock_stops_a_run_as_a_signal_does(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=ddp")
     for step in range(1, 4):  # one step is more than this time, so that each start makes one
-        assert_stopped(found, found.start(2, "train.max_minutes=1e-6"), step, "train.max_minutes=1e-06")
+        assert_stopped(
+            found, found.start(2, "train.max_minutes=1e-6"), step, "train.max_minutes=1e-06"
+        )
     found.finish(2)
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
@@ -260,7 +306,10 @@ def test_a_signal_while_a_save_is_on_its_way(run: Make, undisturbed: Undisturbed
     faults = [Fault(0, 2, "publish", "slow"), Fault(1, 3, "forward", "SIGTERM")]
     assert_stopped(found, found.start(2, faults=faults), 3, "a request from another rank")
     assert found.acted(*faults)
-    assert {path.name for path in found.run_dir.glob("checkpoints/step-*")} == {"step-00000002", "step-00000003"}
+    assert {path.name for path in found.run_dir.glob("checkpoints/step-*")} == {
+        "step-00000002",
+        "step-00000003",
+    }
     found.finish(2)
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
@@ -283,7 +332,10 @@ def test_a_signal_in_the_thread_that_saves(run: Make, undisturbed: Undisturbed) 
 def tree(folder: Path) -> dict[str, str]:
     """Every file below a folder by its digest."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +347,10 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, undisturbed: Undisturbed) 
 
 
 REFUSED = {
-    "model": (["model.width=32"], "weight is (16, 16) float32 in the checkpoint and (32, 32) float32 here"),
+    "model": (
+        ["model.width=32"],
+        "weight is (16, 16) float32 in the checkpoint and (32, 32) float32 here",
+    ),
     "layers": (["model.num_layers=2"], "missing in the checkpoint and"),
     "effective batch": (
         ["accum.effective_batch_size=6"],
@@ -306,7 +361,10 @@ REFUSED = {
     "seed": (["train.seed=1"], "train.seed is 0 in the checkpoint and 1 here"),
     "optimizer": (["optim=sgd"], "optim.name is adamw in the checkpoint and sgd here"),
     "precision": (["precision=fp64"], "float32 in the checkpoint and"),
-    "steps": (["train.steps=2", "optim.schedule.warmup=1"], "already has 3 steps, but the training has only 2"),
+    "steps": (
+        ["train.steps=2", "optim.schedule.warmup=1"],
+        "already has 3 steps, but the training has only 2",
+    ),
     "resume=none": (["resume=none"], "resume=none, but"),
 }
 
@@ -314,15 +372,27 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_go_on_is_refused(what: str, stopped: Run, tmp_path: Path) -> None:
     overrides, text = REFUSED[what]
-    (file,) = (word.removeprefix("data.path=") for word in stopped.overrides if word.startswith("data.path="))
+    (file,) = (
+        word.removeprefix("data.path=")
+        for word in stopped.overrides
+        if word.startswith("data.path=")
+    )
     (tmp_path / "other.txt").write_text(Path(file).read_text().swapcase())
     overrides = [word.format(other=tmp_path / "other.txt") for word in overrides]
-    before = {name: digest for name, digest in tree(stopped.run_dir).items() if not name.startswith("faults")}
+    before = {
+        name: digest
+        for name, digest in tree(stopped.run_dir).items()
+        if not name.startswith("faults")
+    }
     attempt = stopped.start(1, *overrides)
     assert attempt.codes == [2], str(attempt)
     assert text in attempt.texts[0], str(attempt)
     assert "Traceback" not in attempt.texts[0]
-    after = {name: digest for name, digest in tree(stopped.run_dir).items() if not name.startswith("faults")}
+    after = {
+        name: digest
+        for name, digest in tree(stopped.run_dir).items()
+        if not name.startswith("faults")
+    }
     assert {name for name in before if before[name] != after.get(name)} <= {"PREEMPTED"}
     assert set(after) <= set(before)
 
@@ -401,7 +471,9 @@ def test_only_damaged_checkpoints(run: Make) -> None:
 
 
 @pytest.mark.parametrize("at", ["save", "publish", "pointer"])
-def test_half_a_checkpoint_is_removed_and_told(at: str, run: Make, undisturbed: Undisturbed) -> None:
+def test_half_a_checkpoint_is_removed_and_told(
+    at: str, run: Make, undisturbed: Undisturbed
+) -> None:
     found = run("parallel=ddp")
     faults = [Fault(0, 4, at, "kill_all")]
     assert found.start(2, faults=faults).codes == [-signal.SIGKILL] * 2
@@ -416,7 +488,8 @@ def test_half_a_checkpoint_is_removed_and_told(at: str, run: Make, undisturbed: 
 
 
 def test_a_save_behind_the_training_holds_its_own_step(run: Make, undisturbed: Undisturbed) -> None:
-    """Half of the file is written when two more steps are done: it is the state of step 2 all the same."""
+    """Half of the file is written when two more steps are done: it is the state of step 2 all the
+    same."""
     found = run("parallel=single", "checkpoint.asynchronous=true")
     faults = [Fault(0, 2, "save", "slow"), Fault(0, 4, "save", "kill")]
     assert found.start(1, faults=faults).codes == [-signal.SIGKILL]
@@ -431,7 +504,10 @@ def test_a_save_behind_the_training_holds_its_own_step(run: Make, undisturbed: U
 def test_numbers_that_are_not_finite(run: Make, undisturbed: Undisturbed) -> None:
     found = run("parallel=ddp")
     for fault, text in (
-        (Fault(1, 3, "forward", "nan"), "Step 3: loss not finite on rank 1, its micro-batch 0 (global 1)"),
+        (
+            Fault(1, 3, "forward", "nan"),
+            "Step 3: loss not finite on rank 1, its micro-batch 0 (global 1)",
+        ),
         (Fault(0, 6, "backward", "nan"), "Step 6: gradient norm nan, though every loss was finite"),
     ):
         attempt = found.start(2, faults=[fault])
@@ -452,14 +528,22 @@ def test_a_full_disk(asynchronous: bool, run: Make, undisturbed: Undisturbed) ->
     assert found.acted(stop)
     for text in attempt.texts:
         assert "The checkpoint of step 4 was not saved" in text
-        assert "rank 1: OSError: [Errno 28] No space left on device. The last good one is step-00000002" in text
+        assert (
+            "rank 1: OSError: [Errno 28] No space left on device. The last good one is"
+            " step-00000002" in text
+        )
     assert found.step == 2
     assert not list(found.run_dir.glob("checkpoints/*.part"))
     attempt = found.start(2, "checkpoint.on_failure=continue", faults=[go_on])
     assert attempt.codes == [0, 0], str(attempt)
     assert found.acted(go_on)
-    assert "checkpoint.on_failure=continue, so the training continues: The checkpoint of step 6" in found.notes()
-    assert re.search(r"not written: the checkpoint of step 6$", attempt.texts[0], re.MULTILINE), attempt.texts[0]
+    assert (
+        "checkpoint.on_failure=continue, so the training continues: The checkpoint of step 6"
+        in found.notes()
+    )
+    assert re.search(r"not written: the checkpoint of step 6$", attempt.texts[0], re.MULTILINE), (
+        attempt.texts[0]
+    )
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
 
@@ -487,30 +571,49 @@ def test_a_disk_that_is_full_ends_no_run_that_is_to_go_on(
     attempt = start("checkpoint.on_failure=continue")
     assert attempt.codes == [0, 0], str(attempt)
     told = attempt.texts[0]
-    warning = "metrics.jsonl cannot be written (No space left on device); the run continues without these records"
+    warning = (
+        "metrics.jsonl cannot be written (No space left on device); the run continues without "
+        "these records"
+    )
     assert told.count(warning) == 1
     assert "Traceback" not in told
-    lost = [*(f"the checkpoint of step {step}" for step in (4, 6, 8)), r"result.json \(No space left on device\)"]
-    assert re.search(rf"not written: {'; '.join(lost)}; [1-9]\d* record\(s\) of metrics.jsonl", told), told
-    assert [step for step, *_ in found.trajectory()][:3] == [1, 2, 3]  # and what the file's last block had room for
+    lost = [
+        *(f"the checkpoint of step {step}" for step in (4, 6, 8)),
+        r"result.json \(No space left on device\)",
+    ]
+    assert re.search(
+        rf"not written: {'; '.join(lost)}; [1-9]\d* record\(s\) of metrics.jsonl", told
+    ), told
+    # and what the file's last block had room for
+    assert [step for step, *_ in found.trajectory()][:3] == [1, 2, 3]
     (found.run_dir / "ballast").unlink()
     found.finish(2)
     assert_same_bits(found, undisturbed.of(2, "parallel=ddp"))
 
 
-def test_a_disk_that_is_full_is_one_message(full_while_it_trains: tuple[Run, Callable[..., Attempt]]) -> None:
+def test_a_disk_that_is_full_is_one_message(
+    full_while_it_trains: tuple[Run, Callable[..., Attempt]],
+) -> None:
     _, start = full_while_it_trains
     attempt = start("checkpoint.keep=0", "train.steps=80")
     assert attempt.codes[0] == 1
-    assert "metrics.jsonl cannot be written (No space left on device), so the run stops." in attempt.texts[0]
+    assert (
+        "metrics.jsonl cannot be written (No space left on device), so the run stops."
+        in attempt.texts[0]
+    )
     assert "Traceback" not in attempt.texts[0]
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
-    [("raise", "ArithmeticError: the culprit's own error"), ("oom", "out of memory, says the test")],
+    [
+        ("raise", "ArithmeticError: the culprit's own error"),
+        ("oom", "out of memory, says the test"),
+    ],
 )
-def test_an_error_on_one_rank_ends_all(kind: str, text: str, run: Make, undisturbed: Undisturbed) -> None:
+def test_an_error_on_one_rank_ends_all(
+    kind: str, text: str, run: Make, undisturbed: Undisturbed
+) -> None:
     found = run("parallel=ddp")
     for fault in (Fault(1, 3, "backward", kind), Fault(0, 6, "forward", kind)):
         attempt = found.start(2, faults=[fault])
@@ -527,7 +630,8 @@ def test_an_error_on_one_rank_ends_all(kind: str, text: str, run: Make, undistur
 
 @contextmanager
 def counting(place: Path, rank: int) -> Iterator[None]:
-    """Note each collective of the thread that trains, a line a step: from its begin to that of the next one."""
+    """Note each collective of the thread that trains, a line a step: from its begin to that of the
+    next one."""
     step = Accumulator.step
 
     class Count(TorchDispatchMode):
@@ -535,7 +639,9 @@ def counting(place: Path, rank: int) -> Iterator[None]:
             super().__init__()
             self.names: Counter[str] = Counter()
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func.namespace in ("c10d", "_c10d_functional"):
                 self.names[func._schema.name.partition("::")[2].rstrip("_")] += 1
             return func(*args, **(kwargs or {}))
@@ -555,18 +661,21 @@ def counting(place: Path, rank: int) -> Iterator[None]:
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_stopping_and_saving_cost_no_collective_of_their_own(parallel: str, run: Make) -> None:
     found = run(
-        f"parallel={parallel}", "accum.audit=always", "checkpoint.every.steps=null", "checkpoint.every.minutes=60",
-        "train.max_minutes=60", "train.validate_every_steps=100",
+        f"parallel={parallel}", "accum.audit=always", "checkpoint.every.steps=null",
+        "checkpoint.every.minutes=60", "train.max_minutes=60", "train.validate_every_steps=100",
     )  # fmt: skip
     attempt = found.start(2, around=counting)
     assert attempt.codes == [0, 0], str(attempt)
     for rank in range(2):
-        lines = (found.folder / "attempts" / "1" / f"collectives-{rank}.jsonl").read_text().splitlines()
-        # The first line is the set-up, the second the first window; in the second window DDP arranges its buckets. The
-        # last window has no line, as evaluation and save follow it.
+        lines = (
+            (found.folder / "attempts" / "1" / f"collectives-{rank}.jsonl").read_text().splitlines()
+        )
+        # The first line is the set-up, the second the first window; in the second window DDP
+        # arranges its buckets. The last window has no line, as evaluation and save follow it.
         windows = [json.loads(line) for line in lines[3:]]
         assert len(windows) == STEPS - 3
-        # DDP: one bucket of gradients and the one row of control numbers. FSDP2 sums no gradient by all-reduce.
+        # DDP: one bucket of gradients and the one row of control numbers. FSDP2 sums no gradient by
+        # all-reduce.
         assert {window["allreduce"] for window in windows} == {2 if parallel == "ddp" else 1}
         if parallel == "ddp":
             assert all(set(window) == {"allreduce"} for window in windows)

@@ -1,4 +1,5 @@
-"""A step is one optimizer update: windows that were skipped have numbers of their own, and go on in a resumed run."""
+"""A step is one optimizer update: windows that were skipped have numbers of their own, and go on in
+a resumed run."""
 
 from __future__ import annotations
 
@@ -36,9 +37,16 @@ def test_a_skipped_window_is_no_step(skipped: Run) -> None:
     assert "step 7/7 " in text
     assert "end: all 8 windows (7 steps, 1 skipped) done" in text
     assert [record["step"] for record in skipped.records("validation")] == [4, 7]
-    assert {path.name for path in skipped.run_dir.glob("checkpoints/step-*")} >= {"step-00000006", "step-00000007"}
+    assert {path.name for path in skipped.run_dir.glob("checkpoints/step-*")} >= {
+        "step-00000006",
+        "step-00000007",
+    }
     facts = skipped.checkpoint().facts
-    assert (facts["progress"]["windows"], facts["progress"]["step"], facts["accumulator"]["steps"]) == (STEPS, 7, 7)
+    assert (
+        facts["progress"]["windows"],
+        facts["progress"]["step"],
+        facts["accumulator"]["steps"],
+    ) == (STEPS, 7, 7)
 
 
 @pytest.mark.parametrize("saved_by", ["this version", "one whose step counted windows"])
@@ -56,7 +64,9 @@ def test_a_resumed_run_keeps_both_numbers(saved_by: str, skipped: Run, run: Make
     found.finish(1)
     assert "continues after step 5 " in found.notes()
     for kind in ("step", "validation"):
-        assert [r["step"] for r in found.records(kind)] == [r["step"] for r in skipped.records(kind)]
+        assert [r["step"] for r in found.records(kind)] == [
+            r["step"] for r in skipped.records(kind)
+        ]
     assert str(found.trajectory()) == str(skipped.trajectory())  # nan is not equal to itself
     assert found.sha256() == skipped.sha256()
 
@@ -64,10 +74,15 @@ def test_a_resumed_run_keeps_both_numbers(saved_by: str, skipped: Run, run: Make
 def test_a_shorter_training_is_refused_by_its_windows(skipped: Run) -> None:
     attempt = skipped.start(1, "train.steps=7")
     assert attempt.codes == [2], str(attempt)
-    assert "already has 8 windows (7 steps, 1 skipped), but the training has only 7" in attempt.texts[0]
+    assert (
+        "already has 8 windows (7 steps, 1 skipped), but the training has only 7"
+        in attempt.texts[0]
+    )
 
 
-def test_a_skipped_window_that_is_done_again_stands_once(run: Make, undisturbed: Undisturbed) -> None:
+def test_a_skipped_window_that_is_done_again_stands_once(
+    run: Make, undisturbed: Undisturbed
+) -> None:
     found = run(*SKIPPING)
     found.start(1, faults=[BAD, Fault(0, 4, "forward", "kill")])
     assert found.step == 2

@@ -1,4 +1,5 @@
-"""A real SLURM cluster of two nodes on this machine, in a temporary folder: slurmctld and two slurmd."""
+"""A real SLURM cluster of two nodes on this machine, in a temporary folder: slurmctld and two
+slurmd."""
 
 from __future__ import annotations
 
@@ -73,14 +74,18 @@ class Job:
         return dict(re.findall(r"(\w+)=(.*?)(?= [\w:/]+=|\s*$)", text))  # values may hold spaces
 
     def wait(self, *states: str, timeout_s: float = 100) -> dict[str, str]:
-        """Wait until the job is in one of the states, without any given until it has ended; what it is then."""
+        """Wait until the job is in one of the states, without any given until it has ended; what it
+        is then."""
         wanted = set(states) or {"COMPLETED", *FAILED}
         return self.until(lambda facts: facts["JobState"] in wanted, timeout_s)
 
-    def until(self, condition: Callable[[dict[str, str]], bool], timeout_s: float = 100) -> dict[str, str]:
+    def until(
+        self, condition: Callable[[dict[str, str]], bool], timeout_s: float = 100
+    ) -> dict[str, str]:
         """Ask until the condition holds for what the job is then. The job must not fail before."""
         end = time.monotonic() + timeout_s
-        while not condition(facts := self.facts()):  # one question for both: the job may end between two
+        # one question for both: the job may end between two
+        while not condition(facts := self.facts()):
             assert facts["JobState"] not in FAILED, f"{facts}\n{self.log()}"
             assert time.monotonic() < end, f"{facts}\n{self.log()}\n{self.cluster.logs()}"
             time.sleep(0.05)
@@ -112,7 +117,9 @@ class Cluster:
         )
         path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
         unwanted = re.compile("SLURM|SBATCH|RANK$|WORLD_SIZE$|MASTER_|TORCHELASTIC")
-        self.environment = {name: value for name, value in os.environ.items() if not unwanted.search(name)}
+        self.environment = {
+            name: value for name, value in os.environ.items() if not unwanted.search(name)
+        }
         self.environment |= {"SLURM_CONF": str(configuration), "PATH": path, "OMP_NUM_THREADS": "1"}
         try:
             self._start("slurmctld", "-D", "-i")
@@ -126,7 +133,9 @@ class Cluster:
     def run(self, *command: str, folder: Path | None = None, code: int = 0) -> str:
         """The output of a command that must end with `code`."""
         done = self._do(command, folder, {})
-        assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+        assert done.returncode == code, (
+            f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+        )
         return done.stdout + done.stderr
 
     def submit(self, *arguments: str, folder: Path, **variables: str) -> Job:
@@ -137,7 +146,9 @@ class Cluster:
 
     def logs(self) -> str:
         """The end of what the daemons wrote."""
-        return "\n".join(f"{file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"{file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.folder.glob("*.log"))
+        )
 
     def close(self) -> None:
         """End all daemons, and all that they have started. Nothing of it is needed again."""
@@ -188,11 +199,15 @@ class Cluster:
             time.sleep(0.05)
 
     def _started(self) -> list[int]:
-        """The processes that have this cluster's configuration: steps live on without slurmd, until they end."""
+        """The processes that have this cluster's configuration: steps live on without slurmd, until
+        they end."""
         mark, found = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode(), []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # it is gone, or somebody else's
-                if mark in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+                if (
+                    mark in (process / "environ").read_bytes().split(b"\0")
+                    and int(process.name) != os.getpid()
+                ):
                     found.append(int(process.name))
         return found
 
@@ -202,7 +217,8 @@ def _find(program: str) -> str | None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nobody has now; the kernel would not choose them, as they are below the range of its own choices."""
+    """Ports that nobody has now; the kernel would not choose them, as they are below the range of
+    its own choices."""
     found: list[int] = []
     candidate = 30000 + os.getpid() % 2000
     while len(found) < count:

@@ -1,4 +1,5 @@
-"""One cluster for all tests, and the jobs of test_cluster.py, which are at work at the same time."""
+"""One cluster for all tests, and the jobs of test_cluster.py, which are at work at the same
+time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from cluster import Cluster, missing
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM cluster of two nodes on this machine. Without SLURM the test is skipped, but fails where CI=true."""
+    """A SLURM cluster of two nodes on this machine. Without SLURM the test is skipped, but fails
+    where CI=true."""
     reason = missing()
     if reason is not None:
         text = f"NOT TESTED, as there is no SLURM on this machine: {reason}"

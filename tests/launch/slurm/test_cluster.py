@@ -1,4 +1,5 @@
-"""Jobs on a real SLURM cluster. All are submitted before the first is waited for, so that they share the machine."""
+"""Jobs on a real SLURM cluster. All are submitted before the first is waited for, so that they
+share the machine."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from cluster import Cluster, Job
 from distaccum.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
-# SGD in float64: what ranks add in another order differs by rounding only, and AdamW would divide by it.
+# SGD in float64: what ranks add in another order differs by rounding only, and AdamW would divide
+# by it.
 SMALL = [
-    "model.num_layers=1", "model.width=16", "data.seq_len=16", "loader.workers=0", "device=cpu", "precision=fp64",
-    "optim=sgd", "optim.schedule.warmup=0", "accum.effective_batch_size=8", "accum.micro_batch_size=1", "train.steps=4",
-    "train.validation_samples=4", "train.log_every_steps=1", "data=path", "data.path=text", "data.cache_dir=cache",
+    "model.num_layers=1", "model.width=16", "data.seq_len=16", "loader.workers=0", "device=cpu",
+    "precision=fp64", "optim=sgd", "optim.schedule.warmup=0", "accum.effective_batch_size=8",
+    "accum.micro_batch_size=1", "train.steps=4", "train.validation_samples=4",
+    "train.log_every_steps=1", "data=path", "data.path=text", "data.cache_dir=cache",
 ]  # fmt: skip
 # 4 steps of sums of some thousand numbers, at 1.1e-16 each.
 ROUNDING = 1e-12
@@ -38,7 +41,9 @@ class Jobs:
         self.cluster, self.work = cluster, work
         (work / "text").mkdir()
         for number in range(12):
-            (work / "text" / f"{number}.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 20)
+            (work / "text" / f"{number}.txt").write_text(
+                "the quick brown fox jumps over the lazy dog\n" * 20
+            )
         two_nodes = ["--nodes=2", "--ntasks-per-node=1"]
         train, sweep = str(ROOT / "slurm" / "train.sbatch"), str(ROOT / "slurm" / "sweep.sbatch")
         self.paused = self.command("launch.nodes=2", "run_dir=runs/paused", *LONG)
@@ -57,13 +62,25 @@ class Jobs:
         )  # fmt: skip
         self.by_hand = self.shown_arguments(sweep)
         self.pause()
-        self.srun = self.command("launch.nodes=2", "launch.tasks_per_node=2", "run_dir='runs/it\\'s 4 ranks'")
-        self.array = self.command("--multirun", "hydra.sweep.dir=sweeps/rates", "optim.lr=0.1,0.2,0.3")
+        self.srun = self.command(
+            "launch.nodes=2", "launch.tasks_per_node=2", "run_dir='runs/it\\'s 4 ranks'"
+        )
+        self.array = self.command(
+            "--multirun", "hydra.sweep.dir=sweeps/rates", "optim.lr=0.1,0.2,0.3"
+        )
 
     def command(self, *arguments: str) -> Job:
         """What `launch=slurm` submits, in this process, where torch is loaded already."""
         rate = [] if "--multirun" in arguments else ["optim.lr=0.1"]
-        argv = ["distaccum", "train", *SMALL, *rate, "launch=slurm", "launch.time=30:00", *arguments]
+        argv = [
+            "distaccum",
+            "train",
+            *SMALL,
+            *rate,
+            "launch=slurm",
+            "launch.time=30:00",
+            *arguments,
+        ]
         said = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
             patch.chdir(self.work)
@@ -83,15 +100,20 @@ class Jobs:
         """Signal the long jobs when they are at work."""
         for job, name in ((self.paused, "paused"), (self.torchrun, f"slurm-{self.torchrun.id}")):
             metrics = self.work / "runs" / name / "metrics.jsonl"
-            job.until(lambda _, metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text())
+            job.until(
+                lambda _, metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text()
+            )
             self.cluster.run("scancel", "--signal=USR1", job.id)
 
     def lost_node(self) -> str:
         """An interpreter for which the second node lacks the data."""
-        return self.script("lost_node", f'[ "$SLURM_PROCID" = 1 ] && cd /\nexec {sys.executable} "$@"')
+        return self.script(
+            "lost_node", f'[ "$SLURM_PROCID" = 1 ] && cd /\nexec {sys.executable} "$@"'
+        )
 
     def with_faults(self) -> str:
-        """An interpreter that starts tests/app/resume/program.py in place of the package (`-m distaccum`)."""
+        """An interpreter that starts tests/app/resume/program.py in place of the package (`-m
+        distaccum`)."""
         program = ROOT / "tests" / "app" / "resume" / "program.py"
         return self.script("with_faults", f'shift 2\nexec {sys.executable} {program} "$@"')
 
@@ -102,7 +124,9 @@ class Jobs:
             "accum.micro_batch_size=1\naccum.micro_batch_size=2 'logger.run_name=\"a b\"'\n"
         )
         (self.work / "slurm").symlink_to(ROOT / "slurm")
-        return self.cluster.submit("--array=0-1", sweep, "sweep.txt", "train.steps=4", folder=self.work, PYTHON=show)
+        return self.cluster.submit(
+            "--array=0-1", sweep, "sweep.txt", "train.steps=4", folder=self.work, PYTHON=show
+        )
 
     def script(self, name: str, text: str) -> str:
         """An executable file."""
@@ -131,7 +155,8 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_process(jobs: Jobs) -> list[float]:
-    """The losses of the same training on one process: an element of the array has the same learning rate."""
+    """The losses of the same training on one process: an element of the array has the same learning
+    rate."""
     Job(jobs.cluster, f"{jobs.array.id}_0").wait("COMPLETED")
     return losses(jobs.work / "sweeps" / "rates" / "0")
 
@@ -153,14 +178,18 @@ def test_a_hanging_rank_ends_the_job_and_is_named(jobs: Jobs) -> None:
     run_dir, log = jobs.work / "runs" / "hanging", jobs.hanging.log()
     assert (run_dir / "faults" / "rank-1-step-2.json").exists(), log
     assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "1:0"), log
-    assert "a collective took longer than train.timeout_s=12: rank 1 did not join it" in " ".join(log.split())
+    assert "a collective took longer than train.timeout_s=12: rank 1 did not join it" in " ".join(
+        log.split()
+    )
     assert "faults.py" in (run_dir / "stacks" / "rank-1.txt").read_text()
     assert (run_dir / "stacks" / "rank-0.txt").exists()
 
 
 def test_a_rank_for_each_task_of_srun(jobs: Jobs, one_process: list[float]) -> None:
     jobs.srun.wait("COMPLETED")
-    assert losses(jobs.work / "runs" / "it's 4 ranks") == pytest.approx(one_process, rel=ROUNDING, abs=0)
+    assert losses(jobs.work / "runs" / "it's 4 ranks") == pytest.approx(
+        one_process, rel=ROUNDING, abs=0
+    )
     assert "ddp, 4 rank(s) on cpu, gloo" in " ".join(jobs.srun.log().split())
 
 
@@ -173,7 +202,11 @@ def test_a_sweep_is_one_array(jobs: Jobs, one_process: list[float]) -> None:
         assert (run_dir / "job.log").read_text() == element.log()
         config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
         found.append((config["optim"]["lr"], config["logger"]["group"], losses(run_dir)[-1]))
-    assert [(rate, group) for rate, group, _ in found] == [(0.1, "rates"), (0.2, "rates"), (0.3, "rates")]
+    assert [(rate, group) for rate, group, _ in found] == [
+        (0.1, "rates"),
+        (0.2, "rates"),
+        (0.3, "rates"),
+    ]
     assert len({loss for _, _, loss in found}) == 3
 
 
@@ -183,7 +216,9 @@ def test_an_array_by_hand(jobs: Jobs) -> None:
         element = Job(jobs.cluster, f"{jobs.by_hand.id}_{number}")
         element.wait("COMPLETED")
         texts.append(element.log().split("\n"))
-    run_dirs = [f"<run_dir='{jobs.work}/runs/slurm-{jobs.by_hand.id}_{number}'>" for number in range(2)]
+    run_dirs = [
+        f"<run_dir='{jobs.work}/runs/slurm-{jobs.by_hand.id}_{number}'>" for number in range(2)
+    ]
     same = ["<-m>", "<distaccum>", "<train>", "<train.steps=4>"]
     assert texts[0] == [*same, "<accum.micro_batch_size=1>", "<launch=local>", run_dirs[0], ""]
     assert texts[1] == [
@@ -217,7 +252,8 @@ def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs, launcher: st
 
 
 def test_srun_and_torchrun_train_the_same(jobs: Jobs) -> None:
-    """The two paused jobs, wherever each was stopped. 40 steps of sums of some thousand numbers, at 1.1e-16 each."""
+    """The two paused jobs, wherever each was stopped. 40 steps of sums of some thousand numbers, at
+    1.1e-16 each."""
     for job in (jobs.paused, jobs.torchrun):
         end_of_second_start(job)
     found = [losses(jobs.work / "runs" / name) for name in ("paused", f"slurm-{jobs.torchrun.id}")]

@@ -1,4 +1,5 @@
-"""`launch=slurm` up to sbatch: the scripts, what is refused, and sbatch's own answer. No cluster."""
+"""`launch=slurm` up to sbatch: the scripts, what is refused, and sbatch's own answer. No
+cluster."""
 
 from __future__ import annotations
 
@@ -18,24 +19,30 @@ from distaccum.launch.overrides import override
 from distaccum.launch.settings import seconds_of
 
 HERE = Path(__file__).parent
-ONE = ["launch=slurm", "launch.dry_run=true", "launch.python=/opt/python", "run_dir=runs/one", "train.steps=5"]
+ONE = [
+    "launch=slurm",
+    "launch.dry_run=true",
+    "launch.python=/opt/python",
+    "run_dir=runs/one",
+    "train.steps=5",
+]
 SWEEP = ["--multirun", *ONE[:3], "hydra.sweep.dir=sweeps/two", "optim.lr=0.1,0.2"]
 
 SCRIPTS = {
     "one": ONE,
     "gpus": [
-        *ONE, "launch.nodes=2", "launch.gpus_per_node=4", "launch.cpus_per_task=8", "launch.time=1:30:00",
-        "launch.partition=big", "launch.account=me", "launch.qos=high", "launch.memory=64G", "parallel=fsdp",
-        "launch.constraint='[a100|h100]'",
+        *ONE, "launch.nodes=2", "launch.gpus_per_node=4", "launch.cpus_per_task=8",
+        "launch.time=1:30:00", "launch.partition=big", "launch.account=me", "launch.qos=high",
+        "launch.memory=64G", "parallel=fsdp", "launch.constraint='[a100|h100]'",
     ],
     "torchrun": [
-        *ONE, "launch.launcher=torchrun", "launch.nodes=2", "launch.tasks_per_node=2", "launch.requeue=false",
-        "launch.signal_s=0",
+        *ONE, "launch.launcher=torchrun", "launch.nodes=2", "launch.tasks_per_node=2",
+        "launch.requeue=false", "launch.signal_s=0",
     ],
     "setup": [
         *[word for word in ONE if "run_dir" not in word], "run_dir='runs/100% me'",
-        "launch.setup=['module load cuda','export NCCL_DEBUG=WARN']", "launch.extra=['--exclusive']",
-        "logger.run_name='$HOME'",
+        "launch.setup=['module load cuda','export NCCL_DEBUG=WARN']",
+        "launch.extra=['--exclusive']", "logger.run_name='$HOME'",
     ],
     "config_dir": [*ONE, "--config-dir=more", "--config-name=mine"],
     "array": [*SWEEP, "launch.array_parallel=1", "launch.time=2-0"],
@@ -93,7 +100,8 @@ def test_overrides_reach_the_program_as_they_were_written(tmp_path: Path) -> Non
 def test_a_run_folder_reaches_the_program_whatever_its_name(
     folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through sbatch's script and its shell, as one override that Hydra reads as this very folder."""
+    """Through sbatch's script and its shell, as one override that Hydra reads as this very
+    folder."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >arguments\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -103,12 +111,16 @@ def test_a_run_folder_reaches_the_program_whatever_its_name(
     subprocess.run(["bash", str(script)], check=True)
     last = (tmp_path / "arguments").read_text().split("\0")[-2]
     assert OverridesParser.create().parse_override(last).value() == str(tmp_path / folder)
-    (log,) = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")]
+    (log,) = [
+        line for line in script.read_text().splitlines() if line.startswith("#SBATCH --output=")
+    ]
     assert shlex.split(log)[1] == f"--output={tmp_path}/{folder.replace('%', '%%')}/job.log"
 
 
 @pytest.mark.parametrize("folder", ["a\\b", "a\nb"])
-def test_a_run_folder_that_sbatch_cannot_name_is_refused(folder: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_that_sbatch_cannot_name_is_refused(
+    folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert command("train", *ONE[:3], override("run_dir", folder)) == 2
     assert "launch=slurm cannot pass the run folder" in capfd.readouterr().err
 
@@ -129,10 +141,12 @@ def test_a_run_folder_that_sbatch_cannot_name_is_refused(folder: str, capfd: pyt
         (["accum.micro_batch_size=four"], r"accum\.micro_batch"),
         (["experiment=cluster", "--config-dir=more"], r"into a file of conf/launch/"),
         (["--multirun", "launch.nodes=1,2"], r"the jobs differ in launch\.nodes"),
-        (["--multirun", "train.log_every_steps=1,0"], r"nothing was submitted, because 1 of 2 jobs"),
-        (["--multirun", "launch=slurm,local", "launch.nodes=1"], r"launch"),
-        (["--multirun", "hydra/launcher=submitit_slurm", "optim.lr=1,2"], r"Use launch=slurm, or leave it out"),
-        (["--multirun", "hydra/sweeper=optuna", "optim.lr=interval(0.1,1)"], r"chooses each by the results of those"),
+        (["--multirun", "train.log_every_steps=1,0"],
+        r"nothing was submitted, because 1 of 2 jobs"), (["--multirun", "launch=slurm,local",
+        "launch.nodes=1"], r"launch"), (["--multirun", "hydra/launcher=submitit_slurm",
+        "optim.lr=1,2"], r"Use launch=slurm, or leave it out"), (["--multirun",
+        "hydra/sweeper=optuna", "optim.lr=interval(0.1,1)"],
+        r"chooses each by the results of those"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore")  # of optuna, at its import
@@ -161,7 +175,9 @@ def test_where_nothing_can_be_submitted(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command("train", "launch=slurm") == 2
     assert "launch=slurm needs sbatch, which is not on PATH" in capfd.readouterr().err
-    fake_sbatch(tmp_path, monkeypatch, "echo 'sbatch: error: invalid partition specified: big' >&2; exit 1")
+    fake_sbatch(
+        tmp_path, monkeypatch, "echo 'sbatch: error: invalid partition specified: big' >&2; exit 1"
+    )
     assert command("train", "launch=slurm") == 1
     assert capfd.readouterr().err == "sbatch: error: invalid partition specified: big\n"
     monkeypatch.setenv("SLURM_JOB_ID", "12")
@@ -181,14 +197,26 @@ def test_plan_submits_nothing(
         f"data.cache_dir={tmp_path}",
         "accum.effective_batch_size=8",
     ]
-    assert command("plan", "launch=slurm", "launch.nodes=2", "launch.gpus_per_node=2", "device=cpu", *small) == 0
+    assert (
+        command(
+            "plan", "launch=slurm", "launch.nodes=2", "launch.gpus_per_node=2", "device=cpu", *small
+        )
+        == 0
+    )
     assert "ranks 4, " in " ".join(capfd.readouterr().out.split())
     assert not (tmp_path / "submitted").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30:00", 1800), ("1:30:00", 5400), ("2-0", 172800), ("1-2:30", 95400), ("1-2:30:10", 95410), ("UNLIMITED", None)],
+    [
+        ("30:00", 1800),
+        ("1:30:00", 5400),
+        ("2-0", 172800),
+        ("1-2:30", 95400),
+        ("1-2:30:10", 95410),
+        ("UNLIMITED", None),
+    ],
 )
 def test_times(text: str, seconds: int | None) -> None:
     assert seconds_of(text) == seconds

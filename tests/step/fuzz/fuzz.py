@@ -1,8 +1,10 @@
-"""Training loops composed at random, each exact or refused: `python tests/step/fuzz/fuzz.py [--seeds 300] [--start 0]`.
+"""Training loops composed at random, each exact or refused: `python tests/step/fuzz/fuzz.py
+[--seeds 300] [--start 0]`.
 
-A seed decides the number of ranks, the wrapper, the optimizer, the data, the surroundings of the loop and perhaps a
-mistake. Every window must be one big batch on one process, to 1e-12; or the loop is refused with a ConfigError on all
-ranks, where something in it may be, and what was done until then is right. `--case SEED` runs one loop again.
+A seed decides the number of ranks, the wrapper, the optimizer, the data, the surroundings of the
+loop and perhaps a mistake. Every window must be one big batch on one process, to 1e-12; or the loop
+is refused with a ConfigError on all ranks, where something in it may be, and what was done until
+then is right. `--case SEED` runs one loop again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(1, str(Path(__file__).parents[2] / "support"))  # where worlds.py is; pytest has it there already
+# where worlds.py is; pytest has it there already
+sys.path.insert(1, str(Path(__file__).parents[2] / "support"))
 
 import torch
 from fuzz_cases import Case, draw, reasons_to_refuse
@@ -29,7 +32,16 @@ from worlds import World
 TOLERANCE = 1e-12
 TIMEOUT_S = 20.0  # a case takes less than one second
 GRACE_S = 4.0  # for the others, when a rank has ended its loop
-FIELDS = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micro_batches")
+FIELDS = (
+    "step",
+    "skipped",
+    "loss",
+    "losses",
+    "denominators",
+    "grad_norm",
+    "lr",
+    "num_micro_batches",
+)
 
 
 @dataclass(frozen=True)
@@ -99,12 +111,17 @@ def compare(case: Case, right: Reference, told: list[Told | None]) -> Verdict:
     for rank, answer in enumerate(answers):
         difference = _difference(case, right, answer, rank)
         if difference is not None:
-            return Verdict("WRONG", f"rank {rank}: {difference}" + (f"; then refused: {refused[0]}" if refused else ""))
+            return Verdict(
+                "WRONG",
+                f"rank {rank}: {difference}" + (f"; then refused: {refused[0]}" if refused else ""),
+            )
     if not refused:
         return Verdict("exact")
     if len(refused) < len(told) or len({len(answer.records) for answer in answers}) > 1:
         return Verdict(
-            "WRONG", f"refused in different windows, or on {len(refused)} of {len(told)} ranks: {refused[0]}"
+            "WRONG",
+            f"refused in different windows, or on {len(refused)} of {len(told)} ranks: "
+            f"{refused[0]}",
         )
     if not reasons_to_refuse(case):
         return Verdict("WRONG", f"refused, though nothing in it may be: {refused[0]}")
@@ -114,7 +131,9 @@ def compare(case: Case, right: Reference, told: list[Told | None]) -> Verdict:
 def _difference(case: Case, right: Reference, told: Told, rank: int) -> str | None:
     """The first thing in a rank's windows that is not right."""
     done, windows = len(told.records), right.windows
-    for number, (record, parameters, result) in enumerate(zip(told.records, told.parameters, windows, strict=False)):
+    for number, (record, parameters, result) in enumerate(
+        zip(told.records, told.parameters, windows, strict=False)
+    ):
         for name in FIELDS:
             if not _same(record[name], getattr(result, name)):
                 return f"window {number}: {name} is {record[name]}, not {getattr(result, name)}"
@@ -128,11 +147,15 @@ def _difference(case: Case, right: Reference, told: Told, rank: int) -> str | No
     return None if difference is None else f"window {done} was refused, and moved: {difference}"
 
 
-def _parameter_difference(case: Case, found: list[list[float]], right: list[Tensor], rank: int) -> str | None:
+def _parameter_difference(
+    case: Case, found: list[list[float]], right: list[Tensor], rank: int
+) -> str | None:
     for number, (values, whole) in enumerate(zip(found, right, strict=True)):
         parts = whole.chunk(case.ranks) if len(values) != whole.numel() else [whole] * case.ranks
         part = (parts[rank] if rank < len(parts) else whole[:0]).flatten()
-        error = float((torch.tensor(values, dtype=torch.float64) - part).norm() / whole.norm().clamp(min=1e-3))
+        error = float(
+            (torch.tensor(values, dtype=torch.float64) - part).norm() / whole.norm().clamp(min=1e-3)
+        )
         if not error <= TOLERANCE:
             return f"parameter {number} is off by {error:.1e}"
     return None
@@ -141,7 +164,9 @@ def _parameter_difference(case: Case, found: list[list[float]], right: list[Tens
 def _same(found: object, right: object) -> bool:
     if isinstance(right, dict):
         return (
-            isinstance(found, dict) and found.keys() == right.keys() and all(_same(found[k], right[k]) for k in right)
+            isinstance(found, dict)
+            and found.keys() == right.keys()
+            and all(_same(found[k], right[k]) for k in right)
         )
     if isinstance(right, float) and isinstance(found, int | float):
         both_nan = math.isnan(found) and math.isnan(right)
@@ -150,7 +175,8 @@ def _same(found: object, right: object) -> bool:
 
 
 def run(seeds: Iterable[int], *, detailed: bool = False) -> int:
-    """Print a line for each seed, with tracebacks where `detailed`; return how many cases are not right."""
+    """Print a line for each seed, with tracebacks where `detailed`; return how many cases are not
+    right."""
     kinds: Counter[str] = Counter()
     began = time.monotonic()
     with Judge() as judge:
@@ -158,7 +184,11 @@ def run(seeds: Iterable[int], *, detailed: bool = False) -> int:
             case = draw(seed)
             verdict = judge.judge(case)
             kinds[verdict.kind] += 1
-            print(f"{seed:5d}  {verdict.kind:11}  {case}{'  -> ' if verdict.why else ''}{verdict.why}", flush=True)
+            print(
+                f"{seed:5d}  {verdict.kind:11}  "
+                f"{case}{'  -> ' if verdict.why else ''}{verdict.why}",
+                flush=True,
+            )
             if detailed:
                 print(verdict.detail)
     total, seconds = sum(kinds.values()), time.monotonic() - began
@@ -173,7 +203,8 @@ def main() -> int:
     parser.add_argument("--start", type=int, default=0, help="the first seed")
     parser.add_argument("--case", type=int, help="one seed only")
     args = parser.parse_args()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the warnings of torch's reducer, on every rank
+    # the warnings of torch's reducer, on every rank
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.case is not None:
         return 1 if run([args.case], detailed=True) else 0
     return 1 if run(range(args.start, args.start + args.seeds)) else 0

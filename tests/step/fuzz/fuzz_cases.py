@@ -1,4 +1,5 @@
-"""Loops composed at random: what a case consists of, how a seed draws it, and what of it may be refused."""
+"""Loops composed at random: what a case consists of, how a seed draws it, and what of it may be
+refused."""
 
 from __future__ import annotations
 
@@ -6,12 +7,37 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-DDP = ("ddp", "ddp_find_unused", "ddp_static_graph", "ddp_bucket_view", "ddp_of_compiled", "compiled_ddp")
+DDP = (
+    "ddp",
+    "ddp_find_unused",
+    "ddp_static_graph",
+    "ddp_bucket_view",
+    "ddp_of_compiled",
+    "compiled_ddp",
+)
 FSDP = ("fsdp", "fsdp_layers")
 ALONE = ("plain", "compiled")
 OPTIMIZERS = ("sgd", "momentum", "adamw", "groups", "part")
-MICRO_BATCHES = ("tensor", "dict", "tuple", "list", "named_tuple", "user_dict", "class_with_to", "dataclass")
-LOADERS = ("list", "reiterable", "generator", "drawn", "dataloader", "shuffled", "augmented", "by_hand")
+MICRO_BATCHES = (
+    "tensor",
+    "dict",
+    "tuple",
+    "list",
+    "named_tuple",
+    "user_dict",
+    "class_with_to",
+    "dataclass",
+)
+LOADERS = (
+    "list",
+    "reiterable",
+    "generator",
+    "drawn",
+    "dataloader",
+    "shuffled",
+    "augmented",
+    "by_hand",
+)
 ONE_SHOT = ("generator", "drawn")
 SCHEDULERS = ("none", "none", "lambda", "cosine", "one_cycle")
 
@@ -49,9 +75,20 @@ class Case:
 
     def __str__(self) -> str:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
-        words = [f"{self.wrapper} on {ranks}", self.optimizer, f"{self.micro_batch} from {self.loader} {self.lengths}"]
-        words += [f"windows of {self.sizes}", f"{self.terms} term(s)", f"extra {self.extra}", f"mask {self.mask}"]
-        words += ["uneven sizes"] * self.uneven_sizes + [f"break after {self.break_after}"] * bool(self.break_after)
+        words = [
+            f"{self.wrapper} on {ranks}",
+            self.optimizer,
+            f"{self.micro_batch} from {self.loader} {self.lengths}",
+        ]
+        words += [
+            f"windows of {self.sizes}",
+            f"{self.terms} term(s)",
+            f"extra {self.extra}",
+            f"mask {self.mask}",
+        ]
+        words += ["uneven sizes"] * self.uneven_sizes + [f"break after {self.break_after}"] * bool(
+            self.break_after
+        )
         words += [f"scheduler {self.scheduler}"] * (self.scheduler != "none")
         words += [f"sync={self.sync}"] * (self.sync != "auto") + list(self.contexts)
         return ", ".join(words) + (f", MISTAKE {self.mistake}" if self.mistake else "")
@@ -61,7 +98,9 @@ def draw(seed: int) -> Case:
     """Compose the case of this seed."""
     dice = random.Random(seed)
     ranks = dice.choice([1, 2, 2, 2, 3])
-    wrapper = dice.choice((*ALONE[:1] * 3, *ALONE, *DDP[:4], *FSDP) if ranks == 1 else (*DDP, *DDP[:2], *FSDP, *FSDP))
+    wrapper = dice.choice(
+        (*ALONE[:1] * 3, *ALONE, *DDP[:4], *FSDP) if ranks == 1 else (*DDP, *DDP[:2], *FSDP, *FSDP)
+    )
     loader = dice.choice(LOADERS)
     sizes = _draw_sizes(dice)
     break_after = dice.choice([1, 2]) if loader != "by_hand" and dice.random() < 0.25 else None
@@ -86,7 +125,9 @@ def draw(seed: int) -> Case:
     )
     case = replace(case, contexts=_draw_contexts(dice, case))
     if dice.random() < 0.45:
-        case = replace(case, mistake=dice.choice([name for name, fits in MISTAKES.items() if fits(case)]))
+        case = replace(
+            case, mistake=dice.choice([name for name, fits in MISTAKES.items() if fits(case)])
+        )
     return case
 
 
@@ -97,7 +138,9 @@ def _draw_sizes(dice: random.Random) -> tuple[int, ...]:
     return (dice.randint(1, 3),) * windows
 
 
-def _draw_lengths(dice: random.Random, ranks: int, sizes: tuple[int, ...], loader: str) -> tuple[int, ...]:
+def _draw_lengths(
+    dice: random.Random, ranks: int, sizes: tuple[int, ...], loader: str
+) -> tuple[int, ...]:
     """At least one rank has micro-batches for the last window; "drawn" has no end."""
     most = sum(sizes) - dice.randint(0, sizes[-1] - 1)
     lengths = [most] * ranks
@@ -109,11 +152,19 @@ def _draw_lengths(dice: random.Random, ranks: int, sizes: tuple[int, ...], loade
 
 
 def _draw_contexts(dice: random.Random, case: Case) -> tuple[str, ...]:
-    shares = {"seed": 0.4, "clip_norm": 0.4, "evaluation": 0.3, "audit": 0.25, "frozen": 0.15, "agree_on_oom": 0.06}
+    shares = {
+        "seed": 0.4,
+        "clip_norm": 0.4,
+        "evaluation": 0.3,
+        "audit": 0.25,
+        "frozen": 0.15,
+        "agree_on_oom": 0.06,
+    }
     shares |= {"autocast": 0.06, "no_grad": 0.03, "inference_mode": 0.03}
     if case.wrapper in DDP[:-1]:
         shares["no_sync"] = 0.08
-    if case.scheduler == "none":  # torch's schedulers know the groups that were there when they were made
+    # torch's schedulers know the groups that were there when they were made
+    if case.scheduler == "none":
         shares["group_added"] = 0.12
     plain_ddp = case.wrapper in ("ddp", "ddp_bucket_view") and case.sync == "auto"
     if plain_ddp or (case.wrapper == "fsdp_layers" and case.sync == "gather_once"):
@@ -128,7 +179,8 @@ def _wrapped(case: Case) -> bool:
 
 
 def _layer_may_change(case: Case) -> bool:
-    """Tell whether `extra` may be thawed or frozen in mid-run: it is used, and nothing else decides it."""
+    """Tell whether `extra` may be thawed or frozen in mid-run: it is used, and nothing else decides
+    it."""
     return case.extra == "always" and not case.has("frozen") and not case.has("group_added")
 
 
@@ -154,7 +206,9 @@ MISTAKES: dict[str, Callable[[Case], bool]] = {
     "list_of_optimizers": lambda case: True,
     "plateau_scheduler": lambda case: not case.has("group_added"),
     "lbfgs": lambda case: case.scheduler != "one_cycle" and not case.has("group_added"),
-    "one_cycle_past_its_end": lambda case: case.mask != "hollow_window" and not case.has("group_added"),
+    "one_cycle_past_its_end": (
+        lambda case: case.mask != "hollow_window" and not case.has("group_added")
+    ),
     "denominator_none": lambda case: True,
     "denominator_nan": lambda case: True,
     "denominator_vector": lambda case: True,
@@ -203,10 +257,19 @@ def reasons_to_refuse(case: Case) -> list[str]:
     found = {case.mistake, *case.contexts, case.wrapper}
     if case.mistake == "optimizer_before_wrapping" and case.wrapper in FSDP:
         found.add("optimizer_before_sharding")
-    if case.wrapper in ALONE and case.mistake != "layer_replaced":  # nothing is wrapped: these are no mistakes
-        found -= {"criterion_parameter", "thawed", "thawed_later", "frozen_after_wrapping", "frozen_later"}
+    # nothing is wrapped: these are no mistakes
+    if case.wrapper in ALONE and case.mistake != "layer_replaced":
+        found -= {
+            "criterion_parameter",
+            "thawed",
+            "thawed_later",
+            "frozen_after_wrapping",
+            "frozen_later",
+        }
     if case.wrapper in DDP and case.extra != "always" and not case.has("frozen"):
-        found |= {"ddp_find_unused": set(), "ddp_static_graph": {"static_graph_changes"}}.get(case.wrapper, set())
+        found |= {"ddp_find_unused": set(), "ddp_static_graph": {"static_graph_changes"}}.get(
+            case.wrapper, set()
+        )
     if case.wrapper == "ddp_static_graph" and case.has("agree_on_oom"):
         found.add("static_graph_apart")
     return [MAY_REFUSE[name] for name in MAY_REFUSE if name in found]

@@ -1,6 +1,8 @@
-"""What a user brings to a loop: a model, micro-batches of many classes, loaders of many kinds, sums and counts.
+"""What a user brings to a loop: a model, micro-batches of many classes, loaders of many kinds, sums
+and counts.
 
-A sample is a row of nine numbers: four of input, three of target, whether it counts, whether the layer `extra` is used.
+A sample is a row of nine numbers: four of input, three of target, whether it counts, whether the
+layer `extra` is used.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ class Triple(NamedTuple):
 
 
 class Movable:
-    """A micro-batch of a class of its own, with `.to` and without anything else that frameworks look for."""
+    """A micro-batch of a class of its own, with `.to` and without anything else that frameworks
+    look for."""
 
     def __init__(self, columns: tuple[Tensor, ...]) -> None:
         self.columns = columns
@@ -88,13 +91,17 @@ def pack(case: Case, rows: Tensor) -> Any:
 
 
 def unpack(case: Case, micro_batch: Any) -> tuple[Tensor, ...]:
-    """x [n, 4], y [n, 3], mask [n, 1], extra [n, 1] of a micro-batch, which must still be of the case's class."""
+    """x [n, 4], y [n, 3], mask [n, 1], extra [n, 1] of a micro-batch, which must still be of the
+    case's class."""
     kinds: dict[str, tuple[type, Callable[[], Iterable[Tensor]]]] = {
         "tensor": (Tensor, lambda: micro_batch.split(WIDTHS, dim=1)),
         "dict": (dict, lambda: [micro_batch[name] for name in NAMES]),
         "tuple": (tuple, lambda: micro_batch),
         "list": (list, lambda: micro_batch),
-        "named_tuple": (Triple, lambda: (micro_batch.x, micro_batch.y, micro_batch.mask, micro_batch.extra)),
+        "named_tuple": (
+            Triple,
+            lambda: (micro_batch.x, micro_batch.y, micro_batch.mask, micro_batch.extra),
+        ),
         "user_dict": (UserDict, lambda: [micro_batch.data[name] for name in NAMES]),
         "class_with_to": (Movable, lambda: micro_batch.columns),
         "dataclass": (Bundle, lambda: micro_batch.columns),
@@ -118,7 +125,8 @@ def make_rows(case: Case, rank: int, index: int) -> Tensor:
 
 
 def draw_rows(case: Case) -> Tensor:
-    """Two samples [2, 9] from torch's own generator, as loops that draw random crops of a text do."""
+    """Two samples [2, 9] from torch's own generator, as loops that draw random crops of a text
+    do."""
     rows = torch.randn(2, 9, dtype=torch.float64)
     counted = torch.rand(2) < (0.6 if case.mask == "some" else 1.0)
     rows[:, 7] = counted.double()
@@ -127,7 +135,8 @@ def draw_rows(case: Case) -> Tensor:
 
 
 class Augmented(Dataset):  # type: ignore[type-arg]
-    """Micro-batches with noise from torch's own generator, another one each time that they are read."""
+    """Micro-batches with noise from torch's own generator, another one each time that they are
+    read."""
 
     def __init__(self, case: Case, micro_batches: list[Tensor]) -> None:
         self._case = case
@@ -168,7 +177,9 @@ def make_loader(case: Case, rank: int) -> Iterable[Any]:
         return (pack(case, draw_rows(case)) for _ in iter(int, 1))
     if case.loader in ("dataloader", "shuffled", "augmented") and micro_batches:
         data: Any = Augmented(case, rows) if case.loader == "augmented" else micro_batches
-        return DataLoader(data, batch_size=None, collate_fn=whole, shuffle=case.loader == "shuffled")
+        return DataLoader(
+            data, batch_size=None, collate_fn=whole, shuffle=case.loader == "shuffled"
+        )
     return micro_batches
 
 
@@ -216,7 +227,9 @@ def make_optimizer(case: Case, net: Net, criterion: nn.Parameter | None) -> torc
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
     if case.optimizer == "adamw":
         return torch.optim.AdamW(trunk + heads, lr=0.05, weight_decay=0.1)
-    return torch.optim.SGD(trunk + heads, lr=0.1, momentum=0.9 if case.optimizer == "momentum" else 0.0)
+    return torch.optim.SGD(
+        trunk + heads, lr=0.1, momentum=0.9 if case.optimizer == "momentum" else 0.0
+    )
 
 
 def make_scheduler(case: Case, optimizer: torch.optim.Optimizer) -> Any:

@@ -44,8 +44,10 @@ DDP_OPTIONS = {
 class Told:
     """What one rank tells of its loop, in plain numbers."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)  # of the windows that were completed
-    parameters: list[list[list[float]]] = field(default_factory=list)  # after each, this rank's shard or all of them
+    # of the windows that were completed
+    records: list[dict[str, Any]] = field(default_factory=list)
+    # after each, this rank's shard or all of them
+    parameters: list[list[list[float]]] = field(default_factory=list)
     at_the_end: list[list[float]] = field(default_factory=list)  # likewise, whatever happened
     refused: str | None = None  # the ConfigError's message
     error: str | None = None  # the message of anything else
@@ -64,7 +66,10 @@ def run_case(case: Case) -> Told:
         except da.ConfigError as error:
             told.refused = str(error)
         except Exception as error:
-            told.error, told.traceback = f"{type(error).__name__}: {error}".splitlines()[0], traceback.format_exc()
+            told.error, told.traceback = (
+                f"{type(error).__name__}: {error}".splitlines()[0],
+                traceback.format_exc(),
+            )
         told.at_the_end = loop.shards()
     return told
 
@@ -77,14 +82,24 @@ class Loop:
         self.told = told
         self.rank = dist.get_rank()
         self.net = make_net(case)
-        self.criterion = nn.Parameter(torch.tensor(0.3).double()) if case.mistake == "criterion_parameter" else None
+        self.criterion = (
+            nn.Parameter(torch.tensor(0.3).double())
+            if case.mistake == "criterion_parameter"
+            else None
+        )
         self.windows_done = 0
 
     def prepare(self) -> None:
         """Make model, optimizer, scheduler and accumulator."""
         case, net = self.case, self.net
-        net.extra.requires_grad_(not case.has("frozen") and case.mistake not in ("thawed", "thawed_later"))
-        early = make_optimizer(case, net, self.criterion) if case.mistake == "optimizer_before_wrapping" else None
+        net.extra.requires_grad_(
+            not case.has("frozen") and case.mistake not in ("thawed", "thawed_later")
+        )
+        early = (
+            make_optimizer(case, net, self.criterion)
+            if case.mistake == "optimizer_before_wrapping"
+            else None
+        )
         self.model = self._wrap()
         if case.mistake in ("thawed", "frozen_after_wrapping"):
             net.extra.requires_grad_(case.mistake == "thawed")
@@ -137,7 +152,11 @@ class Loop:
 
     def _step(self, window: Iterable[Any]) -> None:
         case = self.case
-        handed: Any = (micro_batch for micro_batch in window) if case.mistake == "generator_as_window" else window
+        handed: Any = (
+            (micro_batch for micro_batch in window)
+            if case.mistake == "generator_as_window"
+            else window
+        )
         with ExitStack() as stack:
             if case.has("no_sync"):
                 stack.enter_context(self.model.no_sync())
@@ -175,7 +194,10 @@ class Loop:
     def _loss_sum(self, model: nn.Module, micro_batch: Any) -> Any:
         mistake = self.case.mistake
         sums = loss_sums(
-            self.case, model.module if mistake == "past_the_wrapper" else model, micro_batch, self.criterion
+            self.case,
+            model.module if mistake == "past_the_wrapper" else model,
+            micro_batch,
+            self.criterion,
         )
         terms = sums if isinstance(sums, dict) else {"": sums}
         amounts = counts(self.case, micro_batch)
@@ -193,7 +215,11 @@ class Loop:
     def _count(self, micro_batch: Any) -> Any:
         mistake, right = self.case.mistake, counts(self.case, micro_batch)
         if mistake == "denominator_nan_on_one_rank":
-            return _spoiled(right, float("nan")) if self.rank == 0 and self.windows_done >= 1 else right
+            return (
+                _spoiled(right, float("nan"))
+                if self.rank == 0 and self.windows_done >= 1
+                else right
+            )
         wrong = {
             "denominator_none": None,
             "denominator_nan": float("nan"),

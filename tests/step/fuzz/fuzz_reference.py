@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from fuzz_cases import Case
-from fuzz_data import Net, change, make_loader, make_net, make_optimizer, make_scheduler, replace_extra, unpack
+from fuzz_data import (
+    Net,
+    change,
+    make_loader,
+    make_net,
+    make_optimizer,
+    make_scheduler,
+    replace_extra,
+    unpack,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +49,8 @@ class Reference:
 
 
 class Reader:
-    """One rank's loop over its loader, which reads a window's micro-batches when the window begins."""
+    """One rank's loop over its loader, which reads a window's micro-batches when the window
+    begins."""
 
     def __init__(self, case: Case, rank: int) -> None:
         self._case = case
@@ -93,8 +103,12 @@ def read(case: Case) -> list[list[list[Any]]]:
 def reference(case: Case) -> Reference:
     """Compute the loop on one process, without its mistake."""
     net = make_net(case)
-    criterion = nn.Parameter(torch.tensor(0.3).double()) if case.mistake == "criterion_parameter" else None
-    net.extra.requires_grad_(not case.has("frozen") and case.mistake not in ("thawed_later", "frozen_after_wrapping"))
+    criterion = (
+        nn.Parameter(torch.tensor(0.3).double()) if case.mistake == "criterion_parameter" else None
+    )
+    net.extra.requires_grad_(
+        not case.has("frozen") and case.mistake not in ("thawed_later", "frozen_after_wrapping")
+    )
     if case.mistake == "layer_replaced":
         replace_extra(case, net)
     optimizer = make_optimizer(case, net, criterion)
@@ -119,7 +133,10 @@ def reference(case: Case) -> Reference:
                 step=updates,
                 skipped=skipped,
                 loss=math.nan if skipped else float(loss.detach()),
-                losses={name: math.nan if skipped else float(value.detach()) for name, value in losses.items()},
+                losses={
+                    name: math.nan if skipped else float(value.detach())
+                    for name, value in losses.items()
+                },
                 denominators=denominators,
                 grad_norm=norm,
                 lr=lr,
@@ -150,11 +167,15 @@ def _sums(
     error = error if criterion is None else error * torch.exp(criterion)
     if case.terms == 1:
         return {"loss": error}, {"loss": float(mask.sum())}
-    return {"fit": error, "size": output.square().sum() / 10}, {"fit": float(mask.sum()), "size": float(len(mask))}
+    return {"fit": error, "size": output.square().sum() / 10}, {
+        "fit": float(mask.sum()),
+        "size": float(len(mask)),
+    }
 
 
 def _update(case: Case, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    """Update once, and return the norm before clipping. A trained parameter that nothing used has a gradient of 0."""
+    """Update once, and return the norm before clipping. A trained parameter that nothing used has a
+    gradient of 0."""
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
     for parameter, gradient in zip(trained, gradients, strict=True):
@@ -169,5 +190,7 @@ def _move(case: Case, scheduler: Any, loss: float) -> None:
     """Move the learning rate; a schedule that is at its end stays there."""
     if case.mistake == "plateau_scheduler":
         scheduler.step(loss)
-    elif scheduler is not None and not (case.mistake == "one_cycle_past_its_end" and scheduler.last_epoch >= 2):
+    elif scheduler is not None and not (
+        case.mistake == "one_cycle_past_its_end" and scheduler.last_epoch >= 2
+    ):
         scheduler.step()

@@ -1,4 +1,5 @@
-"""Training loops composed at random are exact or refused on all ranks; scripts/nightly.sh tries many more."""
+"""Training loops composed at random are exact or refused on all ranks; scripts/nightly.sh tries
+many more."""
 
 from __future__ import annotations
 
@@ -30,7 +31,16 @@ def test_a_composed_loop_is_exact_or_refused(judge: Judge, seed: int) -> None:
 
 def told_of(right: Reference) -> Told:
     """What a rank tells of a loop that went right."""
-    names = ("step", "skipped", "loss", "losses", "denominators", "grad_norm", "lr", "num_micro_batches")
+    names = (
+        "step",
+        "skipped",
+        "loss",
+        "losses",
+        "denominators",
+        "grad_norm",
+        "lr",
+        "num_micro_batches",
+    )
     told = Told(
         records=[{name: getattr(window, name) for name in names} for window in right.windows],
         parameters=[[p.flatten().tolist() for p in window.parameters] for window in right.windows],
@@ -41,7 +51,11 @@ def told_of(right: Reference) -> Told:
 
 def first_case(**fields: object) -> Case:
     """The first seed whose case has these fields."""
-    return next(case for case in map(draw, range(10_000)) if all(getattr(case, k) == v for k, v in fields.items()))
+    return next(
+        case
+        for case in map(draw, range(10_000))
+        if all(getattr(case, k) == v for k, v in fields.items())
+    )
 
 
 def test_the_judge_sees_what_is_off() -> None:
@@ -52,7 +66,12 @@ def test_the_judge_sees_what_is_off() -> None:
     moved = told_of(right)
     moved.parameters[1][0][0] *= 1 + 1e-10
     assert "window 1: parameter 0" in compare(case, right, [told_of(right), moved]).why
-    for name, value in (("loss", 1.0), ("grad_norm", 1.0), ("denominators", {"loss": 1.0}), ("step", 7)):
+    for name, value in (
+        ("loss", 1.0),
+        ("grad_norm", 1.0),
+        ("denominators", {"loss": 1.0}),
+        ("step", 7),
+    ):
         other = told_of(right)
         other.records[-1][name] = value
         assert f"{name} is {value}" in compare(case, right, [other, other]).why
@@ -67,7 +86,10 @@ def test_the_judge_knows_what_may_be_refused() -> None:
     def refused(right: Reference, windows: int) -> Told:
         told = told_of(right)
         told.refused = "no"
-        told.at_the_end = [p.flatten().tolist() for p in [right.start, *(w.parameters for w in right.windows)][windows]]
+        told.at_the_end = [
+            p.flatten().tolist()
+            for p in [right.start, *(w.parameters for w in right.windows)][windows]
+        ]
         del told.records[windows:], told.parameters[windows:]
         return told
 
@@ -87,6 +109,8 @@ def test_every_ingredient_is_drawn() -> None:
     cases = [draw(seed) for seed in range(2000)]
     assert {case.ranks for case in cases} == {1, 2, 3}
     assert {case.mistake for case in cases} == {None, *MISTAKES}
-    assert {reason for case in cases for reason in reasons_to_refuse(case)} == set(MAY_REFUSE.values())
+    assert {reason for case in cases for reason in reasons_to_refuse(case)} == set(
+        MAY_REFUSE.values()
+    )
     must_be_exact = sum(not reasons_to_refuse(case) for case in cases)
     assert must_be_exact > len(cases) / 3

@@ -1,4 +1,5 @@
-"""Models that are chains of blocks, wrapped in every way, and trainings of them that are compared to the bit."""
+"""Models that are chains of blocks, wrapped in every way, and trainings of them that are compared
+to the bit."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Embedding, four blocks, and a head with layers of its own; with `what` changed in the way that it names."""
+    """Embedding, four blocks, and a head with layers of its own; with `what` changed in the way
+    that it names."""
 
     def __init__(self, what: str = "", num_blocks: int = 4) -> None:
         super().__init__()
@@ -107,21 +109,28 @@ def tokens() -> da.Objective:
 
 
 def two_terms() -> da.Objective:
-    """Beside the tokens' loss a square of all logits, over samples; and a forward without gradients, as a reference."""
+    """Beside the tokens' loss a square of all logits, over samples; and a forward without
+    gradients, as a reference."""
 
     def sums(model: nn.Module, micro_batch: dict[str, Any]) -> dict[str, Tensor]:
         with torch.no_grad():
             reference = model(micro_batch["ids"])
         logits = model(micro_batch["ids"])
-        loss = F.cross_entropy(logits.flatten(0, 1), micro_batch["labels"].flatten(), ignore_index=0, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), micro_batch["labels"].flatten(), ignore_index=0, reduction="sum"
+        )
         return {"tokens": loss, "far": (logits - 0.5 * reference).square().mean((1, 2)).sum()}
 
-    return da.Objective(sums, lambda micro_batch: {"tokens": counted(micro_batch), "far": len(micro_batch["ids"])})
+    return da.Objective(
+        sums, lambda micro_batch: {"tokens": counted(micro_batch), "far": len(micro_batch["ids"])}
+    )
 
 
-def windows(lengths: Sequence[int] = WINDOWS, more: Callable[[int], dict[str, Any]] | None = None) -> list[list[Any]]:
-    """This rank's micro-batches. Sizes differ, ranks have none, fewer and more of them, and some micro-batches count
-    nothing."""
+def windows(
+    lengths: Sequence[int] = WINDOWS, more: Callable[[int], dict[str, Any]] | None = None
+) -> list[list[Any]]:
+    """This rank's micro-batches. Sizes differ, ranks have none, fewer and more of them, and some
+    micro-batches count nothing."""
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(rank)
     made = []
@@ -130,11 +139,15 @@ def windows(lengths: Sequence[int] = WINDOWS, more: Callable[[int], dict[str, An
         micro_batches = []
         for index in range(length - lacking):
             shape = (1 + (index + rank) % 2, 4 + index)
-            ids, labels = (torch.randint(1, VOCABULARY, shape, generator=generator) for _ in range(2))
+            ids, labels = (
+                torch.randint(1, VOCABULARY, shape, generator=generator) for _ in range(2)
+            )
             labels[:, : index % 3] = 0
             if index == 1 and rank == step % size:
                 labels.zero_()
-            micro_batches.append({"ids": ids, "labels": labels} | (more(index + step) if more else {}))
+            micro_batches.append(
+                {"ids": ids, "labels": labels} | (more(index + step) if more else {})
+            )
         made.append(micro_batches)
     return made
 
@@ -151,24 +164,38 @@ def wrap(model: nn.Module, kind: str, policy: MixedPrecisionPolicy | None = None
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def accumulator(model: nn.Module, kind: str, overlap_micro_batches: int | str, **options: Any) -> da.Accumulator:
+def accumulator(
+    model: nn.Module, kind: str, overlap_micro_batches: int | str, **options: Any
+) -> da.Accumulator:
     """With momentum, clipping and the ledger; `gather_once` under FSDP2."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+    )
     options = {
         "objective": tokens(),
         "sync": "boundary" if kind == "ddp" else "gather_once",
         "seed": 3,
         "audit": "always",
     } | options
-    return da.Accumulator(model, optimizer, clip_norm=0.5, overlap_micro_batches=overlap_micro_batches, **options)
+    return da.Accumulator(
+        model, optimizer, clip_norm=0.5, overlap_micro_batches=overlap_micro_batches, **options
+    )
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """Whole parameters, and this rank's buffers."""
-    return {name: whole(value) for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    return {
+        name: whole(value) for name, value in [*model.named_parameters(), *model.named_buffers()]
+    }
 
 
-def trained(model: nn.Module, kind: str, overlap_micro_batches: int, data: Sequence[list[Any]], **options: Any) -> Any:
+def trained(
+    model: nn.Module,
+    kind: str,
+    overlap_micro_batches: int,
+    data: Sequence[list[Any]],
+    **options: Any,
+) -> Any:
     """What each window told, and the model after all."""
     made = accumulator(model, kind, overlap_micro_batches, **options)
     records = [made.step(micro_batches) for micro_batches in data]
@@ -178,8 +205,14 @@ def trained(model: nn.Module, kind: str, overlap_micro_batches: int, data: Seque
 
 def differences(found: Any, expected: Any) -> list[str]:
     """What is not the same to the bit."""
-    told = [f"window {i}: {a} {b}" for i, (a, b) in enumerate(zip(found[0], expected[0], strict=True)) if a != b]
-    return told + [name for name, value in expected[1].items() if not torch.equal(found[1][name], value)]
+    told = [
+        f"window {i}: {a} {b}"
+        for i, (a, b) in enumerate(zip(found[0], expected[0], strict=True))
+        if a != b
+    ]
+    return told + [
+        name for name, value in expected[1].items() if not torch.equal(found[1][name], value)
+    ]
 
 
 def hooks_left(model: nn.Module) -> int:

@@ -1,5 +1,5 @@
-"""With the last T micro-batches block by block everything is as in the plain order, to the bit: losses, norms,
-parameters."""
+"""With the last T micro-batches block by block everything is as in the plain order, to the bit:
+losses, norms, parameters."""
 
 from __future__ import annotations
 
@@ -33,17 +33,25 @@ from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
 NARROW = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def all_overlaps(kind: str, overlaps: tuple[int, ...], lengths: tuple[int, ...]) -> dict[int, list[str]]:
-    """The differences of each T from the plain order: a tied GPT with dropout; windows of given lengths."""
+def all_overlaps(
+    kind: str, overlaps: tuple[int, ...], lengths: tuple[int, ...]
+) -> dict[int, list[str]]:
+    """The differences of each T from the plain order: a tied GPT with dropout; windows of given
+    lengths."""
     data = windows(lengths)
     plain = trained(wrap(make_gpt(), kind), kind, 1, data)
     return {t: differences(trained(wrap(make_gpt(), kind), kind, t, data), plain) for t in overlaps}
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_any_number_of_micro_batches_in_the_tail_on_any_number_of_ranks(any_world: World, kind: str) -> None:
+def test_any_number_of_micro_batches_in_the_tail_on_any_number_of_ranks(
+    any_world: World, kind: str
+) -> None:
     overlaps, lengths = ((2, 4, 8), (3, 1, 8, 4)) if any_world.size <= 2 else ((3,), (4, 1, 3))
-    assert any_world.run(all_overlaps, kind, overlaps, lengths) == [{t: [] for t in overlaps}] * any_world.size
+    assert (
+        any_world.run(all_overlaps, kind, overlaps, lengths)
+        == [{t: [] for t in overlaps}] * any_world.size
+    )
 
 
 @pytest.mark.parametrize(("ranks", "mesh"), [(2, "2x1"), (2, "1x2"), (4, "2x2")])
@@ -79,8 +87,11 @@ def images() -> list[list[Any]]:
     ]  # fmt: skip
 
 
-def one_model(kind: str, what: str, overlap_micro_batches: int, options: dict[str, Any]) -> list[str]:
-    """The differences of one model from the plain order. Options are of the accumulator, and what is named here."""
+def one_model(
+    kind: str, what: str, overlap_micro_batches: int, options: dict[str, Any]
+) -> list[str]:
+    """The differences of one model from the plain order. Options are of the accumulator, and what
+    is named here."""
     options = dict(options)
     dtype, policy = options.pop("dtype", torch.float32), options.pop("policy", None)
     views = options.pop("views", False)
@@ -94,7 +105,11 @@ def one_model(kind: str, what: str, overlap_micro_batches: int, options: dict[st
 
     def run(overlap: int) -> Any:
         model = make(what).to(dtype)
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if views else wrap(model, kind, policy)
+        wrapped = (
+            DistributedDataParallel(model, gradient_as_bucket_view=True)
+            if views
+            else wrap(model, kind, policy)
+        )
         return trained(wrapped, kind, overlap, data, **options)
 
     return differences(run(overlap_micro_batches), run(1))
@@ -108,15 +123,21 @@ BOTH: list[tuple[str, dict[str, Any]]] = [
     ("tied", {}),  # with a head that has layers of its own
     ("tied twice", {}),
     ("dict", {}),  # blocks that cannot be cut
-    *((f"frozen {part}", {}) for part in ("embedding", "first blocks", "blocks", "last block", "head")),
+    *(
+        (f"frozen {part}", {})
+        for part in ("embedding", "first blocks", "blocks", "last block", "head")
+    ),
     ("inplace head", {}),
-    *((f"resnet {mode.value}", {}) for mode in BatchNormMode if mode is not BatchNormMode.sync),  # sync is refused
+    # sync is refused
+    *((f"resnet {mode.value}", {}) for mode in BatchNormMode if mode is not BatchNormMode.sync),
 ]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("what", "options"), BOTH, ids=lambda value: str(value))
-def test_models(worlds: Callable[[int], World], kind: str, what: str, options: dict[str, Any]) -> None:
+def test_models(
+    worlds: Callable[[int], World], kind: str, what: str, options: dict[str, Any]
+) -> None:
     assert worlds(3).run(one_model, kind, what, 3, options) == [[]] * 3
 
 
@@ -129,7 +150,9 @@ def test_models(worlds: Callable[[int], World], kind: str, what: str, options: d
     ],
     ids=["gradients in buckets", "bf16 parameters", "bf16 parameters computed again"],
 )
-def test_wraps(worlds: Callable[[int], World], kind: str, what: str, options: dict[str, Any]) -> None:
+def test_wraps(
+    worlds: Callable[[int], World], kind: str, what: str, options: dict[str, Any]
+) -> None:
     assert worlds(3).run(one_model, kind, what, 3, options) == [[]] * 3
 
 
@@ -138,7 +161,8 @@ def checked_in_any_order(kind: str) -> list[str]:
 
     def run(overlaps: list[int]) -> Any:
         model = wrap(make_gpt(), kind)
-        # DDP's buckets are those of its first window: the ledger of a later accumulator cannot know it.
+        # DDP's buckets are those of its first window: the ledger of a later accumulator cannot know
+        # it.
         made = [accumulator(model, kind, t, audit="never") for t in overlaps]
         records = []
         for one, micro_batches in zip(made, windows((3, 4, 2)), strict=True):
@@ -151,5 +175,7 @@ def checked_in_any_order(kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_evaluation_between_windows_and_another_overlap(worlds: Callable[[int], World], kind: str) -> None:
+def test_evaluation_between_windows_and_another_overlap(
+    worlds: Callable[[int], World], kind: str
+) -> None:
     assert worlds(2).run(checked_in_any_order, kind) == [[]] * 2

@@ -1,5 +1,5 @@
-"""How `overlap_micro_batches="auto"` chooses: arithmetic with given times, and a training that ends as the plain one
-does."""
+"""How `overlap_micro_batches="auto"` chooses: arithmetic with given times, and a training that ends
+as the plain one does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def timed(exposed: float, limit: int | None = None, **times: Any) -> _Timing:
     timing = _Timing(limit)
     for number in range(WARM_WINDOWS + TIMED_WINDOWS):
         assert not timing.complete
-        add(timing, exposed if number >= WARM_WINDOWS else 100.0, **times)  # the first ones do not count
+        # the first ones do not count
+        add(timing, exposed if number >= WARM_WINDOWS else 100.0, **times)
     assert timing.complete
     return timing
 
@@ -113,7 +114,9 @@ def chosen_by_itself(kind: str) -> tuple[list[str | None], list[str]]:
     made = make_accumulator(model, kind, "auto")
     records = [made.step(micro_batches) for micro_batches in data]
     found = [(record.losses, record.grad_norm) for record in records], state(model)
-    return [record.chosen for record in records], differences(found, trained(wrap(make_gpt(), kind), kind, 1, data))
+    return [record.chosen for record in records], differences(
+        found, trained(wrap(make_gpt(), kind), kind, 1, data)
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

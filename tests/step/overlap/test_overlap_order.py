@@ -1,4 +1,5 @@
-"""What the tail schedule is for: the order of backwards and reductions, the memory, refusals, and faults inside it."""
+"""What the tail schedule is for: the order of backwards and reductions, the memory, refusals, and
+faults inside it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from chains import Chain, accumulator, counted, cross_entropy, differences, hooks_left, state, windows, wrap
+from chains import (
+    Chain,
+    accumulator,
+    counted,
+    cross_entropy,
+    differences,
+    hooks_left,
+    state,
+    windows,
+    wrap,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +34,8 @@ BLOCKS = 4
 
 
 class Reductions(TorchDispatchMode):
-    """Writes down each reduction as it is issued; the small collective of float64 is not among them."""
+    """Writes down each reduction as it is issued; the small collective of float64 is not among
+    them."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__()
@@ -31,14 +43,20 @@ class Reductions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.replace("_", "")
-        tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)]
+        tensors = [
+            t
+            for arg in args[:2]
+            for t in (arg if isinstance(arg, list) else [arg])
+            if isinstance(t, Tensor)
+        ]
         if ("allreduce" in name or "reducescatter" in name) and tensors[0].dtype is torch.float32:
             self._events.append("reduction")
         return func(*args, **(kwargs or {}))
 
 
 def events(kind: str, overlap_micro_batches: int, num_micro_batches: int) -> list[str]:
-    """The backwards of blocks, as `block of micro-batch`, and reductions of a window after the first one."""
+    """The backwards of blocks, as `block of micro-batch`, and reductions of a window after the
+    first one."""
     written: list[str] = []
     model = Chain()
     micro_batch = -1
@@ -51,7 +69,9 @@ def events(kind: str, overlap_micro_batches: int, num_micro_batches: int) -> lis
     for index, block in enumerate(model.blocks):
         block.linear.register_forward_hook(partial(forward, index))
     # Buckets as small as can be, so that each gradient travels as soon as it is complete.
-    wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-5) if kind == "ddp" else wrap(model, kind)
+    wrapped = (
+        DistributedDataParallel(model, bucket_cap_mb=1e-5) if kind == "ddp" else wrap(model, kind)
+    )
     made = accumulator(wrapped, kind, overlap_micro_batches)
     made.step(*windows((num_micro_batches,)))
     written.clear()
@@ -67,22 +87,30 @@ def test_a_block_is_reduced_before_the_first_micro_batch_reaches_the_block_befor
 ) -> None:
     for found in two_ranks.run(events, kind, 3, 4):
         tail = [f"{block} of {micro_batch}" for block in (3, 2, 1, 0) for micro_batch in (1, 2, 3)]
-        assert [event for event in found if event != "reduction"] == [f"{b} of 0" for b in (3, 2, 1, 0)] + tail
+        assert [event for event in found if event != "reduction"] == [
+            f"{b} of 0" for b in (3, 2, 1, 0)
+        ] + tail
         before = found[: found.index("2 of 1")]  # the last block is complete then, and so on
         assert "reduction" in before[before.index("3 of 3") :]
         assert "reduction" in found[found.index("1 of 3") : found.index("0 of 1")]
-        assert found.index("reduction") > found.index("0 of 0")  # and none in micro-batches that are not in the tail
+        # and none in micro-batches that are not in the tail
+        assert found.index("reduction") > found.index("0 of 0")
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_in_the_plain_order_only_the_last_micro_batch_hides_reductions(two_ranks: World, kind: str) -> None:
-    for plain, tail in zip(two_ranks.run(events, kind, 1, 4), two_ranks.run(events, kind, 3, 4), strict=True):
+def test_in_the_plain_order_only_the_last_micro_batch_hides_reductions(
+    two_ranks: World, kind: str
+) -> None:
+    for plain, tail in zip(
+        two_ranks.run(events, kind, 1, 4), two_ranks.run(events, kind, 3, 4), strict=True
+    ):
         assert plain.index("reduction") > plain.index("0 of 2")
         assert plain.count("reduction") == tail.count("reduction")
 
 
 def alive(kind: str) -> list[Any]:
-    """How many micro-batches' logits are alive at each forward of a window, and how many segments' tensors after it."""
+    """How many micro-batches' logits are alive at each forward of a window, and how many segments'
+    tensors after it."""
     logits: list[Any] = []
     inputs: list[Any] = []
     counts: list[int] = []
@@ -96,7 +124,9 @@ def alive(kind: str) -> list[Any]:
 
     model = Chain()
     for block in model.blocks:
-        block.linear.register_forward_hook(lambda module, args, out: inputs.append(weakref.ref(out)))
+        block.linear.register_forward_hook(
+            lambda module, args, out: inputs.append(weakref.ref(out))
+        )
     made = accumulator(wrap(model, kind), kind, 3, objective=da.Objective(sums, counted))
     gc.collect()
     gc.disable()  # nothing may wait for it
@@ -110,7 +140,9 @@ def alive(kind: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_the_heads_graph_is_freed_at_once_and_all_of_it_at_the_end(two_ranks: World, kind: str) -> None:
+def test_the_heads_graph_is_freed_at_once_and_all_of_it_at_the_end(
+    two_ranks: World, kind: str
+) -> None:
     assert two_ranks.run(alive, kind) == [[0, 0, True]] * 2
 
 
@@ -137,7 +169,8 @@ def clean_after(kind: str, spoil: str) -> list[str]:
         model = Chain("tied")
         model.blocks[1].linear.register_forward_hook(lambda module, args, out: watched(out))
         wrapped = wrap(model, kind)
-        made = accumulator(wrapped, kind, 3, objective=da.Objective(sums, counted), check_cut=False)  # calls count
+        # calls count
+        made = accumulator(wrapped, kind, 3, objective=da.Objective(sums, counted), check_cut=False)
         first, second = windows((4, 4))
         full = first if len(first) == 4 else [*first, *first][:4]
         if spoilt:
@@ -157,7 +190,9 @@ def clean_after(kind: str, spoil: str) -> list[str]:
 
 @pytest.mark.parametrize("spoil", ["forward", "backward"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_clean_window_after_a_failure_in_the_tail_is_exact(two_ranks: World, kind: str, spoil: str) -> None:
+def test_a_clean_window_after_a_failure_in_the_tail_is_exact(
+    two_ranks: World, kind: str, spoil: str
+) -> None:
     assert two_ranks.run(clean_after, kind, spoil) == [[]] * 2
 
 
@@ -211,8 +246,12 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
 
 
 @pytest.mark.filterwarnings("ignore:.*find_unused_parameters=True was specified")
-@pytest.mark.parametrize(("kind", "what", "options", "reason"), REFUSED, ids=lambda value: str(value))
-def test_refusals_give_the_reason(two_ranks: World, kind: str, what: str, options: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "what", "options", "reason"), REFUSED, ids=lambda value: str(value)
+)
+def test_refusals_give_the_reason(
+    two_ranks: World, kind: str, what: str, options: dict[str, Any], reason: str
+) -> None:
     for message in two_ranks.run(told, kind, what, options):
         assert re.search(reason, message), message
         assert "overlap_micro_batches=1" in message
