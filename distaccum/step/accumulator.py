@@ -164,7 +164,11 @@ class Accumulator:
                 rows = consensus.traffic(consensus.rows_sent - rows_before)
                 self.verdict = ledger.judge(strategy.forecast(totals.rounds) + rows, self.steps + 1)
             lr = float(self.optimizer.param_groups[0]["lr"])
-            self._update(gradients, stats)
+            if self._is_finite(stats):
+                if self.clip_norm is not None:
+                    clip(gradients, stats.grad_norm, self.clip_norm)
+                self.optimizer.step()
+                strategy.statistics.commit()
 
         losses = totals.denominator.means(stats.sums)
         self._end_window(window, stats, sum(losses.values()))
@@ -247,21 +251,16 @@ class Accumulator:
             self.loss_scale.unscale(gradients)
         return gradients
 
-    def _update(self, gradients: list[Tensor], stats: StepStats) -> None:
-        """Clip and step the optimizer, unless a loss or norm is not finite."""
-        if stats.trouble is not None:
-            # A smaller loss scale may cure gradients that overflow, but not a loss that does.
-            cured = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
-            if self.nonfinite is not NonFinite.skip and not cured:
-                raise DivergenceError(
-                    f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated."
-                )
-            self.strategy.statistics.forget()
-        else:
-            if self.clip_norm is not None:
-                clip(gradients, stats.grad_norm, self.clip_norm)
-            self.optimizer.step()
-            self.strategy.statistics.commit()
+    def _is_finite(self, stats: StepStats) -> bool:
+        """Return whether to update; raise if a value is not finite and may not be skipped."""
+        if stats.trouble is None:
+            return True
+        # A smaller loss scale may cure gradients that overflow, but not a loss that does.
+        cured = stats.loss_finite and self.loss_scale is not None and self.loss_scale.can_shrink
+        if self.nonfinite is not NonFinite.skip and not cured:
+            raise DivergenceError(f"Step {self.steps + 1}: {stats.trouble}. Nothing was updated.")
+        self.strategy.statistics.forget()
+        return False
 
     def _settle(self) -> None:
         """Make a resumed DDP sum in the order of later windows instead of that of its first one."""
