@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPUTE, REFERENCE, OVERLAP = "compute alone", "DDP no_sync", "ours DDP, overlap "
-SMALL = (  # has the buckets of the overlap arms, to separate their effect
-    "DDP no_sync, small buckets"
-)
+# It has the buckets of the overlap arms, to separate their effect.
+SMALL = "DDP no_sync, small buckets"
 # These communicate several times per window.
 SLOW = ("DDP naive", "FSDP2 each micro-batch", "FSDP2 last micro-batch", "ours FSDP2 boundary")
 # On two ranks, these sum over ranks once per window. Naive DDP does so for each micro-batch, which
