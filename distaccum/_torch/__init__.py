@@ -22,6 +22,7 @@ from distaccum._torch.sharded import offloads as offloads
 from distaccum._torch.sharded import reduce_unused_parameters as reduce_unused_parameters
 from distaccum._torch.sharded import sharded_groups as sharded_groups
 from distaccum._torch.sharded import shared_group as shared_group
+from distaccum._torch.tensors import backward as backward
 from distaccum._torch.tensors import fake_tensors as fake_tensors
 from distaccum._torch.tensors import has_hooks as has_hooks
 from distaccum._torch.tensors import storage_resizes as storage_resizes

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distaccum._torch.tensors import backward
 from distaccum.errors import ConfigError
 
 
@@ -136,7 +137,7 @@ def ddp_complete(model: DistributedDataParallel, reduced: Sequence[nn.Parameter]
                 "them, so the gradients are those of this rank alone. No parameter was updated. "
                 "Freeze parameters before wrapping, or use find_unused_parameters=True."
             ) from error
-    torch.autograd.backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
+    backward(waiting, [torch.zeros_like(parameter) for parameter in waiting])
     model._check_reducer_finalized()
 
 

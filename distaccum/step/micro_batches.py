@@ -178,10 +178,8 @@ def _check(
             f"after {index}. Give the number of micro-batches that the stream has."
         )
     if window.denominators is not None:
-        announced, found = (
-            checked_denominators(window.denominators[index]),
-            denominators_of(objective, micro_batch),
-        )
+        announced = checked_denominators(window.denominators[index])
+        found = denominators_of(objective, micro_batch)
         if announced != found:
             raise ConfigError(
                 f"Micro-batch {index} was announced with the denominator {announced}, but the "

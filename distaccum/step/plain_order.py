@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from torch.autograd import backward
-
+from distaccum._torch import backward
 from distaccum.parallel.base import Strategy
 from distaccum.step.micro_batches import MicroBatchRunner
 
@@ -28,7 +27,7 @@ def run(strategy: Strategy, runner: MicroBatchRunner) -> Callable[[], None]:
 
     def last_backward() -> None:
         with boundary:
-            backward(root, gradient)
+            backward((root,), (gradient,))
         strategy.after_micro_batch()
 
     return last_backward
@@ -38,5 +37,5 @@ def one(strategy: Strategy, runner: MicroBatchRunner, *, first: bool, last: bool
     """Run forward and backward of the next micro-batch."""
     with strategy.micro_batch(first=first, last=last):
         root, gradient = runner.forward_next()
-        backward(root, gradient)
+        backward((root,), (gradient,))
     strategy.after_micro_batch()

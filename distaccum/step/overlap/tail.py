@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from distaccum._torch import backward
 from distaccum.parallel.base import Strategy
 from distaccum.step import plain_order
 from distaccum.step.micro_batches import MicroBatchRunner
@@ -113,7 +114,7 @@ class _Backward:
         if self._manually or segment.shared:
             self._gradient = self._apart(segment, ends, gradients)
         else:
-            torch.autograd.backward(ends, gradients)
+            backward(ends, gradients)
             self._gradient = None if segment.begins is None else segment.begins.grad
         if self._segments and self._gradient is None:
             raise refused(
@@ -144,7 +145,7 @@ class _Backward:
             _add(fresh)
         else:  # one by one, since DDP orders its buckets by the order of these hooks
             for parameter, gradient in fresh.items():
-                torch.autograd.backward(parameter, gradient)
+                backward((parameter,), (gradient,))
         return found[0] if starts else None
 
 

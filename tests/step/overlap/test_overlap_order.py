@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import re
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,12 +35,12 @@ BLOCKS = 4
 
 
 class Reductions(TorchDispatchMode):
-    """Writes down each reduction as it is issued; the small collective of float64 is not among
+    """Tells of each reduction as it is issued; the small collective of float64 is not among
     them."""
 
-    def __init__(self, events: list[str]) -> None:
+    def __init__(self, issued: Callable[[], object]) -> None:
         super().__init__()
-        self._events = events
+        self._issued = issued
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.replace("_", "")
@@ -50,7 +51,7 @@ class Reductions(TorchDispatchMode):
             if isinstance(t, Tensor)
         ]
         if ("allreduce" in name or "reducescatter" in name) and tensors[0].dtype is torch.float32:
-            self._events.append("reduction")
+            self._issued()
         return func(*args, **(kwargs or {}))
 
 
@@ -76,7 +77,7 @@ def events(kind: str, overlap_micro_batches: int, num_micro_batches: int) -> lis
     made.step(*windows((num_micro_batches,)))
     written.clear()
     micro_batch = -1
-    with Reductions(written):
+    with Reductions(partial(written.append, "reduction")):
         made.step(*windows((num_micro_batches,)))
     return written
 
@@ -255,3 +256,28 @@ def test_refusals_give_the_reason(
     for message in two_ranks.run(told, kind, what, options):
         assert re.search(reason, message), message
         assert "overlap_micro_batches=1" in message
+
+
+def context_of_reductions(kind: str, overlap_micro_batches: int) -> tuple[set[bool], set[bool]]:
+    """Whether torch keeps a Python object for the reductions: in a window of ours, and in a
+    backward as a loop by hand runs it."""
+    made = accumulator(wrap(Chain(), kind), kind, overlap_micro_batches)
+    (window,) = windows([3])
+    ours: set[bool] = set()
+    with Reductions(lambda: ours.add(torch._C._is_key_in_tls("context"))):
+        made.step(window)
+    by_hand: set[bool] = set()
+    model, ids = wrap(Chain(), kind), torch.ones(1, 4, dtype=torch.int64)
+    with Reductions(lambda: by_hand.add(torch._C._is_key_in_tls("context"))):
+        cross_entropy(model, {"ids": ids, "labels": ids}).backward()
+    return ours, by_hand
+
+
+@pytest.mark.parametrize("overlap_micro_batches", [1, 2])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_a_backward_sends_holds_no_python_object(
+    two_ranks: World, kind: str, overlap_micro_batches: int
+) -> None:
+    """Gloo's own thread would drop it, and a process that ends at that moment is aborted."""
+    found = two_ranks.run(context_of_reductions, kind, overlap_micro_batches)
+    assert found == [({False}, {True})] * 2
