@@ -136,11 +136,9 @@ def _barrier(world: World) -> None:
 
 
 def _show(found: dict[str, object]) -> None:
-    seconds, blocked, steps = (
-        found["seconds"],
-        found["blocked_s"],
-        found["steps_between_checkpoints"],
-    )
+    seconds = found["seconds"]
+    blocked = found["blocked_s"]
+    steps = found["steps_between_checkpoints"]
     print(
         f"{found['parameters']:,} parameters, checkpoint of {found['checkpoint_bytes']:,} bytes, "
         f"{found['ranks']} rank(s), {steps} steps, {len(seconds['none'])} rounds"

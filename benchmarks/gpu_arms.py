@@ -60,10 +60,8 @@ class Sizes:
         of weights in all matrices, with the head and without the embedding of positions.
         """
         with torch.device("meta"):
-            model, tokens = (
-                self.model(),
-                torch.zeros(self.micro_batch_size, self.length, dtype=torch.int64),
-            )
+            model = self.model()
+            tokens = torch.zeros(self.micro_batch_size, self.length, dtype=torch.int64)
         # SDPBackend.MATH, because the fused kernels compute the scores again in the backward.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(tokens).sum().backward()

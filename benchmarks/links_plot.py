@@ -70,10 +70,8 @@ def _panel(axis: Any, rates: dict[str, Any]) -> None:
     for name in columns[0]["samples"]:
         if name == COMPUTE:
             continue
-        color, style = (
-            COLORS.get(name, OVERLAP_COLOR),
-            {"linewidth": 2.2 if name.startswith("ours") else 1.4},
-        )
+        color = COLORS.get(name, OVERLAP_COLOR)
+        style = {"linewidth": 2.2 if name.startswith("ours") else 1.4}
         seconds = [median_s(one["samples"][name]) for one in columns]
         axis.plot(xs, seconds, color=color, marker="o", markersize=4, **style)
         axis.plot(

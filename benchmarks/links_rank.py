@@ -110,10 +110,8 @@ class Rank:
         # of the sum of their norms, which is at most sqrt(K R) times the norm of the sum if their
         # directions are random. An update rounds by 2^-24 of the parameters. Both may add up over
         # the windows.
-        windows, added = (
-            self.arms[REFERENCE].windows,
-            self.settings.num_micro_batches * dist.get_world_size(),
-        )
+        windows = self.arms[REFERENCE].windows
+        added = self.settings.num_micro_batches * dist.get_world_size()
         size = _distance(start, [torch.zeros(())] * len(start))
         tolerance = windows * 2**-24 * (added**1.5 + size / way)
         found = {}

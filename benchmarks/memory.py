@@ -84,10 +84,8 @@ def main() -> None:
         "--smoke", action="store_true", help="a tiny model, few micro-batches, two ranks"
     )
     asked = parser.parse_args()
-    on_gpu, counts = (
-        asked.device == "cuda",
-        ([1, 2, 4] if asked.smoke else [2**power for power in range(7)]),
-    )
+    on_gpu = asked.device == "cuda"
+    counts = [1, 2, 4] if asked.smoke else [2**power for power in range(7)]
     models = ["smoke"] if asked.smoke else (["gpt2_124m", "gpt2_350m"] if on_gpu else ["small"])
     first = Way(models[0], samples=4)
     flat = [_both(replace(first, num_micro_batches=count), asked.device) for count in counts]

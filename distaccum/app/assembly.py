@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from distaccum.app.config import Config
 from distaccum.app.oom import OnOutOfMemory
 from distaccum.app.task import Task, in_precision, make_model
@@ -13,7 +11,6 @@ from distaccum.checkpoint.export import load_weights
 from distaccum.core.batch_schedule import BatchSchedule, entries_of
 from distaccum.core.batch_size import BatchArithmetic, samples_of_tokens, solve
 from distaccum.core.strategies import StrategyName, Sync
-from distaccum.grads.accumulate import SumDtype
 from distaccum.grads.scale import LossScale
 from distaccum.nn.batchnorm_layers import BatchNormMode
 from distaccum.nn.blocks import checkpoint_blocks, compile_blocks
@@ -51,7 +48,7 @@ def make_accumulator(
         checkpoint_blocks(blocks)
     if config.nn.compile:
         compile_blocks(blocks)
-    reduce_dtype = _torch(config.parallel.reduce_dtype)
+    reduce_dtype = config.parallel.reduce_dtype and config.parallel.reduce_dtype.torch
     wrapped = wrap(
         model, blocks, config.parallel, world, precision.name.sharded_policy(reduce_dtype)
     )
@@ -65,7 +62,7 @@ def make_accumulator(
         seed=config.train.seed,
         nonfinite=accum.nonfinite,
         audit=accum.audit,
-        accum_dtype=_torch(accum.dtype),
+        accum_dtype=accum.dtype and accum.dtype.torch,
         reduce_dtype=reduce_dtype,
         loss_scale=loss_scale if precision.name is Precision.fp16 else None,
         overlap_micro_batches=accum.overlap_micro_batches,
@@ -131,7 +128,3 @@ def batch_arithmetic(config: Config, task: Task, world_size: int) -> BatchArithm
         accum.gradient_accumulation_steps,
         accum.ragged,
     )
-
-
-def _torch(dtype: SumDtype | None) -> torch.dtype | None:
-    return None if dtype is None else dtype.torch

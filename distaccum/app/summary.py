@@ -135,9 +135,9 @@ def _batchnorm(config: Config, model: nn.Module) -> dict[str, str]:
 
 
 def _precision(config: Config) -> str:
-    dtypes = config.accum.dtype, config.parallel.reduce_dtype
     accumulated, reduced = (
-        dtype.value if dtype is not None else "float32 or wider" for dtype in dtypes
+        dtype.value if dtype is not None else "float32 or wider"
+        for dtype in (config.accum.dtype, config.parallel.reduce_dtype)
     )
     return (
         f"{config.precision.name.value}; gradients summed over micro-batches in {accumulated}, "
@@ -146,11 +146,9 @@ def _precision(config: Config) -> str:
 
 
 def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> str:
-    batch, steps, ranks = (
-        arithmetic.effective_batch_size,
-        arithmetic.gradient_accumulation_steps,
-        arithmetic.world_size,
-    )
+    batch = arithmetic.effective_batch_size
+    steps = arithmetic.gradient_accumulation_steps
+    ranks = arithmetic.world_size
     # The largest micro-batch. Over all ranks, sizes differ by at most one sample, see Window.
     largest = -(-batch // -(-batch // arithmetic.micro_batch_size))
     counts = f"{steps} accumulation step(s) x {ranks} rank(s)"
@@ -158,11 +156,7 @@ def _arithmetic(arithmetic: BatchArithmetic, tokens_per_sample: int | None) -> s
         text = f"micro-batch size {largest} x {counts} = {batch} samples"
     else:
         text = f"{batch} samples in uneven micro-batches: at most {largest} sample(s) x {counts}"
-    tokens = (
-        f" ({arithmetic.effective_batch_size * tokens_per_sample:,} tokens)"
-        if tokens_per_sample
-        else ""
-    )
+    tokens = f" ({batch * tokens_per_sample:,} tokens)" if tokens_per_sample else ""
     return f"{text}{tokens} per optimizer step"
 
 

@@ -231,10 +231,8 @@ def _fitted(model: GPTConfig, text: TextDataset) -> GPTConfig:
 
 
 def _fitted_to_images(model: ResNetConfig, images: ImageDataset) -> ResNetConfig:
-    num_classes, in_channels = (
-        model.num_classes or images.num_classes,
-        model.in_channels or images.shape[0],
-    )
+    num_classes = model.num_classes or images.num_classes
+    in_channels = model.in_channels or images.shape[0]
     require(
         num_classes >= images.num_classes and in_channels == images.shape[0],
         f"The model has {num_classes} classes and {in_channels} input channels; the data has "

@@ -54,10 +54,8 @@ def evaluate(strategy: Strategy, validation: Validation) -> dict[str, float]:
             )
             sums = torch.stack([value.double() for value in sums_by_term])
             if not counted:
-                sums, own_denominators = (
-                    torch.zeros_like(sums),
-                    dict.fromkeys(own_denominators, 0.0),
-                )
+                sums = torch.zeros_like(sums)
+                own_denominators = dict.fromkeys(own_denominators, 0.0)
             totals = sums if totals is None else totals + sums
             denominators = {
                 term: denominators.get(term, 0.0) + count

@@ -152,9 +152,9 @@ def _canonical(name: str) -> str:
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy tensors to host memory (pinned, from a device), so that the originals may change."""
-    copies = {}
-    for name, tensor in tensors.items():
-        copies[name] = tensor.to("cpu", non_blocking=True, copy=True)
+    copies = {
+        name: tensor.to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()
+    }
     for device in {tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"}:
         torch.get_device_module(device).current_stream(device).synchronize()
     return copies

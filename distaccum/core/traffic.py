@@ -100,34 +100,43 @@ def sharded(
         shards: the number of ranks that share one copy of the parameters.
         replicas: HSDP: the number of copies; None on a mesh without replicas.
     """
-    once = sync is Sync.gather_once
     gathers = [
-        (1 if once else num_micro_batches * (1 + group.reshards), group.gathered)
-        for group in groups
-        if group.gathered
+        1 if sync is Sync.gather_once else num_micro_batches * (1 + g.reshards) for g in groups
     ]
-    scattered = [group.scattered for group in groups if group.scattered]
     scatters = num_micro_batches if sync in (Sync.every, Sync.reduce_scatter) else 1
-    reduced = [group.reduced for group in groups if group.reduced]
     reduces = num_micro_batches if sync is Sync.every else 1
-    found = []
-    if shards > 1:
-        count, num_bytes = (
-            sum(times for times, _ in gathers),
-            sum(times * size for times, size in gathers),
+    # What is sent, each message a number of times and its bytes, and among how many ranks.
+    sends: list[tuple[str, str, list[tuple[int, int]], int | None]] = [
+        (
+            "parameters (all-gather)",
+            "all_gather",
+            [(times, group.gathered) for times, group in zip(gathers, groups, strict=True)],
+            shards if shards > 1 else None,
+        ),
+        (
+            "gradients (reduce-scatter)",
+            "reduce_scatter",
+            [(scatters, group.scattered) for group in groups],
+            shards if shards > 1 else None,
+        ),
+        (
+            "gradients (all-reduce between replicas)",
+            "all_reduce",
+            [(reduces, group.reduced) for group in groups],
+            replicas,
+        ),
+    ]
+    found = [
+        Collectives(
+            what,
+            kind,
+            sum(times for times, size in messages if size),  # empty ones are not sent
+            sum(times * size for times, size in messages),
+            ranks,
         )
-        found.append(Collectives("parameters (all-gather)", "all_gather", count, num_bytes, shards))
-        count, num_bytes = scatters * len(scattered), scatters * sum(scattered)
-        found.append(
-            Collectives("gradients (reduce-scatter)", "reduce_scatter", count, num_bytes, shards)
-        )
-    if replicas is not None:
-        count, num_bytes = reduces * len(reduced), reduces * sum(reduced)
-        found.append(
-            Collectives(
-                "gradients (all-reduce between replicas)", "all_reduce", count, num_bytes, replicas
-            )
-        )
+        for what, kind, messages, ranks in sends
+        if ranks is not None
+    ]
     return tuple(one for one in found if one.count)
 
 

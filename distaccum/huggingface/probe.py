@@ -250,11 +250,10 @@ def _rows(micro_batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
 def _by_rows(micro_batch: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Change the tensors that have a row for each sample."""
     size = len(micro_batch[label_names(micro_batch)[0]])
-
-    def has_rows(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-
-    return {name: change(v) if has_rows(v) else v for name, v in micro_batch.items()}
+    return {
+        name: change(v) if isinstance(v, Tensor) and v.ndim and len(v) == size else v
+        for name, v in micro_batch.items()
+    }
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -196,10 +196,8 @@ class LRSchedule:
         Returns:
             The learning rate of the first group.
         """
-        factor, ratio = (
-            lr_factor(position, self._config, self._total),
-            self._ratio(effective_batch_size),
-        )
+        factor = lr_factor(position, self._config, self._total)
+        ratio = self._ratio(effective_batch_size)
         for group, peak, beta2 in zip(
             self._optimizer.param_groups, self._peaks, self._beta2s, strict=True
         ):

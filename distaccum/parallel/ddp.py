@@ -149,13 +149,9 @@ class DDP(Strategy):
             num_rounds: micro-batches per rank, padding included.
         """
         if self.sums is not None:
-            messages, reductions = (
-                self.sums.messages(),
-                (num_rounds if self.sync is Sync.every else 1),
-            )
-            return Traffic.total(
-                replicated(sum(messages), [len(messages)] * reductions, 0, 0, self.world.size)
-            )
+            messages = self.sums.messages()
+            buckets = [len(messages)] * (num_rounds if self.sync is Sync.every else 1)
+            return Traffic.total(replicated(sum(messages), buckets, 0, 0, self.world.size))
         synced = sum(
             self._synced(first=i == 0, last=i == num_rounds - 1) for i in range(num_rounds)
         )

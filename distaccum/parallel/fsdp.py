@@ -99,7 +99,7 @@ class FSDP(Strategy):
             first: whether this is the first micro-batch of the window.
             last: whether this is the last one.
         """
-        # an earlier forward without a backward (evaluation) would change what is gathered
+        # An earlier forward without a backward (evaluation) would change what is gathered
         if first:
             shard_again(self.model)
             _torch.forget_forwards(self.model)

@@ -180,10 +180,8 @@ class _Course:
     def _left(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
         self.cut(ROOT, False)
         returned = _with_graph(output)
-        self._known, self.handed_on = (
-            [id(tensor) for tensor in returned],
-            sum(t.nbytes for t in returned),
-        )
+        self._known = [id(tensor) for tensor in returned]
+        self.handed_on = sum(t.nbytes for t in returned)
         for tensor in returned:
             tensor.register_hook(partial(self.cut, block, True))
 

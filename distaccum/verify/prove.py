@@ -175,12 +175,8 @@ def _plain(accumulator: Accumulator, given: nn.Module | None) -> nn.Module:
     ):
         given = copied(strategy.evaluation_model if given is None else given)
     model = unconverted(given)
-    names, plain_names = (
-        dict(strategy.evaluation_model.named_parameters()),
-        dict(model.named_parameters()),
-    )
-    if names.keys() != plain_names.keys():
-        other = sorted(names.keys() ^ plain_names.keys())
+    theirs = dict(strategy.evaluation_model.named_parameters())
+    if other := sorted(theirs.keys() ^ dict(model.named_parameters()).keys()):
         raise ConfigError(
             f"The plain model must have the same parameters as the accumulator's, but {len(other)} "
             f"name(s) are in only one of them, such as {other[:3]}. Build both with the same code."

@@ -51,13 +51,11 @@ def spread(tensors, kind):
         mesh, placements = init_device_mesh("cpu", (size,)), [Shard(0)]
     else:
         replicas = 2 if size % 2 == 0 else 1
-        mesh, placements = (
-            init_device_mesh("cpu", (replicas, size // replicas)),
-            [
-                Replicate(),
-                Shard(0),
-            ],
-        )
+        mesh = init_device_mesh("cpu", (replicas, size // replicas))
+        placements = [
+            Replicate(),
+            Shard(0),
+        ]
     return {
         name: (
             distribute_tensor(tensor, mesh, placements, src_data_rank=None)

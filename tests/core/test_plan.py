@@ -270,10 +270,8 @@ def test_a_ramp_is_exact_at_its_entries_and_monotone_between(
 def test_windows_said_to_be_alike_are(
     schedule: BatchSchedule, micro_batch_size: int, step: int, start: int
 ) -> None:
-    alike, batch = (
-        schedule.alike(step, start, micro_batch_size),
-        schedule.at(step, start, micro_batch_size),
-    )
+    alike = schedule.alike(step, start, micro_batch_size)
+    batch = schedule.at(step, start, micro_batch_size)
     assert alike >= 1
     for index in range(min(alike, 50)):
         assert schedule.at(step + index, start + index * batch, micro_batch_size) == batch

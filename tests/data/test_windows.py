@@ -254,11 +254,9 @@ def test_num_micro_batches_changes_while_ranks_are_uneven(
 
 
 def by_epoch(kind: str, last: str, lengths: tuple[int, int], count: int) -> list[Any]:
-    windows, loop, found = (
-        da.windows(KINDS[kind](range(lengths[rank()])), 3, last=last),
-        Loop(audit="always"),
-        [],
-    )
+    windows = da.windows(KINDS[kind](range(lengths[rank()])), 3, last=last)
+    loop = Loop(audit="always")
+    found = []
     for _ in range(count):
         loop.seen = []
         found.append(loop.run(windows).seen)

@@ -74,11 +74,9 @@ def overflow(strategy: str, sync: str, windows: list[list[list[float]]]) -> dict
 def test_a_float16_window_that_overflows_on_one_rank(
     two_ranks: World, strategy: str, sync: str
 ) -> None:
-    good, bad, next_one = (
-        [[0.5, 1.0], [1.5, 0.25]],
-        [[0.5, 1.0], [1.5, 60.0]],
-        [[0.5, 1.0], [1.0, 1.5]],
-    )
+    good = [[0.5, 1.0], [1.5, 0.25]]
+    bad = [[0.5, 1.0], [1.5, 60.0]]
+    next_one = [[0.5, 1.0], [1.0, 1.5]]
     # A gradient is x times scale 65536 times 2 ranks / 4 samples; float16 ends at 65504: 1.5 fits
     # and 60 does not.
     with_it = two_ranks.run(overflow, strategy, sync, [good, bad, next_one])
@@ -215,11 +213,9 @@ def test_dtypes_of_sums(two_ranks: World) -> None:
 
     # some roundings of 2^-24 in weights of order one; of 2^-8 in sums of 6
     single, half, double = (6e-6, 2e-2, 1e-6)
-    plain, narrow, wide = (
-        run("ddp", "boundary", None, None),
-        run("ddp", "boundary", None, "bfloat16"),
-        None,
-    )
+    plain = run("ddp", "boundary", None, None)
+    narrow = run("ddp", "boundary", None, "bfloat16")
+    wide = None
     assert plain["error"] < single < narrow["error"] < half
     control = 8 * 2 * 6
     assert (plain["sent"] - control) == 2 * (narrow["sent"] - control)  # half the bytes travel

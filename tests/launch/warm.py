@@ -130,11 +130,9 @@ def _program(starter, args, folder, environment, output, host):
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
     os.closerange(3, 256)
-    sys.stdin, sys.stdout, sys.stderr = (
-        os.fdopen(0),
-        os.fdopen(1, "w"),
-        os.fdopen(2, "w", buffering=1),
-    )
+    sys.stdin = os.fdopen(0)
+    sys.stdout = os.fdopen(1, "w")
+    sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.__stderr__ = sys.stderr
     os.chdir(folder)
     os.environ.clear()

@@ -337,10 +337,8 @@ def test_continuous(case: tuple[ScheduleConfig, int], part: float, distance: flo
     schedule, total = case
     length = schedule.decay if schedule.name is ScheduleName.wsd else total - schedule.warmup
     slope = max(1 / schedule.warmup if schedule.warmup else 0, math.pi / 2 / length)
-    here, there = (
-        lr_factor(part * total, schedule, total),
-        lr_factor(part * total + distance, schedule, total),
-    )
+    here = lr_factor(part * total, schedule, total)
+    there = lr_factor(part * total + distance, schedule, total)
     assert abs(here - there) <= slope * distance + 1e-12
 
 

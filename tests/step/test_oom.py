@@ -190,10 +190,8 @@ def refusal(case: tuple[str, tuple[int, ...], str] | None) -> str:
         layers = nn.Sequential(
             nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2)
         )
-        model, policy = (
-            nn.parallel.DistributedDataParallel(da.convert_batchnorm(layers, "sync")),
-            "boundary",
-        )
+        model = nn.parallel.DistributedDataParallel(da.convert_batchnorm(layers, "sync"))
+        policy = "boundary"
     else:
         strategy, mesh, policy = case
         model = wrap(make_model(), strategy, mesh)

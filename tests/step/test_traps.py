@@ -187,10 +187,8 @@ def test_trap_06_ranks_with_nothing_left_wait_for_the_others(two_ranks: World) -
 def generator_and_discriminator() -> tuple[int, int, list[float]]:
     """Eight iterations in windows of two; each loss runs through both models."""
     torch.manual_seed(0)
-    generator, discriminator = (
-        nn.Linear(2, 2, dtype=torch.float64),
-        nn.Linear(2, 1, dtype=torch.float64),
-    )
+    generator = nn.Linear(2, 2, dtype=torch.float64)
+    discriminator = nn.Linear(2, 1, dtype=torch.float64)
     wrapped = [DistributedDataParallel(generator), DistributedDataParallel(discriminator)]
     for_generator = da.Accumulator(
         wrapped[0],
@@ -214,10 +212,8 @@ def generator_and_discriminator() -> tuple[int, int, list[float]]:
 def gan_on_one_process() -> list[float]:
     """The same by hand, on all data at once."""
     torch.manual_seed(0)
-    generator, discriminator = (
-        nn.Linear(2, 2, dtype=torch.float64),
-        nn.Linear(2, 1, dtype=torch.float64),
-    )
+    generator = nn.Linear(2, 2, dtype=torch.float64)
+    discriminator = nn.Linear(2, 1, dtype=torch.float64)
     noises = [torch.Generator().manual_seed(rank) for rank in range(2)]
     for _ in range(4):
         z = torch.cat(
@@ -282,10 +278,8 @@ def window_size_changes() -> list[float]:
     accumulator = da.Accumulator(
         model, torch.optim.SGD(model.parameters(), lr=1.0), mean_of_outputs()
     )
-    windows, found = (
-        da.windows([column(float(x)) for x in range(1, 11)], gradient_accumulation_steps=2),
-        [],
-    )
+    windows = da.windows([column(float(x)) for x in range(1, 11)], gradient_accumulation_steps=2)
+    found = []
     for window in windows:
         before = float(weight.detach())
         accumulator.step(window)

@@ -115,10 +115,8 @@ class Footprint:
 
     def _traced(self, samples: int, checkpoint: bool, cast: bool) -> MicroBatchTrace:
         config, task = self._config, self._task
-        model, compute = (
-            meta_model(config, task),
-            (config.precision.name.compute_dtype if cast else None),
-        )
+        model = meta_model(config, task)
+        compute = config.precision.name.compute_dtype if cast else None
         if checkpoint:
             checkpoint_blocks(task.blocks_of(model))
         name = StrategyName.fsdp if cast else StrategyName.single
@@ -160,9 +158,5 @@ def overlap_limit(config: Config, task: Task, micro_batch_size: int) -> int | No
     if not task.blocks_of(meta_model(config, task)):
         return None
     footprint = Footprint(config, task)
-    return (
-        1
-        + memory_mb
-        * 2**20
-        // footprint.micro_batch(micro_batch_size, footprint.configured_sharded).to_head
-    )
+    waiting = footprint.micro_batch(micro_batch_size, footprint.configured_sharded).to_head
+    return 1 + memory_mb * 2**20 // waiting

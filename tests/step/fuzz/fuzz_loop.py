@@ -66,10 +66,8 @@ def run_case(case: Case) -> Told:
         except da.ConfigError as error:
             told.refused = str(error)
         except Exception as error:
-            told.error, told.traceback = (
-                f"{type(error).__name__}: {error}".splitlines()[0],
-                traceback.format_exc(),
-            )
+            told.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            told.traceback = traceback.format_exc()
         told.at_the_end = loop.shards()
     return told
 
