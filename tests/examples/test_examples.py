@@ -3,39 +3,19 @@ errors."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import command_line
 
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = [sys.executable, "-W", "error"]
-TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node",
-    "2",
-    "--no-python",
-    *PYTHON,
-]
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+TORCHRUN = ("--standalone", "--nproc-per-node", "2")
 
 
-def run(start: list[str], example: str) -> str:
+def run(folder: Path, torchrun: tuple[str, ...], example: str) -> str:
     """What an example printed; its exit code is 0."""
-    unset = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    # Python would put the folder of the script first on its path, and not the one that it is
-    # started from.
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*start, str(ROOT / "examples" / example)],
-        env=environment, capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
+    done = command_line([], folder, EXAMPLES / example, torchrun=torchrun, strict=True)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -47,9 +27,9 @@ def losses_by_step(printed: str) -> dict[int, float]:
     }
 
 
-@pytest.mark.parametrize("start", [PYTHON, TORCHRUN], ids=["python", "torchrun"])
-def test_plain_loop(start: list[str]) -> None:
-    printed = run(start, "plain_loop.py")
+@pytest.mark.parametrize("torchrun", [(), TORCHRUN], ids=["python", "torchrun"])
+def test_plain_loop(tmp_path: Path, torchrun: tuple[str, ...]) -> None:
+    printed = run(tmp_path, torchrun, "plain_loop.py")
     losses = losses_by_step(printed)
     assert list(losses) == list(range(1, 21))
     assert losses[1] == pytest.approx(5.55, abs=0.15)  # ln 256: nothing is known of bytes
@@ -59,8 +39,8 @@ def test_plain_loop(start: list[str]) -> None:
     assert len(set(tokens)) > 15  # windows of ragged lines weigh differently
 
 
-def test_fsdp2() -> None:
-    printed = run(TORCHRUN, "fsdp2.py")
+def test_fsdp2(tmp_path: Path) -> None:
+    printed = run(tmp_path, TORCHRUN, "fsdp2.py")
     losses = losses_by_step(printed)
     assert list(losses) == list(range(1, 13))
     assert losses[12] < losses[1] - 1.5
@@ -74,8 +54,8 @@ def test_fsdp2() -> None:
     assert printed.splitlines()[-1] == "verdict: they agree"
 
 
-def test_gan() -> None:
-    printed = run(TORCHRUN, "gan.py")
+def test_gan(tmp_path: Path) -> None:
+    printed = run(tmp_path, TORCHRUN, "gan.py")
     before, after = (float(d) for d in re.findall(r"distance from the ring ([\d.]+)", printed))
     assert before > 1.5
     assert after < before / 2

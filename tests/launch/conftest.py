@@ -6,13 +6,6 @@ import signal
 import pytest
 
 from .programs import Program, alive, seen
-from .warm import Warm
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _warm_server():
-    yield
-    Warm.end()
 
 
 @pytest.fixture
@@ -25,7 +18,7 @@ def start(tmp_path):
 
     yield begin
     for program in programs:
-        if program.process.poll() is None:
+        if program.code is None:
             program.kill()
     for rank in [rank for program in programs for rank in seen(program.folder)]:
         if alive(rank["pid"]) and rank["pid"] != os.getpid():

@@ -10,19 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from .warm import HERE, PROGRAM, Warm
+from commands import OF_A_LAUNCHER
+from processes import Surroundings, program
 
-__all__ = ["HERE", "PROGRAM"]
-
-OF_A_LAUNCHER = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "OMP_NUM_THREADS",
-)
+HERE = Path(__file__).parent
+PROGRAM = HERE / "program.py"
 
 
 class Program:
@@ -33,8 +25,8 @@ class Program:
         args: Hydra's.
         torchrun: ranks of torchrun, or torchrun's arguments; 0: no torchrun.
         environment: added to the environment.
-        cold: with a new interpreter, as a user does; otherwise see warm.py.
-        host: where it runs, as `warm._enter` takes it; None: on this host. Not for a cold one.
+        cold: with a new interpreter, as a user does; otherwise see processes.py.
+        host: where it runs; None: on this host. Not for a cold one.
     """
 
     def __init__(self, folder, *args, torchrun=0, environment=None, cold=False, host=None):
@@ -51,20 +43,16 @@ class Program:
         self.folder = folder
         self.output_file = folder / f"output{time.monotonic_ns()}"
         self.output_file.touch()
+        self._forked = not cold
         if not cold:
-            request = {
-                "starter": starter,
-                "args": args,
-                "folder": str(folder),
-                "environment": clean,
-            }
-            self.process = Warm(request | {"output": str(self.output_file), "host": host})
+            surroundings = Surroundings(folder, clean, self.output_file, self.output_file, host)
+            self.process = program(PROGRAM, args, surroundings, starter)
             return
         if torchrun:
             starter = ["-m", "torch.distributed.run", *starter]
         with self.output_file.open("a") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *starter, PROGRAM, *args],
+                [sys.executable, *starter, str(PROGRAM), *args],
                 cwd=folder,
                 env=clean,
                 stdout=output,
@@ -74,16 +62,17 @@ class Program:
 
     def wait(self, timeout_s=90):
         end = time.monotonic() + timeout_s
-        while self.process.poll() is None:
+        while self.code is None:
             assert time.monotonic() < end, f"still at work after {timeout_s} s:\n{self.output}"
             time.sleep(0.02)
         return self
 
     def signal(self, number):
-        self.process.send_signal(number)
+        if self.code is None:
+            os.kill(self.pid, number)
 
     def kill(self):
-        self.process.send_signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         return self.wait(10)
 
     @property
@@ -92,7 +81,7 @@ class Program:
 
     @property
     def code(self):
-        return self.process.returncode
+        return self.process.exitcode if self._forked else self.process.poll()
 
     @property
     def output(self):

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+from commands import OF_A_LAUNCHER
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from distaccum.errors import ConfigError
@@ -25,7 +26,7 @@ from distaccum.launch.overrides import to_paste
 from distaccum.launch.own_ranks import _surroundings
 from distaccum.launch.ranks import Place, detect_launcher, ranks_here
 
-from .programs import HERE, OF_A_LAUNCHER, assert_one_job, by_hand, seen, wait_for_ranks
+from .programs import HERE, assert_one_job, by_hand, seen, wait_for_ranks
 
 # Ways of starting
 

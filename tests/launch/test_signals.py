@@ -63,7 +63,7 @@ def test_signal_while_ranks_start_ends_them(start, tmp_path):
     program = start("fault.kind=save", "launch.nproc_per_node=2", cold=True)
     children = f"/proc/{program.pid}/task/{program.pid}/children"
     while len(pids := _words(children)) < 2:  # they are importing torch
-        assert program.process.poll() is None, program.output
+        assert program.code is None, program.output
         time.sleep(0.01)
     program.signal(signal.SIGTERM)
     assert program.wait(15).code == 128 + signal.SIGTERM, program.output

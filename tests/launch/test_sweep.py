@@ -187,10 +187,10 @@ def test_a_signal_ends_a_sweep_at_once(start, folders):
         wait_for_ranks(folder, count, 60)
         for folder, count in zip(folders, (2, 1, 2, 2), strict=True)
     ]
-    programs[0].process.send_signal(signal.SIGINT)
-    programs[1].process.send_signal(signal.SIGTERM)
-    programs[2].process.send_signal(signal.SIGTERM)
-    os.killpg(programs[3].process.pid, signal.SIGINT)  # as a terminal does
+    programs[0].signal(signal.SIGINT)
+    programs[1].signal(signal.SIGTERM)
+    programs[2].signal(signal.SIGTERM)
+    os.killpg(programs[3].pid, signal.SIGINT)  # as a terminal does
     codes = [program.wait(10).code for program in programs]
     assert codes[:2] == [130, 143]
     assert 0 not in codes

@@ -8,6 +8,7 @@ import os
 import subprocess
 
 import pytest
+from processes import Host
 
 from .programs import stacks, starts, wait_for_ranks, wait_until, wait_until_gone
 
@@ -55,8 +56,7 @@ def hosts(tmp_path):
         file = tmp_path / "hosts"
         file.write_text("127.0.0.1 localhost\n" + "".join(map("{} {}\n".format, ADDRESSES, NAMES)))
         yield [
-            {"network": network, "hosts_file": str(file), "name": name}
-            for network, name in zip(networks, NAMES, strict=True)
+            Host(network, str(file), name) for network, name in zip(networks, NAMES, strict=True)
         ]
     finally:
         for network in networks:
@@ -84,10 +84,10 @@ def test_cut_link_ends_both_sides(start, hosts, tmp_path):
     near, far = begin()
     ranks = wait_for_ranks(tmp_path, 4)
     assert {rank["parent"] for rank in ranks} == {near.pid, far.pid}
-    ip("-n", hosts[0]["network"], "link", "set", "link0", "down")
+    ip("-n", hosts[0].network, "link", "set", "link0", "down")
     wait_until_gone([rank["pid"] for rank in ranks], TIMEOUT_S + 15)
     assert near.wait(10).code == 1
-    if far.process.poll() is None:
+    if far.code is None:
         far.kill()
     lines = near.own_output() + far.own_output()
     (named,) = [line for line in lines if "did not join it" in line]
@@ -98,7 +98,7 @@ def test_cut_link_ends_both_sides(start, hosts, tmp_path):
     )
     assert sorted(stacks(tmp_path)) == [0, 1, 2, 3]
 
-    ip("-n", hosts[0]["network"], "link", "set", "link0", "up")
+    ip("-n", hosts[0].network, "link", "set", "link0", "up")
     agents = begin()
     wait_until(lambda: len(starts(tmp_path)) == 2, what="a second start")
     (tmp_path / "mine" / "stop").touch()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from worlds import World, world
+from worlds import World
 
 from distaccum.errors import ConfigError
 from distaccum.nn.batchnorm import (
@@ -41,9 +41,8 @@ SIZES = [[[3, 2], [4], [], [2, 5, 3]], [[2], [], [3, 3], [2, 2]]]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda size: f"{size}ranks")
-def ranks(request: pytest.FixtureRequest) -> Iterator[World]:
-    with world(request.param) as made:
-        yield made
+def ranks(request: pytest.FixtureRequest, worlds: Callable[[int], World]) -> World:
+    return worlds(request.param)
 
 
 def net(kind: str = "2d", momentum: float | None = 0.1) -> nn.Sequential:

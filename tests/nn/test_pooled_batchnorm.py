@@ -60,22 +60,15 @@ def continue_training(
     return model.state_dict(), optimizer.state_dict(), start
 
 
-def test_two_then_one_then_four_ranks(two_ranks: World, four_ranks: World) -> None:
+def test_two_then_one_then_four_ranks(one_rank: World, two_ranks: World, four_ranks: World) -> None:
     # 7 micro-batches a window: on 2 and 4 ranks some rank has one less, and pads.
-    from worlds import world
-
     images, _ = load_images(ImagesConfig("images", ImageSource.digits, None, None, True, 0.2))
-    with world(1) as one_rank:
-        state, optimizer, start = two_ranks.run(
-            continue_training, images, None, None, 0, 0, WINDOWS
-        )[0]
-        state, optimizer, start = one_rank.run(
-            continue_training, images, state, optimizer, WINDOWS, start, WINDOWS
-        )[0]
-        moved = four_ranks.run(
-            continue_training, images, state, optimizer, 2 * WINDOWS, start, WINDOWS
-        )
-        stayed, _, _ = one_rank.run(continue_training, images, None, None, 0, 0, 3 * WINDOWS)[0]
+    state, optimizer, start = two_ranks.run(continue_training, images, None, None, 0, 0, WINDOWS)[0]
+    state, optimizer, start = one_rank.run(
+        continue_training, images, state, optimizer, WINDOWS, start, WINDOWS
+    )[0]
+    moved = four_ranks.run(continue_training, images, state, optimizer, 2 * WINDOWS, start, WINDOWS)
+    stayed, _, _ = one_rank.run(continue_training, images, None, None, 0, 0, 3 * WINDOWS)[0]
     running = [name for name in stayed if "running" in name]
     assert len(running) == 2 * 6  # six layers of BatchNorm
     for other, _, _ in moved:

@@ -3,7 +3,7 @@ byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -122,14 +122,6 @@ def cases(size: int) -> list[tuple[Setup, torch.dtype]]:
     return made
 
 
-@pytest.fixture(scope="module")
-def worlds_of() -> Iterator[dict[int, World]]:
-    made = {size: World(size) for size in (1, 2, 4)}
-    yield made
-    for one in made.values():
-        one.close()
-
-
 def measure_all(
     name: str, chosen: list[tuple[Setup, torch.dtype]], optimizer: tuple[str, float]
 ) -> list[Any]:
@@ -138,9 +130,9 @@ def measure_all(
 
 @pytest.mark.parametrize(("name", "size"), [("odd", 1), ("odd", 2), ("gpt", 2), ("odd", 4)])
 def test_real_models_hold_what_is_predicted(
-    worlds_of: dict[int, World], name: str, size: int
+    worlds: Callable[[int], World], name: str, size: int
 ) -> None:
-    ranks, chosen = worlds_of[size], cases(size)
+    ranks, chosen = worlds(size), cases(size)
     found = ranks.run(measure_all, name, chosen, ("adamw", 0.0))
     for index, (one, dtype) in enumerate(chosen):
         parts = predicted(name, dtype, one, ("adamw", 0.0))

@@ -137,9 +137,9 @@ def gather_steps(parts: list[Tensor], parameter: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> dict[str, Tensor]:
-    with world(1) as alone:
-        return alone.run(train, "single", (), "boundary")[0]
+def alone(one_rank: World) -> dict[str, Tensor]:
+    """What one rank does."""
+    return one_rank.run(train, "single", (), "boundary")[0]
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
@@ -149,9 +149,9 @@ def one_rank() -> dict[str, Tensor]:
     ids=["ddp", "fsdp"],
 )
 def test_two_ranks_follow_one(
-    one_rank: dict[str, Tensor], two_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
+    alone: dict[str, Tensor], two_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
 ) -> None:
-    compare(two_ranks.run(train, strategy, mesh, sync)[0], one_rank)
+    compare(two_ranks.run(train, strategy, mesh, sync)[0], alone)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def test_two_ranks_follow_one(
     ids=["ddp", "hsdp"],
 )
 def test_four_ranks_follow_one(
-    one_rank: dict[str, Tensor], four_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
+    alone: dict[str, Tensor], four_ranks: World, strategy: str, mesh: tuple[int, ...], sync: str
 ) -> None:
-    compare(four_ranks.run(train, strategy, mesh, sync)[0], one_rank)
+    compare(four_ranks.run(train, strategy, mesh, sync)[0], alone)
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -178,12 +178,12 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert float(expected["losses"][-20:].mean()) < 0.8 * float(expected["losses"][:20].mean())
 
 
-def test_other_randomness_is_seen(one_rank: dict[str, Tensor]) -> None:
+def test_other_randomness_is_seen(alone: dict[str, Tensor]) -> None:
     """The comparison can fail: without dropout keyed by the micro-batch the trajectory is another
     one."""
-    with world(1) as alone:
-        other = alone.run(train_unkeyed)[0]
-    difference = (other - one_rank["parameters"][9]).norm() / other.norm()
+    with world(1) as another:  # of its own, since what is changed in it stays
+        other = another.run(train_unkeyed)[0]
+    difference = (other - alone["parameters"][9]).norm() / other.norm()
     assert float(difference) > 1e-3
 
 

@@ -1,39 +1,49 @@
-"""Our command line in a process of its own: with its own exit code, output and folder, but without
-3 s of imports.
-
-It is forked from the server of the worlds, which has imported everything, and so are the processes
-that it spawns. Starts from nothing are tests of their own: `python -m distaccum`, the script
-`distaccum`, torchrun, and the ranks that the command line starts itself.
-"""
+"""Our command line and other programs in a process of their own, without 3 s of imports, see
+processes.py."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing.context
-import multiprocessing.popen_fork
 import os
-import signal
 import subprocess
-import sys
-import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from worlds import forked
+from processes import Surroundings
+from processes import program as start
 
 MAIN = "from distaccum.cli import main\nmain()\n"
+OF_A_LAUNCHER = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+    "OMP_NUM_THREADS",
+)  # fmt: skip
 
 
 def command_line(
-    arguments: list[str], folder: Path, program: str = MAIN, timeout_s: float = 90
+    arguments: Sequence[str],
+    folder: Path,
+    program: str | Path = MAIN,
+    *,
+    torchrun: Sequence[str] = (),
+    strict: bool = False,
+    timeout_s: float = 90,
 ) -> subprocess.CompletedProcess[str]:
-    """`distaccum ARGUMENTS` in `folder`. `program`: what stands in `__main__`, in place of the
-    package's own."""
+    """Run `distaccum ARGUMENTS` in `folder`, or another program with these arguments.
+
+    Args:
+        arguments: those of the program.
+        folder: where it runs; its output is kept beside it.
+        program: what stands in `__main__`, or its file; for torchrun a file.
+        torchrun: the arguments of torchrun.
+        strict: whether warnings are errors.
+        timeout_s: how long it may take.
+    """
     out, err = folder.parent / f"{folder.name}.out", folder.parent / f"{folder.name}.err"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
-    process = forked(
-        _become, program, arguments, str(folder), str(out), str(err), environment, daemon=False
-    )
+    for file in (out, err):
+        file.write_text("")
+    environment = {name: text for name, text in os.environ.items() if name not in OF_A_LAUNCHER}
+    environment |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    surroundings = Surroundings(folder, environment, out, err, strict=strict)
+    process = start(program, arguments, surroundings, torchrun)
     process.join(timeout_s)
     if process.exitcode is None:
         process.kill()
@@ -42,48 +52,3 @@ def command_line(
     return subprocess.CompletedProcess(
         arguments, process.exitcode, out.read_text(), err.read_text()
     )
-
-
-class _Spawned(multiprocessing.popen_fork.Popen):
-    """A process of the start method "spawn" that has the imports of its parent, and else what a new
-    one has."""
-
-    def _launch(self, process: Any) -> None:
-        bootstrap = process._bootstrap
-
-        def fresh(parent_sentinel: int) -> Any:
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            logging.disable(logging.NOTSET)
-            return bootstrap(parent_sentinel=parent_sentinel)
-
-        process._bootstrap = fresh
-        try:
-            super()._launch(process)  # type: ignore[misc]
-        finally:
-            del process._bootstrap
-
-
-def _become(
-    program: str, arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str]
-) -> None:
-    """What such a process does: it puts on the surroundings of a process that was started by a
-    shell."""
-    import torch
-
-    for name, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
-        opened = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        os.dup2(opened, descriptor)
-        os.close(opened)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    multiprocessing.context.SpawnProcess._Popen = staticmethod(_Spawned)  # type: ignore[method-assign,assignment]
-    sys.argv = ["distaccum", *arguments]
-    try:
-        exec(compile(program, "__main__.py", "exec"), {"__name__": "__main__"})
-    except Exception:  # as the interpreter does it
-        traceback.print_exc()
-        sys.exit(1)

@@ -14,24 +14,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from processes import forked
+
 START_TIMEOUT_S = 60.0
-# What ranks and commands are forked with, imported once: torch and ourselves, and what torch
-# imports when it is first used. Nothing here has ever computed anything.
-PRELOADED = [
-    "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.profiler", "torch.testing", "numpy", "hydra", "distaccum",
-    "distaccum.launch", "distaccum.app.commands.plan", "distaccum.app.commands.profile",
-    "distaccum.app.commands.train", "distaccum.app.commands.verify", "distaccum.metrics.sweep",
-]  # fmt: skip
-
-
-def forked(function: Callable[..., None], *args: Any, daemon: bool = True) -> Any:
-    """Start a process that is forked from a server with all of `PRELOADED` imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=function, args=args, daemon=daemon)
-    process.start()
-    return process
 
 
 class RankFailed(AssertionError):
@@ -90,6 +75,11 @@ class World:
         for pipe in self._pipes:
             pipe.send((function, args))
 
+    def tidy(self) -> None:
+        """Undo what tests leave on the ranks: subgroups, and what torch keeps by mesh."""
+        if self._processes:
+            self.run(_tidy)
+
     def close(self) -> None:
         """End the ranks."""
         for process in self._processes:
@@ -140,13 +130,26 @@ def world(size: int) -> Iterator[World]:
         made.close()
 
 
+def _tidy() -> None:
+    import gc
+
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    torch.set_default_dtype(torch.float32)
+    gc.collect()
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     import warnings
 
     import torch
     import torch.distributed as dist
 
-    warnings.simplefilter("error")  # as in the tests' own process
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
@@ -155,7 +158,9 @@ def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
         pipe.send(("ok", None))
         while True:
             function, args = pipe.recv()
-            result = function(*args)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # as in the tests' own process
+                result = function(*args)
             pipe.send(("ok", result))
     except EOFError:
         pass

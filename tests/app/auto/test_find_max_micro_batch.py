@@ -4,7 +4,7 @@ nothing else changes."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -208,24 +208,9 @@ def test_the_search_finds_every_threshold_with_few_trials(most: int) -> None:
         assert len(tried) <= 2 * ((expected or 0) + 1).bit_length()
 
 
-@pytest.fixture(scope="module")
-def worlds() -> Iterator[dict[int, World]]:
-    """Worlds of 1, 2 and 4 ranks."""
-    made = {size: World(size) for size in (1, 2, 4)}
-    yield made
-    for each in made.values():
-        each.close()
-
-
-@pytest.fixture
-def two_ranks(worlds: dict[int, World]) -> World:
-    """The one of two ranks."""
-    return worlds[2]
-
-
 @pytest.mark.parametrize(("ranks", "spread"), SPREAD)
 def test_one_rank_short_of_memory_decides_for_all(
-    worlds: dict[int, World], ranks: int, spread: list[str], text: list[str]
+    worlds: Callable[[int], World], ranks: int, spread: list[str], text: list[str]
 ) -> None:
     """The last rank has room for a window of micro-batches of one size and not of the next one; the
     others have plenty.
@@ -235,7 +220,7 @@ def test_one_rank_short_of_memory_decides_for_all(
     thousand additions whose errors do not add up.
     """
     fitting, beyond = NEIGHBOURS[ranks]
-    world = worlds[ranks]
+    world = worlds(ranks)
     config = configured(*text, *spread, "limits.margin=0.05", "optim=sgd", "model.dropout=0")
     *_, (enough, more) = world.run(peaks, config, [fitting, beyond])
     memory = int(enough * 1.005 / 0.95)

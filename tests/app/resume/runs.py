@@ -1,7 +1,7 @@
 """Runs that are started again and again, in processes that cost a second: what they did is read
 from what they wrote.
 
-Each rank is forked from a server that has imported everything (see worlds.py) and calls
+Each rank is forked from a server that has imported everything (see processes.py) and calls
 `train(job)`; only the launcher is left out, whose tests are elsewhere.
 """
 
@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from faults import Fault, installed
-from worlds import forked
+from processes import forked
 
 import distaccum.app.commands.train
 from distaccum.app.build import make_plan
