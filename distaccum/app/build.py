@@ -142,9 +142,8 @@ def build(config: Config, job: Job, world: World, preemption: Preemption) -> Tra
             report.resume(0, 0, ["starts from step 0, because an earlier start left no checkpoint"])
         try:
             budget.predicted = predicted(config, task, world.size, machine)
-        except (
-            Exception
-        ) as error:  # a prediction must not end the run: a model may not support fake tensors
+        # A prediction must not end the run: a model may not support fake tensors.
+        except Exception as error:
             report.note(f"plan: memory could not be predicted ({in_one_line(error)})")
     trainer = Trainer(
         plan,

@@ -71,15 +71,20 @@ def test_a_choice_of_parallel_sets_its_node_only(parallel: dict[str, Any]) -> No
         }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "third", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 2))]
+)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", SIZES)
 def test_every_combination_is_proven(
-    two_ranks: World, parallel: dict[str, Any], model: str, precision: str
+    two_ranks: World, parallel: dict[str, Any], model: str, precision: str, third: int
 ) -> None:
+    """Together all combinations; the first third has every pair of model, precision and policy."""
     small = ["accum.micro_batch_size=2", "accum.gradient_accumulation_steps=2", *SIZES[model]]
     whole = composed([f"model={model}", f"precision={precision}", *small])
     check(whole)
-    for strategy, sync in POLICIES:
+    begin = (third + list(SIZES).index(model) + PRECISIONS.index(precision)) % 3
+    for strategy, sync in POLICIES[begin::3]:
         choice = {"parallel": parallel[strategy], "accum": {**whole["accum"], "sync": sync}}
         proof, other = two_ranks.run(prove, typed({**whole, **choice}))
         assert proof.facts() == other.facts()
@@ -109,9 +114,9 @@ def prove_compiled(config: Config) -> tuple[da.Proof, int]:
 
 
 @pytest.mark.parametrize("choice", [
-    ["model=gpt", "parallel=ddp"],
     ["model=gpt", "parallel=fsdp", "accum.sync=gather_once", "nn.checkpoint=true"],
-    ["model=resnet", "parallel=fsdp"],
+    pytest.param(["model=gpt", "parallel=ddp"], marks=pytest.mark.nightly),
+    pytest.param(["model=resnet", "parallel=fsdp"], marks=pytest.mark.nightly),
 ])  # fmt: skip
 def test_compiled_blocks_are_exact(two_ranks: World, choice: list[str]) -> None:
     overrides = [

@@ -320,9 +320,11 @@ def _rank(
     job = Job(config, run_dir, [], 0, None, rank, ranks, rank, ranks, rank, store)
     code = 0
     try:
-        # The picture of the curve takes a second to import, and nothing here looks at it.
+        # The picture of the curve takes a second to import and the prediction of memory half of a
+        # run's time, and nothing here looks at them.
         with ExitStack() as stack:
             stack.enter_context(mock.patch("distaccum.metrics.report.draw_curve"))
+            stack.enter_context(mock.patch("distaccum.app.build.predicted", return_value=None))
             stack.enter_context(installed(faults, run_dir, rank, ranks))
             stack.enter_context(_used(place, rank))
             if around is not None:
