@@ -22,6 +22,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=100)
 
 
+@pytest.mark.nightly
 def test_every_way_sends_what_it_should(tmp_path: Path) -> None:
     found_file, picture = tmp_path / "found.json", tmp_path / "found.png"
     process = subprocess.Popen(

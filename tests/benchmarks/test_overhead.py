@@ -4,10 +4,9 @@ parameters."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from commands import command_line
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "overhead.py"
 OWN = [
@@ -25,14 +24,7 @@ SETTINGS = ["empty, 1 process", "gpt, 1 process", "empty, 2 ranks, DDP"]
 def test_it_measures_loops_that_train_the_same(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     arms = [*OWN, PEER, "DeepSpeed"]
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--smoke", "--out", str(out), "--only", *arms],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    done = command_line(["--smoke", "--out", str(out), "--only", *arms], tmp_path, PROGRAM)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert list(found["settings"]) == SETTINGS

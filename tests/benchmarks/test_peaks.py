@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
 
 
+@pytest.mark.nightly
 def test_it_measures_what_is_predicted(tmp_path: Path) -> None:
     words = [sys.executable, str(PROGRAM), "--smoke", "--out", str(tmp_path / "found.json")]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=115)

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "step_time.py"
 
 
+@pytest.mark.nightly
 def test_every_way_is_predicted_and_measured(tmp_path: Path) -> None:
     found_file, picture = tmp_path / "found.json", tmp_path / "found.png"
     words = [

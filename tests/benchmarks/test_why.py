@@ -3,13 +3,11 @@ runs."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from commands import command_line
 
 import distaccum as da
 
@@ -17,12 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "why.md").read_text(encoding="utf-8")
 
 
-def test_the_page_has_the_table_that_the_script_prints() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "why.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
+def test_the_page_has_the_table_that_the_script_prints(tmp_path: Path) -> None:
+    done = command_line([], tmp_path, ROOT / "benchmarks" / "why.py")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert done.stdout in PAGE

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from commands import command_line
@@ -19,7 +16,6 @@ SMALL = [
     "data.seq_len=16",
     "accum.micro_batch_size=2",
 ]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
 # A user's mistake: the mean over a micro-batch's tokens in place of their sum, with the count of
 # tokens as the weight.
@@ -36,26 +32,11 @@ main()
 """
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90,
-        check=False
-    )  # fmt: skip
-
-
 def test_verify_under_torchrun(tmp_path: Path) -> None:
-    done = run(
-        [
-            *TORCHRUN,
-            "-m",
-            "distaccum",
-            "verify",
-            *SMALL,
-            "parallel=fsdp",
-            "accum.effective_batch_size=7",
-        ],
+    done = command_line(
+        ["verify", *SMALL, "parallel=fsdp", "accum.effective_batch_size=7"],
         tmp_path,
+        torchrun=["--nproc-per-node", "2"],
     )
     assert done.returncode == 0, done.stderr
     assert (

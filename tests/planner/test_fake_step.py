@@ -34,19 +34,19 @@ from distaccum.planner.trace import _fill
 
 TOLERANCE = 0.02  # as in test_peak.py; most are off by less than 0.002
 CASES = [
-    (Case(micro_batches=1), 1),
+    pytest.param(Case(micro_batches=1), 1, marks=pytest.mark.nightly),
     (Case(micro_batches=4, optimizer="fused", checkpoint=True), 1),
     (Case(precision="bf16-pure", micro_batches=2), 1),
     (Case(model="resnet", micro_batches=2, samples=12, optimizer="sgd"), 1),
-    (Case("ddp", micro_batches=2), 2),
+    pytest.param(Case("ddp", micro_batches=2), 2, marks=pytest.mark.nightly),
     (Case("ddp", precision="bf16-pure", micro_batches=4), 8),
-    (Case("ddp", precision="bf16", checkpoint=True), 2),
+    pytest.param(Case("ddp", precision="bf16", checkpoint=True), 2, marks=pytest.mark.nightly),
     (Case("ddp", micro_batches=4, overlap=2, samples=12), 2),
-    (Case("fsdp", micro_batches=4), 2),
+    pytest.param(Case("fsdp", micro_batches=4), 2, marks=pytest.mark.nightly),
     (Case("fsdp", precision="bf16", micro_batches=2, samples=8), 8),
     (Case("fsdp", "every", precision="bf16-pure", micro_batches=2), 4),
     (Case("fsdp", "gather_once", micro_batches=4, overlap=4, checkpoint=True, samples=8), 64),
-    (Case("hsdp", micro_batches=2), 4),
+    pytest.param(Case("hsdp", micro_batches=2), 4, marks=pytest.mark.nightly),
     (Case("hsdp", "reduce_scatter", precision="bf16", micro_batches=4), 16),
     (Case("hsdp", "every", micro_batches=2, optimizer="sgd"), 8),
 ]

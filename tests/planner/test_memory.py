@@ -128,7 +128,15 @@ def measure_all(
     return [measured(name, dtype, one, optimizer, MICRO_BATCHES) for one, dtype in chosen]
 
 
-@pytest.mark.parametrize(("name", "size"), [("odd", 1), ("odd", 2), ("gpt", 2), ("odd", 4)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("odd", 1),
+        ("gpt", 2),
+        pytest.param("odd", 2, marks=pytest.mark.nightly),
+        pytest.param("odd", 4, marks=pytest.mark.nightly),
+    ],
+)
 def test_real_models_hold_what_is_predicted(
     worlds: Callable[[int], World], name: str, size: int
 ) -> None:

@@ -3,6 +3,8 @@ made."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from spread import setup
@@ -18,39 +20,44 @@ from distaccum.planner.shapes import ModelShape, ParameterShape
 TOLERANCE = 0.02  # a fifth of what is promised; most are off by less than 0.002
 LATE = 0.04  # gloo may free the copy of a message late, so that more is counted than is needed
 
+
+def at_night(case: Case) -> Any:
+    return pytest.param(case, marks=pytest.mark.nightly)
+
+
 ALONE = [
     Case(micro_batches=1),
     Case(micro_batches=4, optimizer="fused"),
     Case(micro_batches=2, checkpoint=True, optimizer="sgd", samples=12),
-    Case(precision="bf16", micro_batches=2, samples=12),
-    Case(precision="bf16-pure", micro_batches=1, optimizer="sgd"),
+    at_night(Case(precision="bf16", micro_batches=2, samples=12)),
+    at_night(Case(precision="bf16-pure", micro_batches=1, optimizer="sgd")),
     Case(precision="bf16-pure", micro_batches=4, checkpoint=True),
     Case(model="resnet", micro_batches=2, samples=12, optimizer="sgd"),
     Case(model="llama", micro_batches=2, samples=6),
 ]
 ON_TWO = [
-    Case("ddp", micro_batches=1, optimizer="fused"),
+    at_night(Case("ddp", micro_batches=1, optimizer="fused")),
     Case("ddp", precision="bf16", checkpoint=True, samples=8),
-    Case("ddp", precision="bf16-pure"),
+    at_night(Case("ddp", precision="bf16-pure")),
     Case("ddp", "every", precision="bf16-pure", micro_batches=4),
-    Case("ddp", micro_batches=2, overlap=2, samples=12),
+    at_night(Case("ddp", micro_batches=2, overlap=2, samples=12)),
     Case("ddp", micro_batches=4, overlap=2, checkpoint=True, samples=12, precision="bf16"),
-    Case("fsdp", micro_batches=1, optimizer="fused", samples=2),
+    at_night(Case("fsdp", micro_batches=1, optimizer="fused", samples=2)),
     Case("fsdp", precision="bf16", micro_batches=4, samples=8),
-    Case("fsdp", precision="bf16-pure", micro_batches=1, optimizer="fused", samples=2),
-    Case("fsdp", "every", precision="bf16", micro_batches=2),
+    at_night(Case("fsdp", precision="bf16-pure", micro_batches=1, optimizer="fused", samples=2)),
+    at_night(Case("fsdp", "every", precision="bf16", micro_batches=2)),
     Case("fsdp", "every", precision="bf16-pure", micro_batches=2),
-    Case("fsdp", "gather_once", micro_batches=2, checkpoint=True),
+    at_night(Case("fsdp", "gather_once", micro_batches=2, checkpoint=True)),
     Case("fsdp", "gather_once", precision="bf16", micro_batches=4, overlap=4, samples=8),
     Case("fsdp", micro_batches=2, model="resnet", samples=12),
 ]
 ON_FOUR = [
-    Case("hsdp", "reduce_scatter", micro_batches=4, optimizer="fused"),
+    at_night(Case("hsdp", "reduce_scatter", micro_batches=4, optimizer="fused")),
     Case("hsdp", "reduce_scatter", precision="bf16-pure", micro_batches=2, checkpoint=True),
-    Case("hsdp", precision="bf16", micro_batches=2),
+    at_night(Case("hsdp", precision="bf16", micro_batches=2)),
     Case("hsdp", "every", micro_batches=2, optimizer="sgd"),
     Case("fsdp", micro_batches=2, checkpoint=True, samples=8),
-    Case("fsdp", "gather_once", micro_batches=1),
+    at_night(Case("fsdp", "gather_once", micro_batches=1)),
 ]
 
 

@@ -156,7 +156,10 @@ def test_two_ranks_follow_one(
 
 @pytest.mark.parametrize(
     ("strategy", "mesh", "sync"),
-    [("ddp", (), "boundary"), ("hsdp", (2, 2), "reduce_scatter")],
+    [
+        pytest.param("ddp", (), "boundary", marks=pytest.mark.nightly),
+        ("hsdp", (2, 2), "reduce_scatter"),
+    ],
     ids=["ddp", "hsdp"],
 )
 def test_four_ranks_follow_one(

@@ -32,7 +32,7 @@ def command_line(
     Args:
         arguments: those of the program.
         folder: where it runs; its output is kept beside it.
-        program: what stands in `__main__`, or its file; for torchrun a file.
+        program: what stands in `__main__`, or its file.
         torchrun: the arguments of torchrun.
         strict: whether warnings are errors.
         timeout_s: how long it may take.
@@ -40,6 +40,10 @@ def command_line(
     out, err = folder.parent / f"{folder.name}.out", folder.parent / f"{folder.name}.err"
     for file in (out, err):
         file.write_text("")
+    if torchrun and isinstance(program, str):  # which starts files only
+        file = folder.parent / f"{folder.name}.py"
+        file.write_text(program)
+        program = file
     environment = {name: text for name, text in os.environ.items() if name not in OF_A_LAUNCHER}
     environment |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     surroundings = Surroundings(folder, environment, out, err, strict=strict)

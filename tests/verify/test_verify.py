@@ -114,9 +114,12 @@ def prove_compiled(config: Config) -> tuple[da.Proof, int]:
 
 
 @pytest.mark.parametrize("choice", [
-    ["model=gpt", "parallel=fsdp", "accum.sync=gather_once", "nn.checkpoint=true"],
+    ["model=resnet", "parallel=fsdp"],
     pytest.param(["model=gpt", "parallel=ddp"], marks=pytest.mark.nightly),
-    pytest.param(["model=resnet", "parallel=fsdp"], marks=pytest.mark.nightly),
+    pytest.param(
+        ["model=gpt", "parallel=fsdp", "accum.sync=gather_once", "nn.checkpoint=true"],
+        marks=pytest.mark.nightly,
+    ),
 ])  # fmt: skip
 def test_compiled_blocks_are_exact(two_ranks: World, choice: list[str]) -> None:
     overrides = [

@@ -42,10 +42,13 @@ TINY = [
     "loader.workers=0", "device=cpu", "train.validation_samples=4", "precision=fp64",
 ]  # fmt: skip
 SPREAD = [
-    (1, ["parallel=single"]), (2, ["parallel=ddp"]), (2, ["parallel=fsdp"]),
+    (1, ["parallel=single"]),
     (2, ["parallel=fsdp", "accum.sync=gather_once"]),
-    (4, ["parallel=ddp"]), (4, ["parallel=hsdp"]),
-]  # fmt: skip
+    (4, ["parallel=ddp"]),
+    pytest.param(2, ["parallel=ddp"], marks=pytest.mark.nightly),
+    pytest.param(2, ["parallel=fsdp"], marks=pytest.mark.nightly),
+    pytest.param(4, ["parallel=hsdp"], marks=pytest.mark.nightly),
+]
 # by ranks, two sizes that micro-batches of 24 samples can have
 NEIGHBOURS = {1: (8, 12), 2: (6, 8), 4: (3, 4)}
 

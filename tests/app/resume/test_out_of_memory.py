@@ -59,7 +59,7 @@ def test_the_trajectory_is_the_undisturbed_one(
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
-        (2, ("parallel=fsdp", "accum.sync=boundary")),
+        pytest.param(2, ("parallel=fsdp", "accum.sync=boundary"), marks=pytest.mark.nightly),
         (2, ("parallel=fsdp", "accum.sync=gather_once")),
         (2, ("parallel=ddp", "accum.sync=every")),
         (4, ("parallel=hsdp", "accum.sync=reduce_scatter")),

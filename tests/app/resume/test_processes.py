@@ -11,10 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from commands import command_line
 from faults import Fault
 from runs import Run, Undisturbed, wait_for
 
-PROGRAM = str(Path(__file__).with_name("program.py"))
+PROGRAM = Path(__file__).with_name("program.py")
 
 
 def environment() -> dict[str, str]:
@@ -26,14 +27,13 @@ def test_torchrun_starts_again_and_goes_on(
 ) -> None:
     found = run()
     fault = Fault(1, 5, "backward", "kill")
-    ended = subprocess.run(
+    ended = command_line(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--max-restarts", "1", "--monitor-interval", "0.1", PROGRAM, "train", *found.overrides,
-            "parallel=ddp", "+faults=[{rank: 1, step: 5, at: backward, kind: kill}]",
+            "train", *found.overrides, "parallel=ddp",
+            "+faults=[{rank: 1, step: 5, at: backward, kind: kill}]",
         ],
-        cwd=found.folder, env=environment(), capture_output=True, text=True, timeout=100,
-        check=False,
+        found.folder, PROGRAM,
+        torchrun=["--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"],
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     found.run_dir.rmdir()
@@ -52,7 +52,7 @@ def test_ctrl_c_twice_in_a_terminal_with_our_own_ranks(
     found = run()
     slow = Fault(0, 3, "forward", "slow")
     overrides = [*found.overrides, "parallel=ddp", "launch.nproc_per_node=2"]
-    command = [sys.executable, PROGRAM, "train", *overrides, f"run_dir={found.run_dir}"]
+    command = [sys.executable, str(PROGRAM), "train", *overrides, f"run_dir={found.run_dir}"]
     with subprocess.Popen(
         [*command, "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]"],
         cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

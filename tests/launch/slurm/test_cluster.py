@@ -65,9 +65,7 @@ class Jobs:
         self.srun = self.command(
             "launch.nodes=2", "launch.tasks_per_node=2", "run_dir='runs/it\\'s 4 ranks'"
         )
-        self.array = self.command(
-            "--multirun", "hydra.sweep.dir=sweeps/rates", "optim.lr=0.1,0.2,0.3"
-        )
+        self.array = self.command("--multirun", "hydra.sweep.dir=sweeps/rates", "optim.lr=0.1,0.2")
 
     def command(self, *arguments: str) -> Job:
         """What `launch=slurm` submits, in this process, where torch is loaded already."""
@@ -195,19 +193,15 @@ def test_a_rank_for_each_task_of_srun(jobs: Jobs, one_process: list[float]) -> N
 
 def test_a_sweep_is_one_array(jobs: Jobs, one_process: list[float]) -> None:
     found = []
-    for number in range(3):
+    for number in range(2):
         element = Job(jobs.cluster, f"{jobs.array.id}_{number}")
         element.wait("COMPLETED")
         run_dir = jobs.work / "sweeps" / "rates" / str(number)
         assert (run_dir / "job.log").read_text() == element.log()
         config = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())
         found.append((config["optim"]["lr"], config["logger"]["group"], losses(run_dir)[-1]))
-    assert [(rate, group) for rate, group, _ in found] == [
-        (0.1, "rates"),
-        (0.2, "rates"),
-        (0.3, "rates"),
-    ]
-    assert len({loss for _, _, loss in found}) == 3
+    assert [(rate, group) for rate, group, _ in found] == [(0.1, "rates"), (0.2, "rates")]
+    assert len({loss for _, _, loss in found}) == 2
 
 
 def test_an_array_by_hand(jobs: Jobs) -> None:
