@@ -16,4 +16,8 @@ failed=0
 echo "nightly: loops composed at random, from seed $start"
 "$python" tests/step/fuzz/fuzz.py --seeds 300 --start "$start" || failed=1
 
+# What repeats the suite in other combinations; docs/testing.md has a reason for each.
+echo "nightly: tests that are marked so"
+"$python" -m pytest -m nightly --numprocesses 2 --dist worksteal || failed=1
+
 exit "$failed"

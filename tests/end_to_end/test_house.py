@@ -206,3 +206,13 @@ def test_the_prose_has_no_forbidden_phrase() -> None:
         if (match := re.search(phrase, line))
     ]
     assert found == []
+
+
+def test_each_test_that_runs_at_night_has_its_reason() -> None:
+    """A mark in a file that docs/testing.md does not name is one without a reason."""
+    page = (ROOT / "docs" / "testing.md").read_text()
+    mark = "mark." + "nightly"
+    marked = [file for file in (ROOT / "tests").rglob("test_*.py") if mark in file.read_text()]
+    assert len(marked) >= 5
+    for file in marked:
+        assert file.name in page, file
