@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import command_line
+from commands import QUICK_PROFILE, command_line
 
 from distaccum.planner.hardware import KINDS, HardwareProfile
 
@@ -18,20 +18,12 @@ SMALL = [
     "device=cpu",
 ]
 
-# The command line's own entry, with nothing repeated more often than it must be.
-SHORT = """
-from distaccum.cli import main
-from distaccum.app.commands import profile
-profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0, 0.0, 2**18
-main()
-"""
-
 
 def test_alone(tmp_path: Path) -> None:
     done = command_line(
         ["profile", *SMALL, "accum.micro_batch_size=auto", "nn.checkpoint=true", "precision=bf16"],
         tmp_path,
-        SHORT,
+        QUICK_PROFILE,
     )
     assert done.returncode == 0, done.stderr
     machine = HardwareProfile.load(tmp_path / "machine.json")
@@ -53,7 +45,7 @@ def test_on_two_ranks_into_the_same_file_again(tmp_path: Path) -> None:
         "launch.nproc_per_node=2",
         f"machine={path}",
     ]
-    done = command_line(["profile", *SMALL, *words], tmp_path, SHORT)
+    done = command_line(["profile", *SMALL, *words], tmp_path, QUICK_PROFILE)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     machine = HardwareProfile.load(path)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from setting import make_micro_batch, make_model, masked_sum, relative, whole
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from worlds import World
+from worlds import World, mesh_of
 
 import distaccum as da
 
@@ -27,9 +26,7 @@ def wrapped(model: nn.Module, strategy: str, policy: MixedPrecisionPolicy) -> nn
     if strategy == "ddp":
         return DistributedDataParallel(model)
     shape, names = ((2,), ("shard",)) if strategy == "fsdp" else ((2, 1), ("replicate", "shard"))
-    return fully_shard(
-        model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names), mp_policy=policy
-    )
+    return fully_shard(model, mesh=mesh_of(*shape, names=names), mp_policy=policy)
 
 
 class Scalar(nn.Module):

@@ -8,6 +8,8 @@ asks for 1e-12 and a wrong denominator gives 1e-2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from setting import KINDS, make_model, make_window, masked_objective, reference, relative, wrap
@@ -82,16 +84,23 @@ def error_bound(found: Tensor, expected: Tensor) -> float:
     return parts**0.5 * float((found.to_local() - own).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])
-def test_gradients_equal_one_process(any_world: World, strategy: str) -> None:
-    if strategy == "single" and any_world.size > 1:
-        return  # a plain module on several ranks is refused, see tests of errors
-    meshes = MESHES.get((strategy, any_world.size), [()])
-    for mesh in meshes if strategy != "hsdp" or any_world.size > 1 else []:
+@pytest.mark.parametrize(
+    ("size", "strategy"),
+    [
+        (1, "single"),  # a plain module on several ranks is refused, see tests of errors
+        *((size, strategy) for size in (1, 2, 3, 4) for strategy in ("ddp", "fsdp")),
+        (4, "hsdp"),
+        *(pytest.param(size, "hsdp", marks=pytest.mark.nightly) for size in (2, 3)),
+    ],
+)
+def test_gradients_equal_one_process(
+    worlds: Callable[[int], World], size: int, strategy: str
+) -> None:
+    for mesh in MESHES.get((strategy, size), [()]):
         for policy in POLICIES[strategy]:
             for num_micro_batches in MICRO_BATCHES:
                 for rank, errors in enumerate(
-                    any_world.run(train, strategy, policy, mesh, num_micro_batches)
+                    worlds(size).run(train, strategy, policy, mesh, num_micro_batches)
                 ):
                     assert max(errors.values()) <= 1e-12, (
                         strategy,

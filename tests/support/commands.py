@@ -12,6 +12,13 @@ from processes import Surroundings
 from processes import program as start
 
 MAIN = "from distaccum.cli import main\nmain()\n"
+# `distaccum` with a profile that repeats nothing more often than it must.
+QUICK_PROFILE = """
+from distaccum.cli import main
+from distaccum.app.commands import profile
+profile.COMPUTE_BUDGET_S, profile.MESSAGE_BUDGET_S, profile.LARGEST_BYTES = 0.0, 0.0, 2**18
+main()
+"""
 OF_A_LAUNCHER = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
     "OMP_NUM_THREADS",

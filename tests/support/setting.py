@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from worlds import mesh_of
 
 import distaccum as da
 
@@ -94,7 +94,7 @@ def wrap(model: nn.Module, strategy: str, mesh_shape: tuple[int, ...], **ddp: An
     if strategy == "ddp":
         return DistributedDataParallel(model, **ddp)
     names = ("shard",) if len(mesh_shape) == 1 else ("replicate", "shard")
-    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
+    mesh = mesh_of(*mesh_shape, names=names)
     policy = (
         MixedPrecisionPolicy(reduce_dtype=torch.float32)
         if _is_narrow(model)

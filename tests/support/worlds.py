@@ -10,13 +10,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processes import forked
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 START_TIMEOUT_S = 60.0
+MOST_SUBGROUPS = 40
 
 
 class RankFailed(AssertionError):
@@ -76,9 +81,13 @@ class World:
             pipe.send((function, args))
 
     def tidy(self) -> None:
-        """Undo what tests leave on the ranks: subgroups, and what torch keeps by mesh."""
-        if self._processes:
-            self.run(_tidy)
+        """Replace ranks in which tests have left many subgroups, each of which has its threads.
+
+        They cannot be destroyed one by one, because torch keeps what belongs to a mesh and would
+        give a later mesh of the same shape what knows the destroyed group.
+        """
+        if self._processes and self.run(_subgroups)[0] > MOST_SUBGROUPS:
+            self.close()
 
     def close(self) -> None:
         """End the ranks."""
@@ -130,18 +139,18 @@ def world(size: int) -> Iterator[World]:
         made.close()
 
 
-def _tidy() -> None:
-    import gc
+@cache
+def mesh_of(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """Make, on a rank, the mesh of a shape, once: each new one has groups and their threads."""
+    from torch.distributed.device_mesh import init_device_mesh
 
-    import torch
-    import torch.distributed as dist
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def _subgroups() -> int:
     from torch.distributed.distributed_c10d import _world
 
-    torch.set_default_dtype(torch.float32)
-    gc.collect()
-    for group in list(_world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    return len(_world.pg_map) - 1
 
 
 def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import command_line
+from commands import QUICK_PROFILE, command_line
 
 SMALL = [
     "train", "data=path", "data.seq_len=64", "data.validation_fraction=0.2", "model.num_layers=3",
@@ -20,10 +20,10 @@ UNITS = {"KiB": 2**10, "MiB": 2**20}
 @pytest.mark.parametrize(
     "words",
     [
-        ["parallel=single"],
+        pytest.param(["parallel=single"], marks=pytest.mark.nightly),
         ["parallel=single", "nn.checkpoint=true", "precision=bf16"],
         ["parallel=single", "accum.on_oom=shrink"],
-        ["launch.nproc_per_node=2", "parallel=ddp"],
+        pytest.param(["launch.nproc_per_node=2", "parallel=ddp"], marks=pytest.mark.nightly),
         ["launch.nproc_per_node=2", "parallel=ddp", "accum.on_oom=shrink"],
         ["launch.nproc_per_node=2", "parallel=fsdp", "accum.sync=gather_once", "precision=bf16"],
     ],
@@ -52,7 +52,7 @@ def test_times_where_speeds_are_known(tmp_path: Path) -> None:
     """Whatever they are: no test compares times."""
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(8000)))
     data = [f"data.path={tmp_path / 'text.txt'}", "data.cache_dir=cache", "parallel=single"]
-    measured = command_line(["profile", *SMALL[1:], *data], tmp_path)
+    measured = command_line(["profile", *SMALL[1:], *data], tmp_path, QUICK_PROFILE)
     assert measured.returncode == 0, measured.stderr
     done = command_line([*SMALL, *data, "machine=machine.json"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

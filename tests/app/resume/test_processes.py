@@ -6,20 +6,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from commands import command_line
 from faults import Fault
+from processes import Surroundings, program
 from runs import Run, Undisturbed, wait_for
 
 PROGRAM = Path(__file__).with_name("program.py")
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_torchrun_starts_again_and_goes_on(
@@ -51,19 +46,22 @@ def test_ctrl_c_twice_in_a_terminal_with_our_own_ranks(
 ) -> None:
     found = run()
     slow = Fault(0, 3, "forward", "slow")
-    overrides = [*found.overrides, "parallel=ddp", "launch.nproc_per_node=2"]
-    command = [sys.executable, str(PROGRAM), "train", *overrides, f"run_dir={found.run_dir}"]
-    with subprocess.Popen(
-        [*command, "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]"],
-        cwd=found.folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    ) as process:  # fmt: skip
+    arguments = [
+        "train", *found.overrides, "parallel=ddp", "launch.nproc_per_node=2",
+        f"run_dir={found.run_dir}", "+faults=[{rank: 0, step: 3, at: forward, kind: slow}]",
+    ]  # fmt: skip
+    output = found.folder / "output"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = program(PROGRAM, arguments, Surroundings(found.folder, environment, output, output))
+    try:
         wait_for(slow.record(found.run_dir), 60)
         os.killpg(process.pid, signal.SIGINT)
         wait_for(found.run_dir / "PREEMPTED")  # rank 1 is done, rank 0 is at its last lines
         os.killpg(process.pid, signal.SIGINT)
-        told = process.communicate(timeout=20)[0]
-    assert process.returncode == 0, told
+        process.join(20)
+    finally:
+        process.kill()
+    assert process.exitcode == 0, output.read_text()
     marker = json.loads((found.run_dir / "PREEMPTED").read_text())
     assert marker == {"step": found.step, "reason": "SIGINT"}
     found.finish(2, "parallel=ddp")

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,13 @@ class Jobs:
             *two_nodes, train, *SMALL, "optim.lr=0.1",
             folder=work, PYTHON=self.lost_node(), RUN_DIR=str(work / "runs" / "failing"),
         )  # fmt: skip
-        self.torchrun = cluster.submit(
-            *two_nodes, train, *SMALL, *LONG, "optim.lr=0.1",
-            folder=work, PYTHON=sys.executable, LAUNCHER="torchrun",
-        )  # fmt: skip
         self.hanging = cluster.submit(
             *two_nodes, train, *SMALL, "optim.lr=0.1", "train.timeout_s=12",
             "+faults=[{rank: 1, step: 2, at: forward, kind: hang}]",
             folder=work, PYTHON=self.with_faults(), RUN_DIR=str(work / "runs" / "hanging"),
         )  # fmt: skip
         self.by_hand = self.shown_arguments(sweep)
-        self.pause()
+        self.pause(self.paused, "paused")
         self.srun = self.command(
             "launch.nodes=2", "launch.tasks_per_node=2", "run_dir='runs/it\\'s 4 ranks'"
         )
@@ -94,14 +91,21 @@ class Jobs:
         assert f"scancel --signal=USR1 {found[1]}" in said.getvalue()
         return Job(self.cluster, found[1])
 
-    def pause(self) -> None:
-        """Signal the long jobs when they are at work."""
-        for job, name in ((self.paused, "paused"), (self.torchrun, f"slurm-{self.torchrun.id}")):
-            metrics = self.work / "runs" / name / "metrics.jsonl"
-            job.until(
-                lambda _, metrics=metrics: metrics.exists() and '"step": 3,' in metrics.read_text()
-            )
-            self.cluster.run("scancel", "--signal=USR1", job.id)
+    @cached_property
+    def torchrun(self) -> Job:
+        """The long job under torchrun, submitted by hand: its run folder has its id."""
+        job = self.cluster.submit(
+            "--nodes=2", "--ntasks-per-node=1", str(ROOT / "slurm" / "train.sbatch"), *SMALL, *LONG,
+            "optim.lr=0.1", folder=self.work, PYTHON=sys.executable, LAUNCHER="torchrun",
+        )  # fmt: skip
+        self.pause(job, f"slurm-{job.id}")
+        return job
+
+    def pause(self, job: Job, name: str) -> None:
+        """Signal a long job when it is at work."""
+        metrics = self.work / "runs" / name / "metrics.jsonl"
+        job.until(lambda _: metrics.exists() and '"step": 3,' in metrics.read_text())
+        self.cluster.run("scancel", "--signal=USR1", job.id)
 
     def lost_node(self) -> str:
         """An interpreter for which the second node lacks the data."""
@@ -230,10 +234,9 @@ def end_of_second_start(job: Job) -> dict[str, str]:
     return job.wait("COMPLETED")
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", ["srun", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs, launcher: str) -> None:
-    """With torchrun it is submitted by hand: the run folder has the job's id."""
-    job = {"srun": jobs.paused, "torchrun": jobs.torchrun}[launcher]
+    job = jobs.paused if launcher == "srun" else jobs.torchrun
     run_dir = jobs.work / "runs" / ("paused" if launcher == "srun" else f"slurm-{job.id}")
     facts = end_of_second_start(job)
     assert (facts["ExitCode"], facts["Restarts"]) == ("0:0", "1")
@@ -245,6 +248,7 @@ def test_a_paused_job_saves_is_queued_again_and_goes_on(jobs: Jobs, launcher: st
     assert json.loads((run_dir / "result.json").read_text())["steps"] == 40
 
 
+@pytest.mark.nightly
 def test_srun_and_torchrun_train_the_same(jobs: Jobs) -> None:
     """The two paused jobs, wherever each was stopped. 40 steps of sums of some thousand numbers, at
     1.1e-16 each."""

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from setting import whole
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from worlds import mesh_of
 
 import distaccum as da
 from distaccum.models.gpt import GPT, GPTConfig
@@ -157,7 +157,7 @@ def wrap(model: nn.Module, kind: str, policy: MixedPrecisionPolicy | None = None
     if kind == "ddp":
         return DistributedDataParallel(model, bucket_cap_mb=0.002)
     shape = (dist.get_world_size(),) if kind == "fsdp" else tuple(map(int, kind.split("x")))
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    mesh = mesh_of(*shape, names=("replicate", "shard")[-len(shape) :])
     policy = policy or MixedPrecisionPolicy()
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
