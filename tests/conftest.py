@@ -3,6 +3,7 @@ end."""
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -23,6 +24,13 @@ def _temporary_folder() -> None:
     tempfile.tempdir = None  # read again from the environment
     # After multiprocessing has removed its own folder in there, which has priority -100.
     Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_collected() -> None:
+    """Leave what the imports have made out of each collection, as in forked processes."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

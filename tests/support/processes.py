@@ -47,9 +47,16 @@ def forked(function: Callable[..., None], *args: Any, daemon: bool = True) -> An
     """Start a process that is forked from the server with all of `PRELOADED` imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=function, args=args, daemon=daemon)
+    process = context.Process(target=_begin, args=(function, *args), daemon=daemon)
     process.start()
     return process
+
+
+def _begin(function: Callable[..., None], *args: Any) -> None:
+    # A million objects came with the imports. Not to look at them again and again saves a third of
+    # a second for each full collection, and the copy of their pages.
+    gc.freeze()
+    function(*args)
 
 
 @dataclass(frozen=True)
