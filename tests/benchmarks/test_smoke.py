@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from commands import command_line
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -36,6 +37,7 @@ def test_import_time(tmp_path: Path) -> None:
     assert ratio == found["seconds"]["distaccum"][0] / found["seconds"]["torch"][0]
 
 
+@pytest.mark.nightly
 def test_verify_all(tmp_path: Path) -> None:
     found = smoke("verify_all", tmp_path)
     assert [(row["strategy"], row["sync"]) for row in found["rows"]] == [

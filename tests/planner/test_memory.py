@@ -132,8 +132,8 @@ def measure_all(
     ("name", "size"),
     [
         ("odd", 1),
-        ("gpt", 2),
-        pytest.param("odd", 2, marks=pytest.mark.nightly),
+        ("odd", 2),
+        pytest.param("gpt", 2, marks=pytest.mark.nightly),
         pytest.param("odd", 4, marks=pytest.mark.nightly),
     ],
 )

@@ -36,9 +36,9 @@ from typing import Any
 PRELOADED = [
     "torch", "torch._dynamo", "torch._inductor", "torch.distributed.fsdp",
     "torch.distributed.run", "torch.distributed.tensor", "torch.profiler", "torch.testing",
-    "numpy", "hydra", "distaccum", "distaccum.launch", "distaccum.app.commands.plan",
-    "distaccum.app.commands.profile", "distaccum.app.commands.train",
-    "distaccum.app.commands.verify", "distaccum.metrics.sweep",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "numpy", "hydra", "distaccum",
+    "distaccum.launch", "distaccum.app.commands.plan", "distaccum.app.commands.profile",
+    "distaccum.app.commands.train", "distaccum.app.commands.verify", "distaccum.metrics.sweep",
 ]  # fmt: skip
 AGENT_HAS_FORKED_S = 0.3
 

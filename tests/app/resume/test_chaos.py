@@ -15,7 +15,13 @@ SEED = 80
 NUM_POINTS = 12
 
 
-@pytest.mark.parametrize("number", range(NUM_POINTS))
+@pytest.mark.parametrize(
+    "number",
+    [
+        *range(8),
+        *(pytest.param(number, marks=pytest.mark.nightly) for number in range(8, NUM_POINTS)),
+    ],
+)
 def test_a_run_that_was_killed_ends_as_the_undisturbed_one(
     number: int, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
