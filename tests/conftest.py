@@ -9,11 +9,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
+from pathlib import Path
 
 import pytest
 from worlds import World
 
 Worlds = Callable[[int], World]
+# Folders of many short tests. They come last, so that no worker ends with a long test, alone.
+SHORT = ("core", "data", "metrics", "models", "optim")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] in SHORT)
 
 
 @pytest.fixture(scope="session", autouse=True)

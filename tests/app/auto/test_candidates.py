@@ -116,9 +116,11 @@ def test_the_fastest_that_fits(by_hand: Any) -> None:
 
 
 def test_what_is_given_is_kept(task: Task, text: list[str]) -> None:
+    small = (*SMALL, *text, "model.num_layers=1")
+    footprint = Footprint(configured(*small), task)  # of one model, whatever is chosen
+
     def ways(*overrides: str, ranks: int = 4) -> set[tuple[str, str, int]]:
-        config = configured(*SMALL, *text, "model.num_layers=1", *overrides)
-        found = Candidates(config, task, ranks, None, Footprint(config, task)).open()
+        found = Candidates(configured(*small, *overrides), task, ranks, None, footprint).open()
         return {(one.setup.strategy, one.setup.sync, one.micro_batch_size) for one in found}
 
     hsdp = {
